@@ -1,0 +1,88 @@
+"""Neighborhood attention with dilation and relative positional bias, and the choice of who computes it."""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from model.attention.geometry import check_geometry
+from model.attention.reference import reference_attention
+from model.attention.tiled import tiled_attention
+from model.errors import AttentionError
+
+__all__ = ["BACKENDS", "check_backend", "neighborhood_attention", "neighborhood_attention_with_weights"]
+
+Backend = Callable[[Tensor, Tensor, Tensor, Tensor | None, int, int, float, float], Tensor]
+
+
+def _reference(
+    q: Tensor, k: Tensor, v: Tensor, rpb: Tensor | None, kernel_size: int, dilation: int, scale: float, dropout: float
+) -> Tensor:
+    return reference_attention(q, k, v, rpb, kernel_size, dilation, scale, dropout)[0]
+
+
+BACKENDS: dict[str, Backend] = {"reference": _reference, "tiled": tiled_attention}
+"""Every backend by name. "auto" takes the fastest that is exact for the device: today "tiled" everywhere."""
+
+
+def check_backend(backend: str) -> None:
+    """Raise AttentionError unless `backend` is "auto" or one of BACKENDS."""
+    if backend != "auto" and backend not in BACKENDS:
+        raise AttentionError(f"attention backend {backend!r} is not known: take one of auto, {', '.join(BACKENDS)}")
+
+
+def neighborhood_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    rpb: Tensor | None = None,
+    kernel_size: int = 7,
+    dilation: int = 1,
+    scale: float | None = None,
+    backend: str = "auto",
+    dropout: float = 0.0,
+) -> Tensor:
+    """softmax(scale * q k^T + rpb) v, over the kernel_size x kernel_size keys nearest to each query in its dilation group.
+
+    q, k, v: (B, H, W, heads, head_dim), one floating dtype and device; H and W at least kernel_size * dilation.
+    rpb: (heads, 2 * kernel_size - 1, 2 * kernel_size - 1) relative positional bias, axis 1 is height, or None.
+    scale: of q k^T, head_dim**-0.5 if None (the bias is not scaled);  dropout: probability, on the attention weights.
+    backend: auto, reference or tiled.  Returns (B, H, W, heads, head_dim).
+    Raises AttentionError for shapes, kernels, dilations or a backend that cannot be.
+    Source: DiNAT, arXiv 2209.15001, section 3; the rule at borders is NATTEN's (model/attention/geometry.py).
+    """
+    _check(q, k, v, rpb, kernel_size, dilation)
+    check_backend(backend)
+    attend = BACKENDS["tiled" if backend == "auto" else backend]
+    return attend(q, k, v, rpb, kernel_size, dilation, q.shape[-1] ** -0.5 if scale is None else scale, dropout)
+
+
+def neighborhood_attention_with_weights(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    rpb: Tensor | None = None,
+    kernel_size: int = 7,
+    dilation: int = 1,
+    scale: float | None = None,
+    dropout: float = 0.0,
+) -> tuple[Tensor, Tensor]:
+    """The same as neighborhood_attention by its definition, and the weights: (B, heads, H, W, kernel_size**2), row-major."""
+    _check(q, k, v, rpb, kernel_size, dilation)
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    output, weights = reference_attention(q, k, v, rpb, kernel_size, dilation, scale, dropout)
+    return output, weights.permute(0, 3, 1, 2, 4)
+
+
+def _check(q: Tensor, k: Tensor, v: Tensor, rpb: Tensor | None, kernel_size: int, dilation: int) -> None:
+    if q.dim() != 5 or not q.shape == k.shape == v.shape:
+        shapes = ", ".join(str(tuple(x.shape)) for x in (q, k, v))
+        raise AttentionError(f"q, k and v must share one shape (batch, height, width, heads, head_dim), got {shapes}")
+    if not torch.is_floating_point(q) or not q.dtype == k.dtype == v.dtype:
+        raise AttentionError(f"q, k and v must share one floating dtype, got {q.dtype}, {k.dtype}, {v.dtype}")
+    check_geometry(q.shape[1], q.shape[2], kernel_size, dilation)
+    side = 2 * kernel_size - 1
+    if rpb is not None and tuple(rpb.shape) != (q.shape[3], side, side):
+        raise AttentionError(
+            f"rpb for {q.shape[3]} heads and kernel {kernel_size} is {(q.shape[3], side, side)}, got {tuple(rpb.shape)}"
+        )

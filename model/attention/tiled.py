@@ -1,0 +1,190 @@
+"""Neighborhood attention as dense tiles: plain gathers and scaled_dot_product_attention, on every device, exactly.
+
+A dilation group is a dense sub-grid of the map. Cut it into tiles of queries; the keys a tile sees are one dense halo. One
+dense attention per tile, with a bias that holds the RPB inside each query's window and -inf outside it, is neighborhood
+attention. Tiles that lie alike (all inner ones, say) share one bias and run as one batch.
+"""
+
+from collections import OrderedDict
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from functools import lru_cache
+from itertools import product
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils.weak import WeakIdKeyDictionary
+
+from model.attention.geometry import axis_tiles
+
+CACHE_BYTES = 2 * 2**20
+"""Keys gathered at once on a CPU: about its second-level cache."""
+CACHED_MAP_SIZES = 8
+"""Biases kept per table of relative positional biases, one for each map size it met last."""
+
+
+@dataclass(frozen=True, eq=False)
+class Tiles:
+    """The tiles of a map that share a bias.
+
+    queries: (T * t,) and keys: (T * h,) int64 positions in the flattened map, tile after tile;  rows: (t_y, h_y) and
+    columns: (t_x, h_x) index the bias table, -1 outside the window;  t = t_y * t_x queries and h = h_y * h_x keys a tile.
+    """
+
+    queries: Tensor
+    keys: Tensor
+    rows: Tensor
+    columns: Tensor
+
+    @property
+    def queries_per_tile(self) -> int:
+        """The t of the class's docstring."""
+        return self.rows.shape[0] * self.columns.shape[0]
+
+    @property
+    def keys_per_tile(self) -> int:
+        """The h of the class's docstring."""
+        return self.rows.shape[1] * self.columns.shape[1]
+
+    def bias(self, rpb: Tensor | None, dtype: torch.dtype) -> Tensor:
+        """(1, heads or 1, t, h): the RPB inside each query's window, -inf outside."""
+        rows, columns = self.rows[:, None, :, None], self.columns[None, :, None, :]
+        if rpb is None:
+            inside = torch.zeros(1, 1, 1, 1, 1, dtype=dtype, device=rows.device)
+        else:
+            inside = rpb[:, rows, columns].to(dtype)
+        bias = inside.masked_fill((rows < 0) | (columns < 0), float("-inf"))
+        return bias.reshape(1, -1, self.queries_per_tile, self.keys_per_tile)
+
+
+@dataclass(frozen=True, eq=False)
+class Plan:
+    """All tiles of a map, and the way back: slots: (H * W,) int64, where each position's output is in the tiles' order."""
+
+    tiles: tuple[Tiles, ...]
+    slots: Tensor
+
+
+@lru_cache(maxsize=256)
+@torch.inference_mode(False)
+def plan(height: int, width: int, kernel_size: int, dilation: int, tile: tuple[int, int], device: torch.device) -> Plan:
+    """Cut a height x width map into tiles of about `tile` queries."""
+    tiles = []
+    for y, x in product(axis_tiles(height, kernel_size, dilation, tile[0]), axis_tiles(width, kernel_size, dilation, tile[1])):
+        tiles.append(
+            Tiles(
+                queries=_positions(y.queries, x.queries, width).to(device),
+                keys=_positions(y.keys, x.keys, width).to(device),
+                rows=y.rpb_index.to(device),
+                columns=x.rpb_index.to(device),
+            )
+        )
+    slots = torch.cat([same.queries for same in tiles]).argsort()
+    return Plan(tuple(tiles), slots)
+
+
+def _positions(rows: Tensor, columns: Tensor, width: int) -> Tensor:
+    """(T_y, m) rows and (T_x, n) columns -> (T_y * T_x * m * n,) positions in the flattened map, tile after tile."""
+    return (rows[:, None, :, None] * width + columns[None, :, None, :]).flatten()
+
+
+def tile_size(length: int, kernel_size: int, dilation: int) -> int:
+    """Queries per tile along an axis. A whole dilation group where it is little more than a window, else about a window."""
+    group = -(-length // dilation)
+    return group if group <= kernel_size + 2 else kernel_size
+
+
+def tiled_attention(
+    q: Tensor, k: Tensor, v: Tensor, rpb: Tensor | None, kernel_size: int, dilation: int, scale: float, dropout: float = 0.0
+) -> Tensor:
+    """Neighborhood attention, DiNAT section 3. q, k, v, output: (B, H, W, heads, head_dim)."""
+    batch, height, width, heads, head_dim = q.shape
+    tile = (tile_size(height, kernel_size, dilation), tile_size(width, kernel_size, dilation))
+    cut = plan(height, width, kernel_size, dilation, tile, q.device)
+    q, k, v = (x.reshape(batch, height * width, heads * head_dim) for x in (q, k, v))
+    outputs = []
+    for images in _chunks(batch, cut, k):
+        parts = []
+        for same, bias in zip(cut.tiles, biases(cut, rpb, q.dtype), strict=True):
+            queries = _gather(q[images], same.queries).view(-1, same.queries_per_tile, heads, head_dim)
+            keys = _gather(k[images], same.keys).view(-1, same.keys_per_tile, heads, head_dim)
+            values = _gather(v[images], same.keys).view(-1, same.keys_per_tile, heads, head_dim)
+            part = F.scaled_dot_product_attention(
+                queries.transpose(1, 2), keys.transpose(1, 2), values.transpose(1, 2), bias, dropout, scale=scale
+            )
+            parts.append(part.transpose(1, 2).reshape(-1, same.queries.shape[0], heads * head_dim))
+        outputs.append(_gather(parts[0] if len(parts) == 1 else torch.cat(parts, dim=1), cut.slots))
+    output = outputs[0] if len(outputs) == 1 else torch.cat(outputs)
+    return output.view(batch, height, width, heads, head_dim)
+
+
+def _gather(x: Tensor, index: Tensor) -> Tensor:
+    """(B, H * W, C) -> (B, len(index), C). Rows of a matrix: index_select is far slower along an inner dimension."""
+    batch, length, channels = x.shape
+    if batch > 1:
+        index = (torch.arange(batch, device=x.device)[:, None] * length + index).flatten()
+    return x.reshape(batch * length, channels).index_select(0, index).view(batch, -1, channels)
+
+
+def _chunks(batch: int, cut: Plan, k: Tensor) -> Iterator[slice]:
+    """Slices of the batch whose gathered keys stay in the processor's cache; elsewhere the whole batch at once."""
+    images = batch
+    if k.device.type == "cpu" and not torch.compiler.is_compiling():
+        per_image = max(same.keys.shape[0] for same in cut.tiles) * k.shape[-1] * k.element_size()
+        images = max(1, CACHE_BYTES // per_image)
+    for start in range(0, batch, images):
+        yield slice(start, start + images)
+
+
+@dataclass
+class _CachedBiases:
+    """Biases made from one table, and the marks that tell whether the table still holds what they were made from."""
+
+    table: Tensor
+    marks: tuple[int, int]
+    by_plan: OrderedDict[tuple[Plan, torch.dtype], list[Tensor]] = field(default_factory=OrderedDict)
+
+    @classmethod
+    def of(cls, rpb: Tensor) -> "_CachedBiases":
+        return cls(rpb.detach().clone(), _marks(rpb))
+
+    def current(self, rpb: Tensor) -> bool:
+        """On the CPU the values are compared, which also sees changes through `.data`; elsewhere that would cost a wait."""
+        return self.marks == _marks(rpb) and (rpb.device.type != "cpu" or torch.equal(self.table, rpb))
+
+
+def _marks(rpb: Tensor) -> tuple[int, int]:
+    return rpb.data_ptr(), 0 if rpb.is_inference() else rpb._version
+
+
+_cached_biases: WeakIdKeyDictionary = WeakIdKeyDictionary()
+
+
+def biases(cut: Plan, rpb: Tensor | None, dtype: torch.dtype) -> list[Tensor]:
+    """The bias of each of the plan's tiles, in order.
+
+    Kept per table, map size and dtype while the table does not change; made anew where gradients or a compiler must see how.
+    """
+    if torch.compiler.is_compiling():
+        return [same.bias(rpb, dtype) for same in cut.tiles]
+    if rpb is None:
+        return _plain_biases(cut, dtype)
+    if rpb.requires_grad and torch.is_grad_enabled():
+        return [same.bias(rpb, dtype) for same in cut.tiles]
+    cached: _CachedBiases | None = _cached_biases.get(rpb)  # type: ignore[no-untyped-call]
+    if cached is None or not cached.current(rpb):
+        cached = _cached_biases[rpb] = _CachedBiases.of(rpb)
+    made = cached.by_plan.get((cut, dtype))
+    if made is None:
+        with torch.inference_mode(False), torch.no_grad():
+            made = cached.by_plan[cut, dtype] = [same.bias(rpb, dtype) for same in cut.tiles]
+        while len(cached.by_plan) > CACHED_MAP_SIZES:
+            cached.by_plan.popitem(last=False)
+    return made
+
+
+@lru_cache(maxsize=CACHED_MAP_SIZES)
+@torch.inference_mode(False)
+def _plain_biases(cut: Plan, dtype: torch.dtype) -> list[Tensor]:
+    return [same.bias(None, dtype) for same in cut.tiles]

@@ -1,0 +1,589 @@
+"""The Dilated Neighborhood Attention Transformer (DiNAT, arXiv 2209.15001).
+
+Behaves as transformers 4.53.3 does, with its module names, so that state_dict keys are those of the published checkpoints.
+Maps are NHWC inside and NCHW at the doors (pixel_values, reshaped_hidden_states, feature_maps).
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from model.attention import check_backend, neighborhood_attention, neighborhood_attention_with_weights
+from model.checkpoint import fit, open_checkpoint, save_checkpoint
+from model.config import DinatConfig
+from model.errors import ConfigError, DinatError
+
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "gelu": F.gelu,
+    "gelu_new": lambda x: F.gelu(x, approximate="tanh"),
+    "gelu_pytorch_tanh": lambda x: F.gelu(x, approximate="tanh"),
+    "relu": F.relu,
+    "silu": F.silu,
+    "swish": F.silu,
+    "tanh": torch.tanh,
+    "sigmoid": torch.sigmoid,
+}
+"""The functions that config.hidden_act may name; "gelu" is the exact one, by erf."""
+
+
+class DropPath(nn.Module):
+    """Drop a residual branch for a picture with a probability, in training (stochastic depth, arXiv 1603.09382)."""
+
+    def __init__(self, probability: float) -> None:
+        super().__init__()
+        self.probability = probability
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.training:
+            return x
+        kept = x.new_empty(x.shape[0], *[1] * (x.dim() - 1)).bernoulli_(1 - self.probability)
+        return x * kept / (1 - self.probability)
+
+
+class PatchEmbeddings(nn.Module):
+    """Two overlapping convolutions of stride 2: (B, C, H, W) -> (B, H/4, W/4, embed_dim), sizes rounded up."""
+
+    def __init__(self, config: DinatConfig) -> None:
+        super().__init__()
+        if config.patch_size not in (4, [4, 4], (4, 4)):
+            raise ConfigError(f"Dinat only supports patch size of 4 at the moment, got {config.patch_size}")
+        self.num_channels = config.num_channels
+        half = config.embed_dim // 2
+        self.projection = nn.Sequential(
+            nn.Conv2d(config.num_channels, half, 3, stride=2, padding=1),
+            nn.Conv2d(half, config.embed_dim, 3, stride=2, padding=1),
+        )
+
+    def forward(self, pixel_values: Tensor) -> Tensor:
+        if pixel_values.dim() != 4 or pixel_values.shape[1] != self.num_channels:
+            raise DinatError(
+                "Make sure that the channel dimension of the pixel values match with the one set in the configuration: "
+                f"expected (batch, {self.num_channels}, height, width), got {tuple(pixel_values.shape)}"
+            )
+        return self.projection(pixel_values.contiguous(memory_format=torch.channels_last)).permute(0, 2, 3, 1)
+
+
+class Embeddings(nn.Module):
+    """Patch embeddings, layer norm and dropout."""
+
+    def __init__(self, config: DinatConfig) -> None:
+        super().__init__()
+        self.patch_embeddings = PatchEmbeddings(config)
+        self.norm = nn.LayerNorm(config.embed_dim)
+        self.dropout = nn.Dropout(config.hidden_dropout_prob)
+
+    def forward(self, pixel_values: Tensor) -> Tensor:
+        return self.dropout(self.norm(self.patch_embeddings(pixel_values)))
+
+
+class Downsampler(nn.Module):
+    """Halve height and width (rounded up) and double the channels between two stages, NHWC."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.reduction = nn.Conv2d(channels, 2 * channels, 3, stride=2, padding=1, bias=False)
+        self.norm = nn.LayerNorm(2 * channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.norm(self.reduction(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1))
+
+
+class NeighborhoodSelfAttention(nn.Module):
+    """Query, key and value products, and attention within each position's dilated neighborhood (section 3)."""
+
+    def __init__(self, config: DinatConfig, channels: int, heads: int, dilation: int, backend: str) -> None:
+        super().__init__()
+        if channels % heads:
+            raise ConfigError(f"The hidden size ({channels}) is not a multiple of the number of attention heads ({heads})")
+        self.heads, self.kernel_size, self.dilation = heads, config.kernel_size, dilation
+        self.backend = backend
+        self.dropout = config.attention_probs_dropout_prob
+        side = 2 * config.kernel_size - 1
+        self.rpb = nn.Parameter(torch.zeros(heads, side, side))
+        self.query = nn.Linear(channels, channels, bias=config.qkv_bias)
+        self.key = nn.Linear(channels, channels, bias=config.qkv_bias)
+        self.value = nn.Linear(channels, channels, bias=config.qkv_bias)
+
+    def forward(self, x: Tensor, with_weights: bool) -> tuple[Tensor, Tensor | None]:
+        """(B, H, W, C) -> the same shape, and (B, heads, H, W, kernel_size**2) if the weights are wanted."""
+        q, k, v = (linear(x).unflatten(-1, (self.heads, -1)) for linear in (self.query, self.key, self.value))
+        settings: dict[str, Any] = {"dropout": self.dropout if self.training else 0.0}
+        weights = None
+        if with_weights:
+            attended, weights = neighborhood_attention_with_weights(
+                q, k, v, self.rpb, self.kernel_size, self.dilation, **settings
+            )
+        else:
+            attended = neighborhood_attention(
+                q, k, v, self.rpb, self.kernel_size, self.dilation, backend=self.backend, **settings
+            )
+        return attended.flatten(-2), weights
+
+
+class AttentionOutput(nn.Module):
+    """The projection after attention."""
+
+    def __init__(self, config: DinatConfig, channels: int) -> None:
+        super().__init__()
+        self.dense = nn.Linear(channels, channels)
+        self.dropout = nn.Dropout(config.attention_probs_dropout_prob)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.dropout(self.dense(x))
+
+
+class Attention(nn.Module):
+    """Neighborhood attention and its projection. A map smaller than kernel_size * dilation is padded first.
+
+    The padding is zeros to the right and below, before the query, key and value products and without a mask, as published.
+    """
+
+    def __init__(self, config: DinatConfig, channels: int, heads: int, dilation: int, backend: str) -> None:
+        super().__init__()
+        self.self = NeighborhoodSelfAttention(config, channels, heads, dilation, backend)
+        self.output = AttentionOutput(config, channels)
+        self.window = config.kernel_size * dilation
+
+    def forward(self, x: Tensor, with_weights: bool) -> tuple[Tensor, Tensor | None]:
+        height, width = x.shape[1:3]
+        below, right = max(0, self.window - height), max(0, self.window - width)
+        if below or right:
+            x = F.pad(x, (0, 0, 0, right, 0, below))
+        attended, weights = self.self(x, with_weights)
+        return self.output(attended[:, :height, :width]), weights
+
+
+class Intermediate(nn.Module):
+    """The MLP's first product and its activation."""
+
+    def __init__(self, config: DinatConfig, channels: int) -> None:
+        super().__init__()
+        self.dense = nn.Linear(channels, int(config.mlp_ratio * channels))
+        if callable(config.hidden_act):
+            self.activation = config.hidden_act
+        elif config.hidden_act in ACTIVATIONS:
+            self.activation = ACTIVATIONS[config.hidden_act]
+        else:
+            raise ConfigError(f"hidden_act {config.hidden_act!r} is not known: take one of {', '.join(ACTIVATIONS)}")
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.activation(self.dense(x))
+
+
+class Output(nn.Module):
+    """The MLP's second product."""
+
+    def __init__(self, config: DinatConfig, channels: int) -> None:
+        super().__init__()
+        self.dense = nn.Linear(int(config.mlp_ratio * channels), channels)
+        self.dropout = nn.Dropout(config.hidden_dropout_prob)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.dropout(self.dense(x))
+
+
+class Layer(nn.Module):
+    """Attention and MLP, each after a layer norm and added to what came in, NHWC."""
+
+    def __init__(self, config: DinatConfig, channels: int, heads: int, dilation: int, drop_path: float, backend: str) -> None:
+        super().__init__()
+        self.layernorm_before = nn.LayerNorm(channels, eps=config.layer_norm_eps)
+        self.attention = Attention(config, channels, heads, dilation, backend)
+        self.drop_path = DropPath(drop_path) if drop_path > 0 else nn.Identity()
+        self.layernorm_after = nn.LayerNorm(channels, eps=config.layer_norm_eps)
+        self.intermediate = Intermediate(config, channels)
+        self.output = Output(config, channels)
+        self.layer_scale_parameters = None
+        if config.layer_scale_init_value > 0:
+            self.layer_scale_parameters = nn.Parameter(torch.full((2, channels), float(config.layer_scale_init_value)))
+
+    def forward(self, x: Tensor, with_weights: bool = False) -> tuple[Tensor, Tensor | None]:
+        attended, weights = self.attention(self.layernorm_before(x), with_weights)
+        if self.layer_scale_parameters is not None:
+            attended = self.layer_scale_parameters[0] * attended
+        x = x + self.drop_path(attended)
+        transformed = self.output(self.intermediate(self.layernorm_after(x)))
+        if self.layer_scale_parameters is not None:
+            transformed = self.layer_scale_parameters[1] * transformed
+        return x + self.drop_path(transformed), weights
+
+
+class Stage(nn.Module):
+    """Layers of one resolution, and the downsampler to the next."""
+
+    def __init__(self, config: DinatConfig, index: int, drop_paths: list[float], backend: str) -> None:
+        super().__init__()
+        channels, heads = config.channels_of(index), config.num_heads[index]
+        self.layers = nn.ModuleList(
+            Layer(config, channels, heads, dilation, drop_path, backend)
+            for dilation, drop_path in zip(config.dilations[index], drop_paths, strict=True)
+        )
+        self.downsample = Downsampler(channels) if index < config.num_layers - 1 else None
+
+    def forward(self, x: Tensor, with_weights: bool = False) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Returns the map before and after the downsampler, and the last layer's attention weights if wanted."""
+        weights = None
+        last = len(self.layers) - 1
+        for i, layer in enumerate(self.layers):
+            x, weights = layer(x, with_weights and i == last)
+        return x, x if self.downsample is None else self.downsample(x), weights
+
+
+@dataclass
+class Encoded:
+    """What the encoder passed through. All maps NHWC, the embeddings first; `before` and `after` the downsamplers."""
+
+    before: list[Tensor]
+    after: list[Tensor]
+    attentions: tuple[Tensor, ...] | None
+
+
+class Encoder(nn.Module):
+    """All stages."""
+
+    def __init__(self, config: DinatConfig, backend: str) -> None:
+        super().__init__()
+        total = sum(config.depths)
+        rates = [config.drop_path_rate * i / max(1, total - 1) for i in range(total)]
+        starts = [sum(config.depths[:i]) for i in range(config.num_layers)]
+        self.levels = nn.ModuleList(
+            Stage(config, i, rates[start : start + depth], backend)
+            for i, (start, depth) in enumerate(zip(starts, config.depths, strict=True))
+        )
+
+    def forward(self, x: Tensor, with_weights: bool = False) -> Encoded:
+        before, after, attentions = [x], [x], []
+        for stage in self.levels:
+            undivided, x, weights = stage(x, with_weights)
+            before.append(undivided)
+            after.append(x)
+            attentions.append(weights)
+        return Encoded(before, after, tuple(attentions) if with_weights else None)
+
+
+class ModelOutput:
+    """Fields of an answer that were not asked for are None. Also reads as a tuple, or by key, of those that are not."""
+
+    def to_tuple(self) -> tuple[Any, ...]:
+        """The values that are there, in transformers' order; reshaped_hidden_states has no place in it."""
+        names = [field.name for field in fields(self) if field.name != "reshaped_hidden_states"]  # type: ignore[arg-type]
+        return tuple(value for name in names if (value := getattr(self, name)) is not None)
+
+    def __getitem__(self, key: int | str) -> Any:
+        return getattr(self, key) if isinstance(key, str) else self.to_tuple()[key]
+
+
+@dataclass
+class DinatModelOutput(ModelOutput):
+    """What DinatModel returns.
+
+    last_hidden_state: (B, h, w, C), after the final layer norm.  pooler_output: (B, C), its mean over the map, or None.
+    hidden_states: the embeddings, then each stage after its downsampler, NHWC.  attentions: of each stage's last layer,
+    (B, heads, H, W, kernel_size**2) with the padded H and W.  reshaped_hidden_states: the hidden states as NCHW.
+    """
+
+    last_hidden_state: Tensor
+    pooler_output: Tensor | None = None
+    hidden_states: tuple[Tensor, ...] | None = None
+    attentions: tuple[Tensor, ...] | None = None
+    reshaped_hidden_states: tuple[Tensor, ...] | None = None
+
+
+@dataclass
+class DinatImageClassifierOutput(ModelOutput):
+    """What DinatForImageClassification returns: loss () or None, logits (B, num_labels); the rest as in DinatModelOutput."""
+
+    loss: Tensor | None
+    logits: Tensor
+    hidden_states: tuple[Tensor, ...] | None = None
+    attentions: tuple[Tensor, ...] | None = None
+    reshaped_hidden_states: tuple[Tensor, ...] | None = None
+
+
+@dataclass
+class BackboneOutput(ModelOutput):
+    """What DinatBackbone returns: feature_maps, NCHW, one for each of out_features; the rest as in DinatModelOutput.
+
+    Here hidden_states are those before the downsamplers.
+    """
+
+    feature_maps: tuple[Tensor, ...]
+    hidden_states: tuple[Tensor, ...] | None = None
+    attentions: tuple[Tensor, ...] | None = None
+
+
+class PreTrainedModel(nn.Module):
+    """Loading, saving and initialising, the same for every network here."""
+
+    absent_prefixes: tuple[str, ...] = ()
+    """Keys of a checkpoint that this network may leave aside."""
+    fresh_prefixes: tuple[str, ...] = ()
+    """Keys of this network that a checkpoint may leave out; they keep their initial values."""
+
+    def __init__(self, config: DinatConfig, attention: str = "auto") -> None:
+        super().__init__()
+        check_backend(attention)
+        self.config = config
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        source: str | Path,
+        attention: str = "auto",
+        device: str | torch.device | None = None,
+        dtype: torch.dtype | None = None,
+        *,
+        revision: str | None = None,
+        token: str | None = None,
+        cache_dir: str | Path | None = None,
+        local_files_only: bool = False,
+        config: DinatConfig | None = None,
+        **changes: Any,
+    ) -> Self:
+        """A network with a checkpoint's weights, in eval mode.
+
+        source: a folder in the Hub's layout, a Hub id, an original .pth or .pth.tar file, or "digits".
+        attention: backend, as neighborhood_attention takes it.  device: CPU if None.  dtype: float32 if None.
+        revision, token, cache_dir, local_files_only: for a Hub id.  config: instead of the checkpoint's own.
+        changes: fields of the configuration to replace, such as out_features.
+        Raises CheckpointError, with every missing, unexpected or wrongly shaped key, and ConfigError.
+        """
+        checkpoint = open_checkpoint(
+            source, revision=revision, token=token, cache_dir=cache_dir, local_files_only=local_files_only, config=config
+        )
+        settings = checkpoint.config
+        if changes:
+            settings = DinatConfig.from_dict(_without_stage_pair(settings.to_dict(), changes) | changes)
+        with torch.device("meta"):
+            network = cls(settings, attention=attention)
+        network._load(checkpoint.state_dict(), str(source))
+        return network.to(device=device, dtype=dtype or torch.float32).eval()
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write config.json and model.safetensors in the Hub's layout, as transformers 4.53.3 reads it."""
+        save_checkpoint(folder, self.config, self.state_dict(), architecture=type(self).__name__)
+
+    def _load(self, state_dict: dict[str, Tensor], source: str) -> None:
+        expected = self.state_dict()
+        prefixed = [key for key in expected if key.startswith("dinat.")]
+        if not prefixed:
+            state_dict = {key.removeprefix("dinat."): value for key, value in state_dict.items()}
+        fresh = {
+            name: torch.ones(value.shape) if name.endswith("weight") else torch.zeros(value.shape)
+            for name, value in expected.items()
+            if name.startswith(self.fresh_prefixes) and self.fresh_prefixes
+        }
+        self.load_state_dict(fit(fresh | state_dict, expected, source, ignored=self.absent_prefixes), strict=True, assign=True)
+
+    def _initialize(self) -> None:
+        """Normal weights of standard deviation config.initializer_range, zero biases (transformers' rule)."""
+        for module in self.modules():
+            if isinstance(module, nn.Linear | nn.Conv2d):
+                nn.init.normal_(module.weight, std=self.config.initializer_range)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+
+
+def _without_stage_pair(values: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
+    """A new out_features or out_indices replaces both."""
+    if "out_features" in changes or "out_indices" in changes:
+        return {name: value for name, value in values.items() if name not in ("out_features", "out_indices")}
+    return values
+
+
+class DinatModel(PreTrainedModel):
+    """DiNAT without a head: pixel_values (B, num_channels, H, W) -> DinatModelOutput. Any H and W."""
+
+    absent_prefixes = ("classifier.",)
+
+    def __init__(self, config: DinatConfig, add_pooling_layer: bool = True, attention: str = "auto") -> None:
+        super().__init__(config, attention)
+        self.embeddings = Embeddings(config)
+        self.encoder = Encoder(config, attention)
+        self.layernorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.add_pooling_layer = add_pooling_layer
+        self._initialize()
+
+    def get_input_embeddings(self) -> PatchEmbeddings:
+        """The module that takes the pixels."""
+        return self.embeddings.patch_embeddings
+
+    def forward(
+        self,
+        pixel_values: Tensor | None = None,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
+    ) -> DinatModelOutput | tuple[Any, ...]:
+        """See the class. An argument of None takes the configuration's value; return_dict=False gives a tuple."""
+        output = self.run(
+            pixel_values,
+            _choose(output_attentions, self.config.output_attentions),
+            _choose(output_hidden_states, self.config.output_hidden_states),
+        )
+        return output if _choose(return_dict, self.config.return_dict) else output.to_tuple()
+
+    def encode(self, pixel_values: Tensor, output_attentions: bool = False) -> Encoded:
+        """Every map of the network, before the final layer norm."""
+        return self.encoder(self.embeddings(pixel_values), output_attentions)
+
+    def run(self, pixel_values: Tensor | None, output_attentions: bool, output_hidden_states: bool) -> DinatModelOutput:
+        """The forward pass with nothing left to choose."""
+        encoded = self.encode(_given(pixel_values), output_attentions)
+        last = self.layernorm(encoded.after[-1])
+        states = tuple(encoded.after) if output_hidden_states else None
+        return DinatModelOutput(
+            last_hidden_state=last,
+            pooler_output=last.mean(dim=(1, 2)) if self.add_pooling_layer else None,
+            hidden_states=states,
+            attentions=encoded.attentions,
+            reshaped_hidden_states=None if states is None else tuple(state.permute(0, 3, 1, 2) for state in states),
+        )
+
+
+class DinatForImageClassification(PreTrainedModel):
+    """DiNAT with a linear classifier over the pooled map: pixel_values (B, num_channels, H, W) -> logits (B, num_labels)."""
+
+    def __init__(self, config: DinatConfig, attention: str = "auto") -> None:
+        super().__init__(config, attention)
+        self.dinat = DinatModel(config, attention=attention)
+        width = config.hidden_size
+        self.classifier = nn.Linear(width, config.num_labels) if config.num_labels > 0 else nn.Identity()
+        self._initialize()
+
+    @property
+    def num_labels(self) -> int:
+        """Classes of the classifier."""
+        return self.config.num_labels
+
+    def get_input_embeddings(self) -> PatchEmbeddings:
+        """The module that takes the pixels."""
+        return self.dinat.get_input_embeddings()
+
+    def forward(
+        self,
+        pixel_values: Tensor | None = None,
+        labels: Tensor | None = None,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
+    ) -> DinatImageClassifierOutput | tuple[Any, ...]:
+        """See the class. labels: (B,) int64 classes, or (B, num_labels) or (B,) float, for a loss by config.problem_type.
+
+        An argument of None takes the configuration's value; return_dict=False gives a tuple.
+        """
+        encoded = self.dinat.run(
+            pixel_values,
+            _choose(output_attentions, self.config.output_attentions),
+            _choose(output_hidden_states, self.config.output_hidden_states),
+        )
+        logits = self.classifier(encoded.pooler_output)
+        output = DinatImageClassifierOutput(
+            loss=None if labels is None else classification_loss(logits, labels, self.config),
+            logits=logits,
+            hidden_states=encoded.hidden_states,
+            attentions=encoded.attentions,
+            reshaped_hidden_states=encoded.reshaped_hidden_states,
+        )
+        return output if _choose(return_dict, self.config.return_dict) else output.to_tuple()
+
+
+def classification_loss(logits: Tensor, labels: Tensor, config: DinatConfig) -> Tensor:
+    """Mean squared error, cross entropy (-100 is ignored) or binary cross entropy, by config.problem_type.
+
+    A problem_type of None is decided by the labels, and kept in the configuration, as transformers does.
+    """
+    if config.problem_type is None:
+        if config.num_labels == 1:
+            config.problem_type = "regression"
+        elif labels.dtype in (torch.long, torch.int):
+            config.problem_type = "single_label_classification"
+        else:
+            config.problem_type = "multi_label_classification"
+    if config.problem_type == "regression":
+        return F.mse_loss(logits.squeeze(), labels.squeeze()) if config.num_labels == 1 else F.mse_loss(logits, labels)
+    if config.problem_type == "single_label_classification":
+        return F.cross_entropy(logits.view(-1, config.num_labels), labels.view(-1).long())
+    if config.problem_type == "multi_label_classification":
+        return F.binary_cross_entropy_with_logits(logits, labels)
+    raise ConfigError(
+        f"problem_type {config.problem_type!r} is not known: take one of regression, single_label_classification, "
+        "multi_label_classification"
+    )
+
+
+class DinatBackbone(PreTrainedModel):
+    """Feature maps for a detector or segmenter: pixel_values (B, num_channels, H, W) -> BackboneOutput.
+
+    The stages of config.out_features, each before its downsampler and after a layer norm of its own, as NCHW.
+    """
+
+    absent_prefixes = ("classifier.", "layernorm.", "hidden_states_norms.")
+    fresh_prefixes = ("hidden_states_norms.",)
+
+    def __init__(self, config: DinatConfig, attention: str = "auto") -> None:
+        super().__init__(config, attention)
+        self.embeddings = Embeddings(config)
+        self.encoder = Encoder(config, attention)
+        self.hidden_states_norms = nn.ModuleDict(
+            {stage: nn.LayerNorm(width) for stage, width in zip(self.out_features, self.channels, strict=True)}
+        )
+        self._initialize()
+
+    @property
+    def out_features(self) -> list[str]:
+        """Names of the stages returned."""
+        return self.config.out_features
+
+    @property
+    def num_features(self) -> list[int]:
+        """Channels of the stem and of every stage."""
+        stages = range(self.config.num_layers)
+        return [self.config.embed_dim, *(self.config.channels_of(stage) for stage in stages)]
+
+    @property
+    def channels(self) -> list[int]:
+        """Channels of the stages returned."""
+        names = self.config.stage_names
+        return [self.num_features[names.index(stage)] for stage in self.out_features]
+
+    def get_input_embeddings(self) -> PatchEmbeddings:
+        """The module that takes the pixels."""
+        return self.embeddings.patch_embeddings
+
+    def forward(
+        self,
+        pixel_values: Tensor,
+        output_hidden_states: bool | None = None,
+        output_attentions: bool | None = None,
+        return_dict: bool | None = None,
+    ) -> BackboneOutput | tuple[Any, ...]:
+        """See the class. An argument of None takes the configuration's value; return_dict=False gives a tuple."""
+        with_weights = _choose(output_attentions, self.config.output_attentions)
+        encoded = self.encoder(self.embeddings(_given(pixel_values)), with_weights)
+        maps = dict(zip(self.config.stage_names, encoded.before, strict=True))
+        output = BackboneOutput(
+            feature_maps=tuple(
+                norm(maps[stage]).permute(0, 3, 1, 2).contiguous() for stage, norm in self.hidden_states_norms.items()
+            ),
+            hidden_states=tuple(encoded.before) if _choose(output_hidden_states, self.config.output_hidden_states) else None,
+            attentions=encoded.attentions,
+        )
+        if _choose(return_dict, self.config.return_dict):
+            return output
+        return (output.feature_maps,) if output.hidden_states is None else (output.feature_maps, output.hidden_states)
+
+
+def _choose(asked: bool | None, default: bool) -> bool:
+    return default if asked is None else asked
+
+
+def _given(pixel_values: Tensor | None) -> Tensor:
+    if pixel_values is None:
+        raise DinatError("You have to specify pixel_values")
+    return pixel_values
