@@ -1,0 +1,149 @@
+"""Make golden.npz with transformers 4.53.3, in an environment of its own:
+
+    python -m venv /tmp/golden && /tmp/golden/bin/pip install torch==2.13.0
+    /tmp/golden/bin/pip install transformers==4.53.3 pillow numpy
+    /tmp/golden/bin/python tests/parity/make_golden.py
+
+transformers' DiNAT calls two operators of NATTEN 0.14, which no current torch can load. They are stated here by NATTEN
+0.14.6's own index rules, get_window_start and get_pb_start, position by position: another form than the project's own
+(model/attention/geometry.py), so that an error in either shows.
+"""
+
+import hashlib
+from pathlib import Path
+
+import numpy as np
+import torch
+from cases import (
+    INPUTS,
+    NETWORKS,
+    PICTURES,
+    PROCESSORS,
+    STAGES,
+    fingerprint,
+    loss_cases,
+    picture,
+    pixel_values,
+    settings,
+    weight,
+)
+
+
+def window_start(index: int, length: int, kernel_size: int, dilation: int) -> int:
+    radius = kernel_size // 2
+    if dilation <= 1:
+        return max(index - radius, 0) + (index + radius >= length) * (length - index - radius - 1)
+    if index - radius * dilation < 0:
+        return index % dilation
+    if index + radius * dilation >= length:
+        member = index % dilation
+        whole = (length // dilation) * dilation
+        rest = length - whole
+        if member < rest:
+            return length - rest + member - 2 * radius * dilation
+        return whole + member - kernel_size * dilation
+    return index - radius * dilation
+
+
+def pb_start(index: int, length: int, kernel_size: int, dilation: int) -> int:
+    radius = kernel_size // 2
+    if dilation <= 1:
+        return radius + (index < radius) * (radius - index) + (index + radius >= length) * (length - index - 1 - radius)
+    if index - radius * dilation < 0:
+        return kernel_size - 1 - index // dilation
+    if index + radius * dilation >= length:
+        return (length - index - 1) // dilation
+    return radius
+
+
+def tables(length: int, kernel_size: int, dilation: int) -> tuple[torch.Tensor, torch.Tensor]:
+    assert length >= kernel_size * dilation, "Input resolution must be greater than or equal to kernel size x dilation."
+    steps = torch.arange(kernel_size)
+    starts = torch.tensor([window_start(i, length, kernel_size, dilation) for i in range(length)])
+    biases = torch.tensor([pb_start(i, length, kernel_size, dilation) for i in range(length)])
+    return starts[:, None] + steps * dilation, biases[:, None] + steps
+
+
+def natten2dqkrpb(query, key, rpb, kernel_size, dilation):
+    (rows, row_bias), (columns, column_bias) = (tables(n, kernel_size, dilation) for n in query.shape[2:4])
+    scores = torch.empty(*query.shape[:4], kernel_size**2, dtype=query.dtype)
+    for a in range(kernel_size):
+        for c in range(kernel_size):
+            keys = key[:, :, rows[:, a]][:, :, :, columns[:, c]]
+            bias = rpb[:, row_bias[:, a]][:, :, column_bias[:, c]]
+            scores[..., a * kernel_size + c] = (query * keys).sum(-1) + bias
+    return scores
+
+
+def natten2dav(attention, value, kernel_size, dilation):
+    (rows, _), (columns, _) = (tables(n, kernel_size, dilation) for n in value.shape[2:4])
+    output = torch.zeros_like(value)
+    for a in range(kernel_size):
+        for c in range(kernel_size):
+            values = value[:, :, rows[:, a]][:, :, :, columns[:, c]]
+            output += attention[..., a * kernel_size + c, None] * values
+    return output
+
+
+def with_weights(network: torch.nn.Module) -> torch.nn.Module:
+    network = network.double().eval()
+    state = network.state_dict()
+    network.load_state_dict({name: torch.from_numpy(weight(name, tuple(value.shape))) for name, value in state.items()})
+    return network
+
+
+def main() -> None:
+    import transformers
+    from transformers import DinatBackbone, DinatConfig, DinatForImageClassification, ViTImageProcessor
+    from transformers.models.dinat import modeling_dinat
+
+    assert transformers.__version__ == "4.53.3"
+    modeling_dinat.requires_backends = lambda *_: None
+    modeling_dinat.natten2dqkrpb, modeling_dinat.natten2dav = natten2dqkrpb, natten2dav
+    golden: dict[str, np.ndarray] = {}
+
+    def keep(name: str, values: torch.Tensor) -> None:
+        golden[f"{name}/shape"] = np.array(values.shape)
+        golden[name] = fingerprint(values.detach().numpy())
+
+    with torch.no_grad():
+        for network in NETWORKS:
+            classifier = with_weights(DinatForImageClassification(DinatConfig(**settings(network))))
+            backbone = with_weights(DinatBackbone(DinatConfig(**settings(network), out_features=STAGES)))
+            for height, width in INPUTS:
+                case = f"{network}/{height}x{width}"
+                pixels = torch.from_numpy(pixel_values(height, width))
+                output = classifier(pixels, output_hidden_states=True, output_attentions=True)
+                keep(f"{case}/logits", output.logits)
+                for i, state in enumerate(output.hidden_states):
+                    keep(f"{case}/hidden_states/{i}", state)
+                    keep(f"{case}/reshaped_hidden_states/{i}", output.reshaped_hidden_states[i])
+                for i, attention in enumerate(output.attentions):
+                    keep(f"{case}/attentions/{i}", attention)
+                maps = backbone(pixels, output_hidden_states=True)
+                for stage, feature_map, state in zip(STAGES, maps.feature_maps, maps.hidden_states, strict=True):
+                    keep(f"{case}/feature_maps/{stage}", feature_map)
+                    keep(f"{case}/backbone_hidden_states/{stage}", state)
+        for name, (changes, labels) in loss_cases().items():
+            classifier = with_weights(DinatForImageClassification(DinatConfig(**(settings("k7-8421") | changes))))
+            output = classifier(torch.from_numpy(pixel_values(64, 96)), labels=torch.from_numpy(labels))
+            golden[f"loss/{name}"] = np.array(output.loss.item())
+            golden[f"problem_type/{name}"] = np.array(classifier.config.problem_type)
+
+    for name, changes in PROCESSORS.items():
+        for height, width in PICTURES:
+            pixels = picture(height, width)
+            exact = ViTImageProcessor(**(changes | {"do_normalize": False}))(
+                pixels, return_tensors="np", input_data_format="channels_last"
+            )["pixel_values"][0]
+            case = f"processor/{name}/{height}x{width}"
+            golden[f"{case}/sha256"] = np.array(hashlib.sha256(exact.astype(np.float32).tobytes()).hexdigest())
+            normalised = ViTImageProcessor(**changes)(pixels, return_tensors="pt", input_data_format="channels_last")
+            keep(f"{case}/pixel_values", normalised["pixel_values"])
+
+    np.savez_compressed(Path(__file__).with_name("golden.npz"), **golden)
+    print(len(golden), "values kept")
+
+
+if __name__ == "__main__":
+    main()
