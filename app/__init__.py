@@ -1,0 +1,1 @@
+"""The service: a DiNAT classifier behind HTTP."""

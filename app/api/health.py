@@ -1,0 +1,52 @@
+"""GET /health, /health/live, /health/ready and /model."""
+
+from http import HTTPStatus
+
+from fastapi import APIRouter, Request, Response
+
+from app.api.schemas import PROBLEMS, Health, ModelCard
+from app.engine.engine import Engine, State
+from app.engine.torch_runtime import feature_names
+
+router = APIRouter(tags=["health"])
+
+_UNHEALTHY = {503: {"model": Health, "description": "Not now; detail says why"}}
+
+
+@router.get("/health", responses=_UNHEALTHY)  # type: ignore[arg-type]
+@router.get("/health/ready", responses=_UNHEALTHY)  # type: ignore[arg-type]
+async def ready(request: Request, response: Response) -> Health:
+    """Whether pictures are taken now."""
+    return _health(request, response, request.app.state.engine.state is State.READY)
+
+
+@router.get("/health/live", responses=_UNHEALTHY)  # type: ignore[arg-type]
+async def live(request: Request, response: Response) -> Health:
+    """Whether the process does its work, or is on its way to: if not, start it anew."""
+    return _health(request, response, request.app.state.engine.state is not State.FAILED)
+
+
+def _health(request: Request, response: Response, healthy: bool) -> Health:
+    engine: Engine = request.app.state.engine
+    response.status_code = HTTPStatus.OK if healthy else HTTPStatus.SERVICE_UNAVAILABLE
+    response.headers["Cache-Control"] = "no-store"
+    return Health(status=engine.state, detail=engine.why_not_ready(), model=engine.settings.model)
+
+
+@router.get("/model", responses={503: PROBLEMS[503]})
+async def model(request: Request) -> ModelCard:
+    """What is being served: labels, configuration, input, precision and who computes."""
+    engine: Engine = request.app.state.engine
+    runtime = engine.runtime
+    config = runtime.config
+    return ModelCard(
+        model=engine.settings.model,
+        labels=[config.id2label[i] for i in range(config.num_labels)],
+        config={name: value for name, value in config.to_dict().items() if name not in ("id2label", "label2id")},
+        input_size=runtime.processor.to_dict(),
+        runtime=runtime.name,
+        device=str(runtime.device),
+        precision=runtime.precision,
+        attention=dict.fromkeys(config.stage_names[1:], runtime.attention),
+        features=feature_names(config),
+    )

@@ -1,0 +1,116 @@
+"""The command `dinat`: serve a checkpoint, convert one, or say what is in one."""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import uvicorn
+from pydantic import ValidationError
+
+from app.engine.engine import Engine
+from app.main import create_app
+from app.settings import Settings, explain
+from model import DinatConfig, DinatError, DinatForImageClassification, DinatImageProcessor
+from model.checkpoint import open_checkpoint
+from model.config import PRESETS
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the command line; returns the exit status. What the user got wrong ends in one line on standard error."""
+    parsed = _parser().parse_args(arguments)
+    try:
+        return int(parsed.run(parsed))
+    except ValidationError as error:
+        return _fail(explain(error))
+    except DinatError as error:
+        return _fail(str(error))
+    except OSError as error:
+        return _fail(str(error))
+
+
+def serve(parsed: argparse.Namespace) -> int:
+    """Serve until a signal says stop."""
+    given = {name: value for name in Settings.model_fields if (value := getattr(parsed, name)) is not None}
+    settings = Settings(**given)
+    engine = Engine(settings)
+    server = uvicorn.Server(
+        uvicorn.Config(create_app(settings, engine), host=settings.host, port=settings.port, server_header=False)
+    )
+    engine.on_failure = lambda: setattr(server, "should_exit", True)
+    server.run()
+    if engine.failure is not None:
+        return _fail(engine.why_not_ready())
+    return 0 if server.started else 1
+
+
+def convert(parsed: argparse.Namespace) -> int:
+    """Write a checkpoint of any kind in the Hub's layout."""
+    config = None
+    labels = parsed.labels.read_text().splitlines() if parsed.labels else None
+    if parsed.preset:
+        config = DinatConfig.preset(parsed.preset, **({"num_labels": len(labels)} if labels else {}))
+    network = DinatForImageClassification.from_pretrained(parsed.source, config=config)
+    if labels is not None:
+        if len(labels) != network.num_labels:
+            raise DinatError(f"{parsed.labels} names {len(labels)} labels, one a line; the checkpoint has {network.num_labels}")
+        network.config.id2label = dict(enumerate(labels))
+        network.config.label2id = {label: index for index, label in enumerate(labels)}
+    network.save_pretrained(parsed.destination)
+    DinatImageProcessor.from_pretrained(parsed.source, config=config).save_pretrained(parsed.destination)
+    print(f"{parsed.source} written to {parsed.destination}")
+    return 0
+
+
+def info(parsed: argparse.Namespace) -> int:
+    """Print what a checkpoint is, as JSON."""
+    checkpoint = open_checkpoint(parsed.source, revision=parsed.revision)
+    config = checkpoint.config
+    weights = checkpoint.state_dict()
+    summary: dict[str, Any] = {
+        "source": parsed.source,
+        "parameters": sum(value.numel() for value in weights.values()),
+        "tensors": len(weights),
+        "labels": config.num_labels,
+        "first labels": [config.id2label[i] for i in range(min(5, config.num_labels))],
+        "config": {name: value for name, value in config.to_dict().items() if name not in ("id2label", "label2id")},
+        "image processor": DinatImageProcessor.from_pretrained(parsed.source, revision=parsed.revision).to_dict(),
+    }
+    print(json.dumps(summary, indent=2))
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="dinat", description="Serve, convert and inspect DiNAT image classifiers.")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    command = commands.add_parser(
+        "serve", help="answer HTTP requests", description="Every flag can also be set as DINAT_..., in capitals."
+    )
+    for name, field in Settings.model_fields.items():
+        command.add_argument(f"--{name.replace('_', '-')}", dest=name, metavar=name.upper(), help=field.description)
+    command.set_defaults(run=serve)
+
+    command = commands.add_parser("convert", help="write a checkpoint in the Hub's layout")
+    command.add_argument("source", help="folder, Hub id, original .pth or .pth.tar file")
+    command.add_argument("destination", type=Path, help="folder to write")
+    command.add_argument("--preset", choices=PRESETS, help="which published model a .pth file is, where its name does not say")
+    command.add_argument("--labels", type=Path, help="file with the names of the classes, one a line")
+    command.set_defaults(run=convert)
+
+    command = commands.add_parser("info", help="say what is in a checkpoint")
+    command.add_argument("source", help='folder, Hub id, .pth file or "digits"')
+    command.add_argument("--revision", help="branch, tag or commit of a Hub id")
+    command.set_defaults(run=info)
+    return parser
+
+
+def _fail(message: str) -> int:
+    print(f"dinat: {message}", file=sys.stderr)
+    return 1
+
+
+def run() -> None:
+    """Entry point of the console command."""
+    sys.exit(main())

@@ -1,0 +1,90 @@
+"""What the service answers when it cannot answer: application/problem+json (RFC 9457), never a stack trace."""
+
+import logging
+from collections.abc import Mapping
+from http import HTTPStatus
+from typing import Any
+
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse
+from starlette.exceptions import HTTPException
+
+logger = logging.getLogger("dinat")
+
+PROBLEM = "application/problem+json"
+
+
+class ServiceError(Exception):
+    """An error with an HTTP status. detail: one sentence that names the value, what is allowed and what to do."""
+
+    status = HTTPStatus.INTERNAL_SERVER_ERROR
+
+    def __init__(self, detail: str, headers: dict[str, str] | None = None) -> None:
+        super().__init__(detail)
+        self.detail = detail
+        self.headers = headers
+
+
+class NoImage(ServiceError):
+    """There is no picture in the request, or its form is broken."""
+
+    status = HTTPStatus.BAD_REQUEST
+
+
+class TooLarge(ServiceError):
+    """Too many bytes, or too many pixels."""
+
+    status = HTTPStatus.REQUEST_ENTITY_TOO_LARGE
+
+
+class UnsupportedImage(ServiceError):
+    """Not a picture format that is read here."""
+
+    status = HTTPStatus.UNSUPPORTED_MEDIA_TYPE
+
+
+class Unprocessable(ServiceError):
+    """A damaged picture, or a parameter outside what is allowed."""
+
+    status = HTTPStatus.UNPROCESSABLE_ENTITY
+
+
+class Unavailable(ServiceError):
+    """The service cannot take work now."""
+
+    status = HTTPStatus.SERVICE_UNAVAILABLE
+
+
+def problem(request: Request, status: int, detail: str, headers: Mapping[str, str] | None = None) -> JSONResponse:
+    """The answer to a request that failed. The type is about:blank: the status says it all."""
+    title = HTTPStatus(status).phrase
+    request_id = request.state.request_id
+    body = {"type": "about:blank", "title": title, "status": int(status), "detail": detail, "request_id": request_id}
+    headers = {"X-Request-ID": request_id} | dict(headers or {})
+    return JSONResponse(body, status_code=status, headers=headers, media_type=PROBLEM)
+
+
+def add_error_handlers(app: FastAPI) -> None:
+    """Answer every exception that leaves a route with a problem."""
+
+    async def on_service_error(request: Request, error: Any) -> JSONResponse:
+        return problem(request, error.status, error.detail, error.headers)
+
+    async def on_invalid_request(request: Request, error: Any) -> JSONResponse:
+        faults = [f"{'.'.join(map(str, fault['loc'][1:])) or fault['loc'][0]}: {fault['msg']}" for fault in error.errors()]
+        return problem(request, HTTPStatus.UNPROCESSABLE_ENTITY, "; ".join(faults))
+
+    async def on_http_exception(request: Request, error: Any) -> JSONResponse:
+        detail = f"{request.method} {request.url.path}: {error.detail}"
+        return problem(request, error.status_code, detail, error.headers)
+
+    async def on_anything_else(request: Request, error: Exception) -> JSONResponse:
+        logger.error("request %s failed", request.state.request_id, exc_info=error)
+        detail = "something went wrong on this side; the log has it under this request_id"
+        return problem(request, HTTPStatus.INTERNAL_SERVER_ERROR, detail)
+
+    app.add_exception_handler(ServiceError, on_service_error)
+    app.add_exception_handler(RequestValidationError, on_invalid_request)
+    app.add_exception_handler(HTTPException, on_http_exception)
+    app.add_exception_handler(Exception, on_anything_else)

@@ -1,0 +1,45 @@
+"""The application: routers, lifespan and error handlers put together."""
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from importlib.metadata import version
+
+from fastapi import FastAPI
+from PIL import Image
+
+from app.api import classify, health
+from app.engine.engine import Engine
+from app.errors import add_error_handlers
+from app.middleware import RequestContext
+from app.settings import Settings
+
+
+def create_app(settings: Settings | None = None, engine: Engine | None = None) -> FastAPI:
+    """The service. The model loads in the background once the application starts; until then /health/ready says 503.
+
+    settings: read from the environment if None.  engine: one made from the same settings, for who wants to watch it.
+    """
+    settings = settings or Settings()
+    engine = engine or Engine(settings)
+
+    @asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        Image.MAX_IMAGE_PIXELS = None  # settings.max_pixels is checked on every picture instead
+        starting = asyncio.create_task(engine.start())
+        yield
+        await starting
+        await engine.stop()
+
+    app = FastAPI(
+        title="dinat-serve",
+        summary="Image classification and feature maps by DiNAT, the Dilated Neighborhood Attention Transformer",
+        version=version("dinat-serve"),
+        lifespan=lifespan,
+    )
+    app.state.engine = engine
+    app.add_middleware(RequestContext, max_upload_bytes=settings.max_upload_bytes)
+    add_error_handlers(app)
+    app.include_router(classify.router)
+    app.include_router(health.router)
+    return app
