@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import logging
 import sys
 from pathlib import Path
 from typing import Any
@@ -34,11 +35,16 @@ def serve(parsed: argparse.Namespace) -> int:
     """Serve until a signal says stop."""
     given = {name: value for name in Settings.model_fields if (value := getattr(parsed, name)) is not None}
     settings = Settings(**given)
+    logging.basicConfig(level=logging.INFO, format="%(levelname)s:     %(message)s")
     engine = Engine(settings)
     server = uvicorn.Server(
         uvicorn.Config(create_app(settings, engine), host=settings.host, port=settings.port, server_header=False)
     )
-    engine.on_failure = lambda: setattr(server, "should_exit", True)
+
+    def stop_if_failed() -> None:
+        server.should_exit = engine.failure is not None
+
+    engine.on_started = stop_if_failed
     server.run()
     if engine.failure is not None:
         return _fail(engine.why_not_ready())

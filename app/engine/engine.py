@@ -35,7 +35,7 @@ class Engine:
         self.settings = settings
         self.state = State.LOADING
         self.failure: Exception | None = None
-        self.on_failure: Callable[[], object] = lambda: None
+        self.on_started: Callable[[], object] = lambda: None
         self._decoders = ThreadPoolExecutor(settings.decode_threads, thread_name_prefix="decode")
         self._runtime: TorchRuntime | None = None
         self._batcher: Batcher | None = None
@@ -58,17 +58,19 @@ class Engine:
         return reasons[self.state]
 
     async def start(self) -> None:
-        """Load the checkpoint and run it once at both ends of its batch sizes. A failure is kept in `failure`, not raised."""
+        """Load the checkpoint and run it once at both ends of its batch sizes. A failure is kept in `failure`, not raised.
+
+        Calls on_started when it is over, either way.
+        """
         started = time.perf_counter()
         try:
             self._runtime, self._batcher = await asyncio.to_thread(self._load)
         except Exception as error:
             self.state, self.failure = State.FAILED, error
-            logger.error("%s", self.why_not_ready())
-            self.on_failure()
-            return
-        self.state = State.READY
-        logger.info("%s is ready after %.1f s", self.settings.model, time.perf_counter() - started)
+        else:
+            self.state = State.READY
+            logger.info("%s is ready after %.1f s", self.settings.model, time.perf_counter() - started)
+        self.on_started()
 
     async def stop(self) -> None:
         """Answer what waits, then let everything go."""

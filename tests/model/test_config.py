@@ -1,0 +1,127 @@
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from model import ConfigError, DinatConfig, DinatForImageClassification
+from model.config import HUB_IDS, PRESETS
+
+PARAMETERS = {
+    "mini": 19_984_174,
+    "tiny": 27_901_582,
+    "small": 50_719_681,
+    "base": 89_769_652,
+    "large": 200_943_514,
+    "large-384": 200_943_514,
+    "large-11x11-384": 201_144_250,
+}
+TENSORS = {"mini": 325, "base": 559}
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_presets_are_the_published_networks(name: str) -> None:
+    with torch.device("meta"):
+        network = DinatForImageClassification(DinatConfig.preset(name))
+    assert sum(p.numel() for p in network.parameters()) == PARAMETERS[name]
+    assert len(network.state_dict()) == TENSORS.get(name, 529)
+    assert name in HUB_IDS
+
+
+def test_large_384_dilates_by_13_6_3_1() -> None:
+    assert DinatConfig.preset("large-384").dilations == [[1, 13, 1], [1, 6, 1, 6], [1, 3] * 9, [1] * 5]
+
+
+def test_defaults() -> None:
+    config = DinatConfig()
+    assert (config.embed_dim, config.depths, config.num_heads, config.kernel_size) == (64, [3, 4, 6, 5], [2, 4, 8, 16], 7)
+    assert config.dilations == [[1, 8, 1], [1, 4, 1, 4], [1, 2, 1, 2, 1, 2], [1, 1, 1, 1, 1]]
+    assert (config.out_features, config.out_indices) == (["stage4"], [4])
+    assert config.id2label == {0: "LABEL_0", 1: "LABEL_1"}
+    assert config.num_hidden_layers == 4
+    assert config.num_attention_heads == [2, 4, 8, 16]
+
+
+def test_dilations_of_one_config_are_its_own() -> None:
+    DinatConfig().dilations[0][0] = 5
+    assert DinatConfig().dilations[0][0] == 1
+
+
+def test_stale_hidden_size_of_published_files_is_left_aside() -> None:
+    values = DinatConfig.preset("base").to_dict() | {"hidden_size": 512, "stage_names": None, "num_layers": 9}
+    config = DinatConfig.from_dict(values)
+    assert config.hidden_size == 1024
+    assert config.stage_names == ["stem", "stage1", "stage2", "stage3", "stage4"]
+    assert config.num_layers == 4
+
+
+def test_unknown_fields_are_kept() -> None:
+    assert DinatConfig(path_norm=True).to_dict()["path_norm"] is True
+
+
+def test_nat_reads_as_a_dinat_without_dilation() -> None:
+    config = DinatConfig.from_dict({"model_type": "nat", "depths": [3, 4, 6, 5], "layer_scale_init_value": 1e-5})
+    assert config.dilations == [[1] * 3, [1] * 4, [1] * 6, [1] * 5]
+
+
+def test_written_configuration_reads_back(tmp_path: Path) -> None:
+    config = DinatConfig.preset("large-11x11-384", out_indices=[0, -1], id2label={0: "cat", 1: "dog"}, num_labels=2)
+    config.save_pretrained(tmp_path)
+    assert DinatConfig.from_dict(json.loads((tmp_path / "config.json").read_text())) == config
+    assert DinatConfig.from_pretrained(tmp_path) == config
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ({"out_indices": [0, -1]}, (["stem", "stage4"], [0, -1])),
+        ({"out_indices": (1, 2)}, (["stage1", "stage2"], [1, 2])),
+        ({"out_features": ["stage2"]}, (["stage2"], [2])),
+        ({"out_features": ["stem", "stage4"], "out_indices": [0, -1]}, (["stem", "stage4"], [0, -1])),
+    ],
+)
+def test_out_features_and_out_indices_derive_each_other(given: dict[str, Any], expected: tuple[list[str], list[int]]) -> None:
+    config = DinatConfig(**given)
+    assert (config.out_features, config.out_indices) == expected
+
+
+def test_setting_one_of_the_pair_sets_the_other() -> None:
+    config = DinatConfig(out_features=["stage1"])
+    config.out_indices = [2, 3]
+    assert config.out_features == ["stage2", "stage3"]
+    config.out_features = None
+    assert config.out_indices == [4]
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"out_features": ["stage9"]}, "stage9"),
+        ({"out_features": ("stage1",)}, "must be a list"),
+        ({"out_features": ["stage1", "stage1"]}, "each stage once"),
+        ({"out_features": ["stage2", "stage1"]}, "in the order"),
+        ({"out_indices": [5]}, "outside the 5 stages"),
+        ({"out_features": ["stage1"], "out_indices": [2]}, "must name the same stages"),
+        ({"out_features": ["stage1"], "out_indices": [1, 2]}, "must name the same stages"),
+        ({"depths": [3, 4, 18, 5]}, "dilations must name one number for each layer"),
+        ({"num_heads": [2, 4]}, "one number for each stage"),
+        ({"dilations": [[1, 0, 1], [1] * 4, [1] * 6, [1] * 5]}, "at least 1"),
+        ({"kernel_size": 4}, "odd and at least 3, got 4"),
+        ({"id2label": {0: "a", 2: "b"}}, "ids 0 to 1"),
+        ({"num_labels": 3, "id2label": {0: "a"}}, "num_labels is 3 but id2label names 1"),
+        ({"num_hidden_layers": 3}, "follows from depths"),
+    ],
+)
+def test_contradictions_are_named(given: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        DinatConfig(**given)
+
+
+def test_other_kinds_of_model_are_refused() -> None:
+    with pytest.raises(ConfigError, match="model_type 'swin'"):
+        DinatConfig.from_dict({"model_type": "swin"})
+    with pytest.raises(ConfigError, match="preset 'huge' is not known: take one of mini"):
+        DinatConfig.preset("huge")
+    with pytest.raises(ConfigError, match="is a function"):
+        DinatConfig(hidden_act=torch.relu).save_pretrained("unused")
