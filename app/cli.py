@@ -120,3 +120,7 @@ def _fail(message: str) -> int:
 def run() -> None:
     """Entry point of the console command."""
     sys.exit(main())
+
+
+if __name__ == "__main__":
+    run()

@@ -51,6 +51,8 @@ class DinatImageProcessor:
     image_std: Sequence[float] = (0.5, 0.5, 0.5)
 
     def __post_init__(self) -> None:
+        for name in ("image_mean", "image_std"):
+            object.__setattr__(self, name, tuple(getattr(self, name)))
         if self.do_resize:
             _size(self.size, "size", ({"height", "width"}, {"shortest_edge"}))
         if self.do_center_crop:

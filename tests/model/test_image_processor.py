@@ -1,0 +1,144 @@
+from io import BytesIO
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from model import DinatImageProcessor, ImageError
+from model.image_processor import to_rgb
+
+GRADIENT = np.tile(np.arange(256, dtype=np.uint8), (16, 1))
+
+
+def test_batch_of_pictures_of_any_size() -> None:
+    pixels = DinatImageProcessor(size=24)(
+        [Image.new("RGB", (50, 30)), np.zeros((7, 9, 3), np.uint8), torch.zeros(3, 8, 8).byte()]
+    )
+    assert pixels.shape == (3, 3, 24, 24)
+    assert pixels.dtype == torch.float32
+    assert (pixels == -1).all()
+
+
+def test_int_size_is_height_and_width() -> None:
+    assert DinatImageProcessor(size=20)(Image.new("RGB", (50, 30))).shape == (1, 3, 20, 20)
+    assert DinatImageProcessor(size={"height": 10, "width": 30})(Image.new("RGB", (50, 30))).shape == (1, 3, 10, 30)
+
+
+@pytest.mark.parametrize(("size", "expected"), [((500, 375), (224, 298)), ((375, 500), (298, 224)), ((10, 1000), (22400, 224))])
+def test_shortest_edge_keeps_the_aspect(size: tuple[int, int], expected: tuple[int, int]) -> None:
+    pixels = DinatImageProcessor(size={"shortest_edge": 224}).resize(Image.new("RGB", size))
+    assert pixels.shape[:2] == expected
+
+
+def test_center_crop_cuts_and_pads() -> None:
+    processor = DinatImageProcessor(do_resize=False, do_center_crop=True, crop_size=4, do_rescale=False, do_normalize=False)
+    ramp = np.repeat(np.arange(49, dtype=np.uint8).reshape(7, 7, 1), 3, axis=2)
+    assert processor(ramp)[0, 0].tolist() == [[8, 9, 10, 11], [15, 16, 17, 18], [22, 23, 24, 25], [29, 30, 31, 32]]
+    assert processor(np.full((2, 2, 3), 9, np.uint8))[0, 0].tolist() == [[0, 0, 0, 0], [0, 9, 9, 0], [0, 9, 9, 0], [0, 0, 0, 0]]
+
+
+def test_original_evaluation_resizes_the_short_side_and_crops() -> None:
+    picture = Image.fromarray(np.random.default_rng(0).integers(0, 256, (375, 500, 3), dtype=np.uint8))
+    expected = np.asarray(picture.resize((341, 256), Image.Resampling.BICUBIC))[16:240, 58:282]
+    assert np.array_equal(DinatImageProcessor.original().resize(picture), expected)
+    assert DinatImageProcessor.original(384, crop_pct=1.0).resize(picture).shape == (384, 384, 3)
+
+
+def test_whole_and_half_steps_can_be_left_out() -> None:
+    picture = np.full((4, 4, 3), 51, np.uint8)
+    plain = DinatImageProcessor(do_resize=False, do_rescale=False, do_normalize=False)
+    assert (plain(picture) == 51).all()
+    assert DinatImageProcessor(do_resize=False, do_normalize=False)(picture)[0, 0, 0, 0] == pytest.approx(0.2)
+    assert DinatImageProcessor(do_resize=False)(picture)[0, 0, 0, 0] == pytest.approx(-0.6)
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "P", "CMYK", "YCbCr", "LAB", "HSV", "LA", "RGBA", "RGBX", "I", "I;16", "F"])
+def test_every_mode_becomes_rgb(mode: str) -> None:
+    if mode == "I;16":
+        image = Image.fromarray(GRADIENT.astype(np.uint16) * 257)
+    elif mode in ("LAB", "HSV", "I", "F"):
+        image = Image.fromarray(GRADIENT).convert("RGB" if mode in ("LAB", "HSV") else mode)
+        image = image.convert(mode) if mode == "HSV" else image
+    else:
+        image = Image.fromarray(GRADIENT).convert("RGB").convert(mode)
+    rgb = to_rgb(image)
+    assert rgb.mode == "RGB"
+    if mode in ("L", "I", "I;16", "F", "RGBA", "LA", "RGBX", "CMYK"):
+        assert np.array_equal(np.asarray(rgb)[..., 0], GRADIENT)
+
+
+@pytest.mark.parametrize("kind", ["png", "tiff"])
+def test_16_bit_files_are_scaled_down_not_cut_off(kind: str) -> None:
+    buffer = BytesIO()
+    Image.fromarray(GRADIENT.astype(np.uint16) * 257).save(buffer, kind)
+    assert np.array_equal(np.asarray(to_rgb(Image.open(buffer)))[..., 1], GRADIENT)
+
+
+def test_transparent_parts_lie_over_white() -> None:
+    picture = Image.new("RGBA", (2, 1), (255, 0, 0, 255))
+    picture.putpixel((1, 0), (0, 0, 0, 0))
+    assert np.asarray(to_rgb(picture)).tolist() == [[[255, 0, 0], [255, 255, 255]]]
+    palette = picture.convert("P")
+    palette.info["transparency"] = palette.getpixel((1, 0))
+    assert np.asarray(to_rgb(palette)).tolist()[0][1] == [255, 255, 255]
+
+
+def test_published_file_reads_and_reads_back(tmp_path: Path) -> None:
+    published: dict[str, Any] = {
+        "do_normalize": True,
+        "do_resize": True,
+        "feature_extractor_type": "ViTFeatureExtractor",
+        "image_mean": [0.485, 0.456, 0.406],
+        "image_std": [0.229, 0.224, 0.225],
+        "resample": 3,
+        "size": 384,
+    }
+    processor = DinatImageProcessor.from_dict(published)
+    assert (processor.size, processor.resample, processor.do_rescale) == (384, 3, True)
+    processor.save_pretrained(tmp_path)
+    (tmp_path / "config.json").write_text("{}")
+    assert DinatImageProcessor.from_pretrained(tmp_path) == processor
+
+
+def test_no_processor_file_means_the_published_one(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text('{"image_size": 384}')
+    processor = DinatImageProcessor.from_pretrained(tmp_path)
+    assert (processor.size, processor.resample, processor.image_mean) == (384, 3, (0.485, 0.456, 0.406))
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"size": 0}, "size must be a whole number of pixels or"),
+        ({"size": {"height": 3}}, "size must be"),
+        ({"do_center_crop": True}, "crop_size must be"),
+        ({"resample": 9}, "resample must be one of Pillow's numbers"),
+        ({"crop_pct": 1.5}, "crop_pct must be above 0"),
+        ({"image_std": [1, 0, 1]}, "no std 0"),
+    ],
+)
+def test_wrong_fields_are_named(fields: dict[str, Any], message: str) -> None:
+    with pytest.raises(ImageError, match=message):
+        DinatImageProcessor(**fields)
+
+
+@pytest.mark.parametrize(
+    ("images", "message"),
+    [
+        ([], "no picture"),
+        ("cat.jpg", "must be a Pillow image"),
+        (np.zeros((4, 4, 3), np.float32), "must be uint8"),
+        (np.zeros((4, 4, 7), np.uint8), "must be uint8"),
+    ],
+)
+def test_what_is_no_picture_is_named(images: Any, message: str) -> None:
+    with pytest.raises(ImageError, match=message):
+        DinatImageProcessor()(images)
+
+
+def test_pictures_left_at_different_sizes_are_named() -> None:
+    with pytest.raises(ImageError, match="turn do_resize on"):
+        DinatImageProcessor(do_resize=False)([Image.new("RGB", (2, 2)), Image.new("RGB", (3, 2))])
