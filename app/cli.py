@@ -3,6 +3,7 @@
 import argparse
 import json
 import logging
+import signal
 import sys
 from pathlib import Path
 from typing import Any
@@ -45,6 +46,8 @@ def serve(parsed: argparse.Namespace) -> int:
         server.should_exit = engine.failure is not None
 
     engine.on_started = stop_if_failed
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda *_: None)  # uvicorn stops at them, then raises them again: the exit status is ours
     server.run()
     if engine.failure is not None:
         return _fail(engine.why_not_ready())

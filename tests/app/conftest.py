@@ -1,0 +1,62 @@
+import socket
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+import uvicorn
+
+from app.engine.engine import Engine
+from app.main import create_app
+from app.settings import Settings
+
+DIGITS = Path(__file__).parents[2] / "examples" / "digits"
+
+
+@dataclass
+class Service:
+    """A running server, its engine, and a client that talks to it over loopback."""
+
+    client: httpx.Client
+    engine: Engine
+
+
+@contextmanager
+def running(make_engine: Callable[[Settings], Engine] = Engine, wait: bool = True, **changes: Any) -> Iterator[Service]:
+    """Serve on a free port from a thread of its own; `wait` until the model is loaded, or has failed to."""
+    settings = Settings(_env_file=None, **changes)
+    engine = make_engine(settings)
+    started = threading.Event()
+    engine.on_started = started.set
+    server = uvicorn.Server(uvicorn.Config(create_app(settings, engine), log_level="warning"))
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        listener.listen(128)
+        thread = threading.Thread(target=server.run, args=([listener],))
+        thread.start()
+        try:
+            if wait:
+                assert started.wait(60)
+            with httpx.Client(base_url=f"http://127.0.0.1:{listener.getsockname()[1]}", timeout=60) as client:
+                yield Service(client, engine)
+        finally:
+            server.should_exit = True
+            thread.join(60)
+    assert not thread.is_alive()
+
+
+@pytest.fixture(scope="session")
+def service() -> Iterator[Service]:
+    """A server of the embedded model, shared by the tests that leave it as it is."""
+    with running(max_upload_bytes=4 * 2**20) as service:
+        yield service
+
+
+@pytest.fixture(scope="session")
+def seven() -> bytes:
+    """A picture of a 7."""
+    return (DIGITS / "7-1.png").read_bytes()

@@ -1,0 +1,76 @@
+import json
+import re
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import httpx
+import pytest
+import torch
+
+from app.cli import main
+from model import DinatForImageClassification
+from tests.app.conftest import DIGITS
+
+
+def test_serve_answers_until_it_is_told_to_stop() -> None:
+    server = subprocess.Popen([sys.executable, "-m", "app.cli", "serve", "--port", "0"], stderr=subprocess.PIPE, text=True)
+    try:
+        assert server.stderr is not None
+        seen, address = "", None
+        while address is None or "is ready" not in seen:
+            line = server.stderr.readline()
+            assert line, seen
+            seen += line
+            address = address or re.search(r"http://127\.0\.0\.1:\d+", seen)
+        picture = (DIGITS / "5-2.png").read_bytes()
+        answer = httpx.post(f"{address[0]}/classify", files={"image": picture}, timeout=60)
+        assert answer.json()["predictions"][0]["label"] == "5"
+    finally:
+        server.send_signal(signal.SIGTERM)
+        _, rest = server.communicate(timeout=60)
+    assert server.returncode == 0, seen + rest
+
+
+@pytest.mark.parametrize(
+    ("arguments", "line"),
+    [
+        (["serve", "--port", "abc"], "DINAT_PORT='abc': Input should be a valid integer"),
+        (["serve", "--precision", "int3", "--max-batch", "0"], "DINAT_PRECISION='int3'"),
+        (["serve", "--max-batch", "0"], "DINAT_MAX_BATCH='0': Input should be greater than or equal to 1"),
+        (["serve", "--port", "0", "--model", "no/such/model.pth"], "'no/such/model.pth' is not there"),
+        (["info", "nothing"], "'nothing' is not there"),
+    ],
+)
+def test_what_the_user_got_wrong_ends_in_one_line(arguments: list[str], line: str) -> None:
+    done = subprocess.run([sys.executable, "-m", "app.cli", *arguments], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 1
+    said = [text for text in done.stderr.splitlines() if text.startswith("dinat: ")]
+    assert len(said) == 1
+    assert line in said[0]
+    assert "Traceback" not in done.stderr
+
+
+def test_info(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["info", "digits"]) == 0
+    summary = json.loads(capsys.readouterr().out)
+    assert summary["parameters"] == 448_584
+    assert summary["labels"] == 10
+    assert summary["image processor"]["size"] == 64
+
+
+def test_convert_with_labels(tmp_path: Path) -> None:
+    (tmp_path / "labels.txt").write_text("\n".join(f"digit {n}" for n in range(10)))
+    assert main(["convert", "digits", str(tmp_path / "copy"), "--labels", str(tmp_path / "labels.txt")]) == 0
+    copy, first = (DinatForImageClassification.from_pretrained(source) for source in (tmp_path / "copy", "digits"))
+    assert copy.config.id2label[3] == "digit 3"
+    assert torch.equal(copy.classifier.weight, first.classifier.weight)
+    assert (tmp_path / "copy" / "preprocessor_config.json").exists()
+
+
+def test_convert_with_the_wrong_number_of_labels(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "labels.txt").write_text("one\ntwo\n")
+    assert main(["convert", "digits", str(tmp_path / "copy"), "--labels", str(tmp_path / "labels.txt")]) == 1
+    assert "names 2 labels, one a line; the checkpoint has 10" in capsys.readouterr().err
+    assert not (tmp_path / "copy").exists()

@@ -1,0 +1,38 @@
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from app.errors import ServiceError, TooLarge
+from app.images import FORMATS, decode
+from tests.app.pictures import encoded, noise
+
+SAMPLES = {kind: encoded(noise(24, 31), kind) for kind in FORMATS}
+
+
+@settings(deadline=None, max_examples=300)
+@given(
+    st.sampled_from(FORMATS),
+    st.integers(0, 4000),
+    st.lists(st.tuples(st.integers(0, 4000), st.integers(0, 255)), max_size=8),
+)
+@pytest.mark.filterwarnings("ignore")
+def test_a_damaged_file_is_a_picture_or_an_error_with_a_status(kind: str, end: int, flips: list[tuple[int, int]]) -> None:
+    data = bytearray(SAMPLES[kind])
+    for place, value in flips:
+        data[place % len(data)] = value
+    try:
+        assert decode(bytes(data[: max(1, len(data) - end)]), max_pixels=10_000_000).mode == "RGB"
+    except ServiceError as error:
+        assert 400 <= error.status < 500
+
+
+def test_only_the_first_frame_of_an_animation_is_read() -> None:
+    frames = [Image.new("RGB", (4, 4), colour) for colour in ("red", "blue")]
+    animation = encoded(frames[0], "GIF", save_all=True, append_images=frames[1:])
+    assert decode(animation, 100).getpixel((0, 0)) == (255, 0, 0)
+
+
+def test_pixels_are_counted_before_decoding() -> None:
+    with pytest.raises(TooLarge, match="31x24 = 744 pixels, at most 743 are taken"):
+        decode(SAMPLES["PNG"][:60], max_pixels=743)
