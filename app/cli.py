@@ -2,8 +2,6 @@
 
 import argparse
 import json
-import logging
-import signal
 import sys
 from pathlib import Path
 from typing import Any
@@ -12,7 +10,9 @@ import uvicorn
 from pydantic import ValidationError
 
 from app.engine.engine import Engine
+from app.logs import configure_logs
 from app.main import create_app
+from app.server import Server
 from app.settings import Settings, explain
 from model import DinatConfig, DinatError, DinatForImageClassification, DinatImageProcessor
 from model.checkpoint import open_checkpoint
@@ -36,21 +36,21 @@ def serve(parsed: argparse.Namespace) -> int:
     """Serve until a signal says stop."""
     given = {name: value for name in Settings.model_fields if (value := getattr(parsed, name)) is not None}
     settings = Settings(**given)
-    logging.basicConfig(level=logging.INFO, format="%(levelname)s:     %(message)s")
+    configure_logs(settings.log_format)
     engine = Engine(settings)
-    server = uvicorn.Server(
-        uvicorn.Config(create_app(settings, engine), host=settings.host, port=settings.port, server_header=False)
+    config = uvicorn.Config(
+        create_app(settings, engine),
+        host=settings.host,
+        port=settings.port,
+        server_header=False,
+        log_config=None,
+        access_log=False,
+        timeout_graceful_shutdown=5,
     )
-
-    def stop_if_failed() -> None:
-        server.should_exit = engine.failure is not None
-
-    engine.on_started = stop_if_failed
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda *_: None)  # uvicorn stops at them, then raises them again: the exit status is ours
+    server = Server(config, engine)
     server.run()
     if engine.failure is not None:
-        return _fail(engine.why_not_ready())
+        return _fail(f"{settings.model} cannot be served: {engine.failure}")
     return 0 if server.started else 1
 
 

@@ -1,18 +1,21 @@
 """What the service answers when it cannot answer: application/problem+json (RFC 9457), never a stack trace."""
 
-import logging
 from collections.abc import Mapping
 from http import HTTPStatus
 from typing import Any
 
-from fastapi import FastAPI, Request
+import structlog
+from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
 
-logger = logging.getLogger("dinat")
+log = structlog.get_logger("dinat")
 
 PROBLEM = "application/problem+json"
+CLIENT_GONE = 499
+"""What the log and the metrics say of a request whose client hung up; nobody receives it."""
 
 
 class ServiceError(Exception):
@@ -50,6 +53,24 @@ class Unprocessable(ServiceError):
     status = HTTPStatus.UNPROCESSABLE_ENTITY
 
 
+class Unauthorized(ServiceError):
+    """An API key is wanted."""
+
+    status = HTTPStatus.UNAUTHORIZED
+
+
+class UploadTooSlow(ServiceError):
+    """The body did not come in time."""
+
+    status = HTTPStatus.REQUEST_TIMEOUT
+
+
+class DeadlinePassed(ServiceError):
+    """The answer did not come within the deadline."""
+
+    status = HTTPStatus.GATEWAY_TIMEOUT
+
+
 class Unavailable(ServiceError):
     """The service cannot take work now."""
 
@@ -58,11 +79,15 @@ class Unavailable(ServiceError):
 
 def problem(request: Request, status: int, detail: str, headers: Mapping[str, str] | None = None) -> JSONResponse:
     """The answer to a request that failed. The type is about:blank: the status says it all."""
+    headers = {"X-Request-ID": request.state.request_id} | dict(headers or {})
+    return JSONResponse(problem_fields(request, status, detail), status, headers, media_type=PROBLEM)
+
+
+def problem_fields(request: Request, status: int, detail: str) -> dict[str, str | int]:
+    """What RFC 9457 has a problem say."""
     title = HTTPStatus(status).phrase
-    request_id = request.state.request_id
-    body = {"type": "about:blank", "title": title, "status": int(status), "detail": detail, "request_id": request_id}
-    headers = {"X-Request-ID": request_id} | dict(headers or {})
-    return JSONResponse(body, status_code=status, headers=headers, media_type=PROBLEM)
+    request_id: str = request.state.request_id
+    return {"type": "about:blank", "title": title, "status": int(status), "detail": detail, "request_id": request_id}
 
 
 def add_error_handlers(app: FastAPI) -> None:
@@ -80,10 +105,14 @@ def add_error_handlers(app: FastAPI) -> None:
         return problem(request, error.status_code, detail, error.headers)
 
     async def on_anything_else(request: Request, error: Exception) -> JSONResponse:
-        logger.error("request %s failed", request.state.request_id, exc_info=error)
+        log.error("a request failed", path=request.url.path, exc_info=error)
         detail = "something went wrong on this side; the log has it under this request_id"
         return problem(request, HTTPStatus.INTERNAL_SERVER_ERROR, detail)
 
+    async def on_client_gone(request: Request, error: Any) -> Response:
+        return Response(status_code=CLIENT_GONE)
+
+    app.add_exception_handler(ClientDisconnect, on_client_gone)
     app.add_exception_handler(ServiceError, on_service_error)
     app.add_exception_handler(RequestValidationError, on_invalid_request)
     app.add_exception_handler(HTTPException, on_http_exception)

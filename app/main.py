@@ -6,13 +6,15 @@ from contextlib import asynccontextmanager
 from importlib.metadata import version
 
 from fastapi import FastAPI
+from fastapi.middleware.cors import CORSMiddleware
 from PIL import Image
 
 from app.api import classify, health
 from app.engine.engine import Engine
 from app.errors import add_error_handlers
-from app.middleware import RequestContext
+from app.middleware import ApiKeys, RequestContext
 from app.settings import Settings
+from app.tracing import trace_requests
 
 
 def create_app(settings: Settings | None = None, engine: Engine | None = None) -> FastAPI:
@@ -38,7 +40,19 @@ def create_app(settings: Settings | None = None, engine: Engine | None = None) -
         lifespan=lifespan,
     )
     app.state.engine = engine
-    app.add_middleware(RequestContext, max_upload_bytes=settings.max_upload_bytes)
+    if settings.api_keys:
+        app.add_middleware(ApiKeys, settings=settings)
+    if settings.cors_origins:
+        app.add_middleware(
+            CORSMiddleware,
+            allow_origins=list(settings.cors_origins),
+            allow_methods=["GET", "POST"],
+            allow_headers=["*"],
+            expose_headers=["X-Request-ID", "Retry-After"],
+        )
+    app.add_middleware(RequestContext, settings=settings, metrics=engine.metrics)
+    if settings.otlp_endpoint:
+        trace_requests(app, settings.otlp_endpoint)
     add_error_handlers(app)
     app.include_router(classify.router)
     app.include_router(health.router)

@@ -1,10 +1,18 @@
 """Every setting of the service, once: environment DINAT_*, a .env file, or flags of `dinat serve`."""
 
 import os
-from typing import Literal
+from typing import Annotated, Literal
 
-from pydantic import Field, ValidationError
-from pydantic_settings import BaseSettings, SettingsConfigDict
+from pydantic import BeforeValidator, Field, SecretStr, ValidationError
+from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
+
+
+def _split(value: object) -> object:
+    return tuple(part.strip() for part in value.split(",") if part.strip()) if isinstance(value, str) else value
+
+
+Names = Annotated[tuple[str, ...], NoDecode, BeforeValidator(_split)]
+Keys = Annotated[tuple[SecretStr, ...], NoDecode, BeforeValidator(_split)]
 
 
 class Settings(BaseSettings):
@@ -18,11 +26,23 @@ class Settings(BaseSettings):
     precision: Literal["auto", "fp32", "bf16", "fp16"] = Field("auto", description="auto: bf16 on GPUs fast at it, else fp32")
     attention: Literal["auto", "reference", "tiled"] = Field("auto", description="attention backend")
     max_batch: int | None = Field(None, ge=1, le=1024, description="pictures per batch; 64 on a GPU and 8 on a CPU if not set")
+    max_wait_ms: float = Field(0, ge=0, description="longest an idle engine waits for a batch to fill; 0 for not at all")
+    queue_limit: int = Field(128, ge=1, description="pictures that may wait, those being decoded counted; beyond it, 503")
+    deadline_ms: int = Field(
+        30_000, ge=1, description="longest a request may take; X-Deadline-Ms asks for less; beyond it, 504"
+    )
+    drain_seconds: float = Field(30, ge=0, description="longest that work already taken may go on after SIGTERM")
+    upload_seconds: float = Field(30, gt=0, description="longest the upload of a request may take; beyond it, 408")
     max_upload_bytes: int = Field(20 * 2**20, ge=1, description="largest request body, in bytes")
     max_pixels: int = Field(50_000_000, ge=1, description="largest picture, width times height")
     decode_threads: int = Field(
         default_factory=lambda: os.cpu_count() or 1, ge=1, description="threads that decode and resize; one per core if not set"
     )
+    api_keys: Keys = Field((), description="comma list; if any, a request must carry one as Bearer or X-API-Key")
+    keyless: Names = Field(("health", "metrics"), description="doors that want no API key: health, metrics")
+    cors_origins: Names = Field((), description="comma list of origins whose pages may call, or *")
+    log_format: Literal["auto", "json", "console"] = Field("auto", description="auto: console on a terminal, else json")
+    otlp_endpoint: str | None = Field(None, description="where to send OpenTelemetry traces (extra: tracing); none if not set")
     host: str = Field("127.0.0.1", description="address to listen on")
     port: int = Field(8000, ge=0, le=65535, description="port to listen on; 0 for a free one")
 

@@ -1,12 +1,14 @@
-"""GET /health, /health/live, /health/ready and /model."""
+"""GET /health, /health/live, /health/ready, /model and /metrics."""
 
 from http import HTTPStatus
 
 from fastapi import APIRouter, Request, Response
+from fastapi.responses import PlainTextResponse
+from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4
 
 from app.api.schemas import PROBLEMS, Health, ModelCard
 from app.engine.engine import Engine, State
-from app.engine.torch_runtime import feature_names
+from app.engine.runtime import feature_names
 
 router = APIRouter(tags=["health"])
 
@@ -45,8 +47,14 @@ async def model(request: Request) -> ModelCard:
         config={name: value for name, value in config.to_dict().items() if name not in ("id2label", "label2id")},
         input_size=runtime.processor.to_dict(),
         runtime=runtime.name,
-        device=str(runtime.device),
+        device=runtime.device,
         precision=runtime.precision,
-        attention=dict.fromkeys(config.stage_names[1:], runtime.attention),
+        attention=runtime.attention(),
         features=feature_names(config),
     )
+
+
+@router.get("/metrics", response_class=PlainTextResponse)
+async def metrics(request: Request) -> Response:
+    """What the service counts, for Prometheus."""
+    return Response(request.app.state.engine.metrics.exposition(), media_type=CONTENT_TYPE_PLAIN_0_0_4)

@@ -30,6 +30,22 @@ class Classification(BaseModel):
     request_id: str
 
 
+class Result(BaseModel):
+    """One picture of several: predictions, and features when asked for, or an error."""
+
+    predictions: list[Prediction] | None = None
+    features: dict[str, FeatureMap | list[FeatureMap]] | None = None
+    error: "Problem | None" = None
+
+
+class BatchClassification(BaseModel):
+    """The results of several pictures, in order."""
+
+    model: str
+    results: list[Result]
+    request_id: str
+
+
 class Problem(BaseModel):
     """An error, as RFC 9457 has it."""
 
@@ -78,9 +94,12 @@ PROBLEMS: dict[int | str, dict[str, Any]] = {
     status: {"model": Problem, "description": description, "content": {"application/problem+json": {}}}
     for status, description in {
         400: "No picture, or the form is broken",
+        401: "An API key is wanted",
+        408: "The upload took too long",
         413: "Too many bytes, or too many pixels",
         415: "Not a picture format that is read here",
         422: "A damaged picture, or a parameter outside what is allowed",
-        503: "Loading, draining or failed",
+        503: "Too many pictures wait (Retry-After says when to come back), or loading, draining, failed",
+        504: "The deadline passed",
     }.items()
 }

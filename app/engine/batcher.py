@@ -1,74 +1,160 @@
-"""Puts requests together: one batch runs while the next one gathers."""
+"""Puts pictures together into batches and runs them, one at a time, in a thread of its own.
 
-import asyncio
+While a batch runs, the next one gathers. A picture never waits while the thread is idle (unless max_wait says so).
+"""
+
+import bisect
+import itertools
+import threading
+import time
 from collections import deque
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
-from app.engine.torch_runtime import Answer, Wanted
+from app.engine.runtime import Answer, Runtime, Wanted
 from model.image_processor import Pixels
 
-Run = Callable[[list[Pixels], list[Wanted]], list[Answer]]
+RATE_BATCHES = 32
+"""Batches over which the rate of pictures is measured."""
 
 
-@dataclass
+@dataclass(eq=False)
 class Job:
-    """A picture waiting for its batch, and who waits for the answer."""
+    """One picture on its way through the engine.
 
-    pixels: Pixels
+    deadline, arrived, decoded, started: seconds of time.monotonic.  done: called with the answer or an error, from any thread.
+    dropped: set when nobody waits any more; a dropped job is not computed.  number: order of arrival.
+    """
+
+    data: bytes
     wanted: Wanted
-    answer: asyncio.Future[Answer]
+    deadline: float
+    done: Callable[[Answer | Exception], object]
+    arrived: float = field(default_factory=time.monotonic)
+    number: int = field(default_factory=itertools.count().__next__)
+    pixels: Pixels | None = None
+    decoded: float = 0.0
+    started: float = 0.0
+    dropped: bool = False
+
+    @property
+    def alive(self) -> bool:
+        """Whether somebody still waits for the answer."""
+        return not self.dropped and time.monotonic() < self.deadline
 
 
 class Batcher:
-    """Runs one batch at a time in a thread of its own. A job never waits while that thread is idle."""
+    """The engine's thread and the pictures that wait for it.
 
-    def __init__(self, run: Run, max_batch: int) -> None:
-        self._run = run
-        self._max_batch = max_batch
-        self._waiting: deque[Job] = deque()
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="engine")
-        self._running: asyncio.Task[None] | None = None
+    on_start: called in the thread with the jobs of each batch before they run.  on_batch: then with their number and the
+    seconds they took.  on_death: called in the thread, as it ends, with what ended it and the jobs that it had under way.
+    """
 
-    async def submit(self, pixels: Pixels, wanted: Wanted) -> Answer:
-        """The answer for a picture, in the order of arrival."""
-        job = Job(pixels, wanted, asyncio.get_running_loop().create_future())
-        self._waiting.append(job)
-        if self._running is None:
-            self._running = asyncio.create_task(self._run_batches())
-        return await job.answer
+    def __init__(
+        self,
+        runtime: Runtime,
+        max_batch: int,
+        max_wait: float,
+        on_start: Callable[[list[Job]], None],
+        on_batch: Callable[[int, float], None],
+        on_death: Callable[[BaseException, list[Job]], None],
+    ) -> None:
+        self.max_batch = max_batch
+        self._runtime = runtime
+        self._max_wait = max_wait
+        self._on_start, self._on_batch, self._on_death = on_start, on_batch, on_death
+        self._waiting: list[Job] = []
+        self._changed = threading.Condition()
+        self._stopping = False
+        self._rate: deque[tuple[int, float]] = deque(maxlen=RATE_BATCHES)
+        self._thread: threading.Thread | None = None
 
-    async def stop(self) -> None:
-        """Finish what waits, then end the thread."""
-        if self._running is not None:
-            await self._running
-        self._thread.shutdown()
+    def start(self) -> None:
+        """Start the thread, or a new one after the last has died. What waits is kept."""
+        self._thread = threading.Thread(target=self._live, name="engine", daemon=True)
+        self._thread.start()
 
-    async def _run_batches(self) -> None:
-        while batch := self._next_batch():
-            try:
-                answers = await asyncio.get_running_loop().run_in_executor(
-                    self._thread, self._run, [job.pixels for job in batch], [job.wanted for job in batch]
-                )
-            except Exception as error:
-                for job in batch:
-                    if not job.answer.done():
-                        job.answer.set_exception(error)
-                continue
-            for job, answer in zip(batch, answers, strict=True):
-                if not job.answer.done():
-                    job.answer.set_result(answer)
-        self._running = None
+    def put(self, job: Job) -> None:
+        """Let a job with its pixels wait, before all that arrived after it. Safe from every thread."""
+        with self._changed:
+            bisect.insort(self._waiting, job, key=lambda waiting: waiting.number)
+            self._changed.notify()
+
+    def take_all(self) -> list[Job]:
+        """Take out every job that waits."""
+        with self._changed:
+            jobs, self._waiting = self._waiting, []
+        return jobs
+
+    def stop(self) -> None:
+        """End the thread once nothing waits, and wait for it."""
+        with self._changed:
+            self._stopping = True
+            self._changed.notify()
+        if self._thread is not None:
+            self._thread.join()
+
+    def rate(self) -> float | None:
+        """Pictures per second of the last batches, None before the first."""
+        batches = list(self._rate)
+        seconds = sum(taken for _, taken in batches)
+        return sum(count for count, _ in batches) / seconds if seconds > 0 else None
+
+    def _live(self) -> None:
+        batch: list[Job] = []
+        try:
+            while batch := self._next_batch():
+                self._run_batch(batch)
+                batch = []
+        except BaseException as death:
+            self._on_death(death, batch)
 
     def _next_batch(self) -> list[Job]:
-        """The oldest jobs whose pictures are of one size, without those whose client has gone."""
-        batch: list[Job] = []
-        while self._waiting and len(batch) < self._max_batch:
-            job = self._waiting[0]
-            if batch and job.pixels.shape != batch[0].pixels.shape:
-                break
-            self._waiting.popleft()
-            if not job.answer.done():
-                batch.append(job)
-        return batch
+        """Wait for jobs and take the oldest, those whose pictures have one size. Empty when the thread is to end."""
+        with self._changed:
+            while True:
+                self._changed.wait_for(lambda: self._waiting or self._stopping)
+                if self._max_wait > 0 and not self._stopping:
+                    self._changed.wait_for(lambda: len(self._waiting) >= self.max_batch or self._stopping, self._max_wait)
+                batch: list[Job] = []
+                rest: list[Job] = []
+                for job in self._waiting:
+                    if len(batch) == self.max_batch or (batch and _shape(job) != _shape(batch[0])):
+                        rest.append(job)
+                    elif job.alive:
+                        batch.append(job)
+                self._waiting = rest
+                if batch or (self._stopping and not rest):
+                    return batch
+
+    def _run_batch(self, batch: list[Job]) -> None:
+        started = time.monotonic()
+        for job in batch:
+            job.started = started
+        self._on_start(batch)
+        answers = self._answers(batch)
+        taken = time.monotonic() - started
+        self._rate.append((len(batch), taken))
+        self._on_batch(len(batch), taken)
+        for job, answer in zip(batch, answers, strict=True):
+            job.done(answer)
+
+    def _answers(self, batch: list[Job]) -> list[Answer | Exception]:
+        """Run a batch. One that fails is halved, down to the pictures that are the cause: the others are answered.
+
+        One that needs too much memory is halved too, and the size that fits is kept as the largest from then on.
+        """
+        try:
+            pixels = [job.pixels for job in batch if job.pixels is not None]
+            return list(self._runtime.run(pixels, [job.wanted for job in batch]))
+        except Exception as error:
+            if len(batch) == 1:
+                return [error]
+            half = (len(batch) + 1) // 2
+            if self._runtime.is_out_of_memory(error):
+                self.max_batch = min(self.max_batch, half)
+        return self._answers(batch[:half]) + self._answers(batch[half:])
+
+
+def _shape(job: Job) -> tuple[int, ...]:
+    return () if job.pixels is None else job.pixels.shape

@@ -1,22 +1,27 @@
-"""The one call through which every door reaches the network, and the network's life: load, warm, run, stop."""
+"""The one call through which every door reaches the network, and the network's life: load, warm, run, drain, stop."""
 
 import asyncio
-import logging
+import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from enum import StrEnum
 
 import numpy as np
+import structlog
 
-from app.engine.batcher import Batcher
-from app.engine.torch_runtime import Answer, TorchRuntime, Wanted
-from app.errors import Unavailable
+from app.engine.batcher import Batcher, Job
+from app.engine.runtime import Answer, Runtime, Wanted
+from app.engine.torch_runtime import TorchRuntime
+from app.errors import DeadlinePassed, ServiceError, TooLarge, Unavailable
 from app.images import decode
+from app.metrics import Metrics
 from app.settings import Settings
-from model.image_processor import Pixels
 
-logger = logging.getLogger("dinat")
+log = structlog.get_logger("dinat")
+
+RESTARTS = 1
+"""How often an engine's thread that died is started again."""
 
 
 class State(StrEnum):
@@ -29,73 +34,228 @@ class State(StrEnum):
 
 
 class Engine:
-    """Decodes pictures in threads, batches them, and answers."""
+    """Decodes pictures in threads, batches them, and answers. Every method is for the event loop's thread."""
 
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
         self.state = State.LOADING
-        self.failure: Exception | None = None
+        self.failure: BaseException | None = None
         self.on_started: Callable[[], object] = lambda: None
+        self.metrics = Metrics()
+        self.metrics.watch_queue(lambda: self.waiting)
+        self._waiting: set[Job] = set()
+        self._restarts = 0
+        self._drain_until = math.inf
+        self._under_way = 0
+        self._idle = asyncio.Event()
+        self._idle.set()
         self._decoders = ThreadPoolExecutor(settings.decode_threads, thread_name_prefix="decode")
-        self._runtime: TorchRuntime | None = None
+        self._runtime: Runtime | None = None
         self._batcher: Batcher | None = None
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._restarting: asyncio.Task[None] | None = None
 
     @property
-    def runtime(self) -> TorchRuntime:
+    def runtime(self) -> Runtime:
         """The loaded network. Raises Unavailable, saying why, until the engine is ready and once it no longer is."""
         if self.state is not State.READY or self._runtime is None:
             raise Unavailable(self.why_not_ready(), headers={"Retry-After": "1"})
         return self._runtime
 
+    @property
+    def waiting(self) -> int:
+        """Pictures taken and not yet running; those being decoded count."""
+        return len(self._waiting)
+
     def why_not_ready(self) -> str:
         """One sentence."""
-        reasons = {
+        if self.state is State.FAILED:
+            return str(self.failure)
+        return {
             State.LOADING: f"the model {self.settings.model} is loading: try again soon",
             State.DRAINING: "the service is stopping: ask another instance",
-            State.FAILED: f"the model could not be loaded: {self.failure}",
             State.READY: "the service is ready",
-        }
-        return reasons[self.state]
+        }[self.state]
 
     async def start(self) -> None:
-        """Load the checkpoint and run it once at both ends of its batch sizes. A failure is kept in `failure`, not raised.
+        """Load the checkpoint and warm it up. A failure is kept in `failure`, not raised.
 
         Calls on_started when it is over, either way.
         """
-        started = time.perf_counter()
+        self._loop = asyncio.get_running_loop()
+        started = time.monotonic()
         try:
-            self._runtime, self._batcher = await asyncio.to_thread(self._load)
+            self._runtime = await asyncio.to_thread(self.load)
+            max_batch = self.settings.max_batch or (64 if self._runtime.device.startswith("cuda") else 8)
+            await asyncio.to_thread(self.warm, self._runtime, max_batch)
+            self._batcher = Batcher(
+                self._runtime,
+                max_batch,
+                self.settings.max_wait_ms / 1000,
+                on_start=self._batch_started,
+                on_batch=self.metrics.batch,
+                on_death=self._thread_died,
+            )
+            self._batcher.start()
         except Exception as error:
             self.state, self.failure = State.FAILED, error
+            log.error("the model could not be loaded", model=self.settings.model, reason=str(error))
         else:
-            self.state = State.READY
-            logger.info("%s is ready after %.1f s", self.settings.model, time.perf_counter() - started)
+            if self.state is State.LOADING:
+                self.state = State.READY
+            self.metrics.loaded(self.settings.model, self._runtime)
+            log.info("ready", model=self.settings.model, seconds=round(time.monotonic() - started, 2))
         self.on_started()
 
-    async def stop(self) -> None:
-        """Answer what waits, then let everything go."""
+    def load(self) -> Runtime:
+        """Read the checkpoint. Raises CheckpointError, ConfigError. Runs in a thread."""
+        settings = self.settings
+        return TorchRuntime(settings.model, settings.revision, settings.device, settings.precision, settings.attention)
+
+    def warm(self, runtime: Runtime, max_batch: int) -> None:
+        """Run the network at every batch size for which something is made once. Runs in a thread."""
+        example = runtime.processor.resize(np.zeros((480, 640, 3), dtype=np.uint8))
+        for count in runtime.batch_sizes(max_batch):
+            runtime.run([example] * count, [Wanted(top_k=1)] * count)
+
+    async def drain(self) -> None:
+        """Take no more work, and wait, DRAIN_SECONDS at most, until all that was taken is answered."""
         if self.state is not State.FAILED:
             self.state = State.DRAINING
+        self._drain_until = min(self._drain_until, time.monotonic() + self.settings.drain_seconds)
+        try:
+            async with asyncio.timeout(self._drain_until - time.monotonic()):
+                await self._idle.wait()
+        except TimeoutError:
+            log.warning("stopping with work undone", requests=self._under_way)
+
+    async def stop(self) -> None:
+        """Drain, answer what is left with an error, and end the threads."""
+        await self.drain()
         if self._batcher is not None:
-            await self._batcher.stop()
-        self._decoders.shutdown()
+            self._fail(self._batcher.take_all(), Unavailable("the service stopped before this picture's turn came"))
+            await asyncio.to_thread(self._batcher.stop)
+        self._decoders.shutdown(cancel_futures=True)
 
-    async def submit(self, data: bytes, wanted: Wanted) -> Answer:
-        """Classify a picture given as the bytes of its file. Raises ServiceError."""
-        runtime, batcher = self.runtime, self._batcher
-        assert batcher is not None
+    def check_room(self, pictures: int = 1) -> None:
+        """Raise Unavailable, saying when to come back, unless that many more pictures may wait."""
+        if self.state is not State.READY:
+            raise Unavailable(self.why_not_ready(), headers={"Retry-After": "1"})
+        limit = self.settings.queue_limit
+        if pictures > limit:
+            raise TooLarge(f"the request has {pictures} pictures, at most {limit} can wait at once: send fewer")
+        if self.waiting + pictures > limit:
+            raise Unavailable(
+                f"{self.waiting} pictures wait already, at most {limit} may: come back later",
+                headers={"Retry-After": str(self._seconds_to_wait())},
+            )
 
-        def prepare() -> Pixels:
-            return runtime.processor.resize(decode(data, self.settings.max_pixels))
+    async def submit(
+        self, pictures: Sequence[bytes], wanted: Wanted, deadline_ms: int | None = None
+    ) -> list[Answer | ServiceError]:
+        """Classify pictures given as the bytes of their files; in order, an error in the place of a picture that has one.
 
-        pixels = await asyncio.get_running_loop().run_in_executor(self._decoders, prepare)
-        return await batcher.submit(pixels, wanted)
+        deadline_ms: how long the caller waits, DEADLINE_MS at most and if None.  Raises Unavailable and TooLarge when not even
+        one can be taken. Cancelling the call drops what has not run yet.
+        """
+        self.check_room(len(pictures))
+        allowed = self.settings.deadline_ms
+        deadline = time.monotonic() + min(allowed, allowed if deadline_ms is None else deadline_ms) / 1000
+        self._under_way += 1
+        self._idle.clear()
+        try:
+            return await asyncio.gather(*(self._answer(data, wanted, deadline) for data in pictures))
+        finally:
+            self._under_way -= 1
+            if self._under_way == 0:
+                self._idle.set()
 
-    def _load(self) -> tuple[TorchRuntime, Batcher]:
-        settings = self.settings
-        runtime = TorchRuntime(settings.model, settings.revision, settings.device, settings.precision, settings.attention)
-        max_batch = settings.max_batch or (64 if runtime.device.type == "cuda" else 8)
-        example = runtime.processor.resize(np.zeros((480, 640, 3), dtype=np.uint8))
-        for count in {1, max_batch}:
-            runtime.run([example] * count, [Wanted(top_k=1)] * count)
-        return runtime, Batcher(runtime.run, max_batch)
+    async def _answer(self, data: bytes, wanted: Wanted, deadline: float) -> Answer | ServiceError:
+        loop = asyncio.get_running_loop()
+        future: asyncio.Future[Answer | Exception] = loop.create_future()
+
+        def deliver(answer: Answer | Exception) -> None:
+            if not future.done():
+                future.set_result(answer)
+
+        job = Job(data, wanted, deadline, done=lambda answer: loop.call_soon_threadsafe(deliver, answer))
+        self._waiting.add(job)
+        decoding = loop.run_in_executor(self._decoders, self._decode, job)
+        try:
+            async with asyncio.timeout(deadline - time.monotonic()):
+                answer = await future
+        except TimeoutError:
+            answer = DeadlinePassed(
+                "the answer did not come within the deadline: send fewer pictures at once, or allow more time"
+            )
+        finally:
+            decoding.cancel()
+            job.dropped = True
+            self._waiting.discard(job)
+        if isinstance(answer, Exception) and not isinstance(answer, ServiceError):
+            log.error("a picture could not be computed", exc_info=answer)
+            answer = ServiceError("something went wrong on this side; the log has it under this request_id")
+        self.metrics.picture(job, answer)
+        return answer
+
+    def _decode(self, job: Job) -> None:
+        """In a decoding thread: bytes to pixels, then into the queue."""
+        if not job.alive:
+            return
+        started = time.monotonic()
+        try:
+            assert self._runtime is not None
+            assert self._batcher is not None
+            job.pixels = self._runtime.processor.resize(decode(job.data, self.settings.max_pixels))
+            job.data = b""
+        except Exception as error:
+            job.done(error)
+            return
+        job.decoded = time.monotonic()
+        self.metrics.part("decode", job.decoded - started)
+        self._batcher.put(job)
+
+    def _batch_started(self, batch: list[Job]) -> None:
+        """In the engine's thread: what runs no longer waits."""
+        assert self._loop is not None
+        self._loop.call_soon_threadsafe(self._waiting.difference_update, batch)
+
+    def _thread_died(self, death: BaseException, under_way: list[Job]) -> None:
+        """In the engine's thread, as it ends."""
+        assert self._loop is not None
+        self._loop.call_soon_threadsafe(self._bury, death, under_way)
+
+    def _bury(self, death: BaseException, under_way: list[Job]) -> None:
+        """Answer what the dead thread had under way, and start another, once."""
+        reason = f"the engine's thread died: {type(death).__name__}: {death}"
+        log.error("the engine's thread died", reason=repr(death), restarts_left=RESTARTS - self._restarts)
+        self._fail(under_way, Unavailable(reason))
+        draining = self.state is State.DRAINING
+        self.state, self.failure = State.FAILED, RuntimeError(reason)
+        assert self._batcher is not None
+        if self._restarts == RESTARTS:
+            self._fail(self._batcher.take_all(), Unavailable(reason))
+            return
+        self._restarts += 1
+        self._restarting = asyncio.get_running_loop().create_task(self._restart(State.DRAINING if draining else State.READY))
+
+    async def _restart(self, state: State) -> None:
+        assert self._batcher is not None
+        assert self._runtime is not None
+        try:
+            await asyncio.to_thread(self.warm, self._runtime, self._batcher.max_batch)
+        except Exception as error:
+            self._fail(self._batcher.take_all(), Unavailable(f"{self.failure}; it could not be started again: {error}"))
+            return
+        self._batcher.start()
+        self.state, self.failure = state, None
+        log.info("the engine's thread runs again")
+
+    def _fail(self, jobs: list[Job], error: ServiceError) -> None:
+        for job in jobs:
+            job.done(error)
+
+    def _seconds_to_wait(self) -> int:
+        """When half of what waits will have run, at the rate of the last batches."""
+        rate = None if self._batcher is None else self._batcher.rate()
+        return 1 if rate is None else min(60, max(1, math.ceil(self.waiting / 2 / rate)))

@@ -1,47 +1,17 @@
 """The network in eager PyTorch, on a CPU or a GPU."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import numpy as np
-import numpy.typing as npt
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from app.engine.runtime import Answer, Array, Wanted
 from model import ConfigError, DinatForImageClassification, DinatImageProcessor
-from model.config import DinatConfig
 from model.image_processor import Pixels
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-
-Array = npt.NDArray[np.float32]
-
-
-@dataclass(frozen=True)
-class Wanted:
-    """What a request wants of a picture. top_k: 1 to the number of labels.  features: names as feature_names gives them."""
-
-    top_k: int
-    features: frozenset[str] = frozenset()
-
-
-@dataclass(frozen=True)
-class Answer:
-    """What the network says of a picture.
-
-    class_ids: (top_k,) int64 and scores: (top_k,) float32, best first, ties by class.  features: by name, (C, h, w) float32
-    maps, (C,) for pooled, a list of maps for hidden_states.
-    """
-
-    class_ids: npt.NDArray[np.int64]
-    scores: Array
-    features: dict[str, Array | list[Array]]
-
-
-def feature_names(config: DinatConfig) -> list[str]:
-    """What a request may ask for besides labels."""
-    return [*config.stage_names, "pooled", "hidden_states"]
 
 
 def resolve_device(device: str) -> torch.device:
@@ -61,18 +31,19 @@ def resolve_device(device: str) -> torch.device:
 
 
 class TorchRuntime:
-    """A loaded classifier. Not safe for calls from several threads at once."""
+    """A Runtime, as app.engine.runtime has it."""
 
     name = "torch"
 
     def __init__(self, source: str, revision: str | None, device: str, precision: str, attention: str) -> None:
         """Load the checkpoint. Raises CheckpointError, ConfigError."""
-        self.device = resolve_device(device)
+        self._device = resolve_device(device)
+        self.device = str(self._device)
         self.precision = self._precision(precision)
-        self.attention = attention
+        self._attention = attention
         self._dtype = PRECISIONS[self.precision]
         self._network = DinatForImageClassification.from_pretrained(
-            source, attention=attention, device=self.device, dtype=self._dtype, revision=revision
+            source, attention=attention, device=self._device, dtype=self._dtype, revision=revision
         )
         self.config = self._network.config
         if self.config.num_labels == 0:
@@ -80,9 +51,9 @@ class TorchRuntime:
         self.processor = DinatImageProcessor.from_pretrained(source, revision=revision)
 
     def run(self, pixels: Sequence[Pixels], wanted: Sequence[Wanted]) -> list[Answer]:
-        """Classify a batch. pixels: (H, W, 3) uint8 each, all of one size, as processor.resize gives them."""
+        """See Runtime."""
         with torch.inference_mode():
-            batch = self.processor.normalize(torch.from_numpy(np.stack(pixels)).to(self.device)).to(self._dtype)
+            batch = self.processor.normalize(torch.from_numpy(np.stack(pixels)).to(self._device)).to(self._dtype)
             dinat = self._network.dinat
             encoded = dinat.encode(batch)
             pooled = dinat.layernorm(encoded.after[-1]).mean(dim=(1, 2))
@@ -103,10 +74,28 @@ class TorchRuntime:
                 answers.append(Answer(top_ids[i, : want.top_k], top_scores[i, : want.top_k], features))
             return answers
 
+    def attention(self) -> dict[str, str]:
+        """See Runtime."""
+        return dict.fromkeys(self.config.stage_names[1:], "tiled" if self._attention == "auto" else self._attention)
+
+    def batch_sizes(self, max_batch: int) -> Sequence[int]:
+        """See Runtime. Eager PyTorch makes nothing per batch size: the ends of the range are enough."""
+        return sorted({1, max_batch})
+
+    def memory(self) -> int | None:
+        """See Runtime."""
+        return torch.cuda.memory_allocated(self._device) if self._device.type == "cuda" else None
+
+    def is_out_of_memory(self, error: Exception) -> bool:
+        """See Runtime. On a CPU, PyTorch's allocator raises a plain RuntimeError."""
+        if self._device.type == "cuda":
+            torch.cuda.empty_cache()
+        return isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(error)
+
     def _precision(self, asked: str) -> str:
         if asked != "auto":
             return asked
-        fast = self.device.type == "cuda" and torch.cuda.get_device_capability(self.device) >= (8, 0)
+        fast = self._device.type == "cuda" and torch.cuda.get_device_capability(self._device) >= (8, 0)
         return "bf16" if fast else "fp32"
 
     def _scores(self, logits: Tensor) -> Tensor:

@@ -19,7 +19,7 @@ def test_serve_answers_until_it_is_told_to_stop() -> None:
     try:
         assert server.stderr is not None
         seen, address = "", None
-        while address is None or "is ready" not in seen:
+        while address is None or '"ready"' not in seen:
             line = server.stderr.readline()
             assert line, seen
             seen += line

@@ -1,0 +1,64 @@
+"""What the engine asks of whoever computes, and what passes between them."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from model.config import DinatConfig
+from model.image_processor import DinatImageProcessor, Pixels
+
+Array = npt.NDArray[np.float32]
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What a request wants of a picture. top_k: 1 to the number of labels.  features: names as feature_names gives them."""
+
+    top_k: int
+    features: frozenset[str] = frozenset()
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What the network says of a picture.
+
+    class_ids: (top_k,) int64 and scores: (top_k,) float32, best first, ties by class.  features: by name, (C, h, w) float32
+    maps, (C,) for pooled, a list of maps for hidden_states.
+    """
+
+    class_ids: npt.NDArray[np.int64]
+    scores: Array
+    features: dict[str, Array | list[Array]]
+
+
+class Runtime(Protocol):
+    """A loaded classifier. Called from one thread at a time."""
+
+    name: str
+    device: str
+    precision: str
+    config: DinatConfig
+    processor: DinatImageProcessor
+
+    def run(self, pixels: Sequence[Pixels], wanted: Sequence[Wanted]) -> list[Answer]:
+        """Classify a batch. pixels: (H, W, 3) uint8 each, all of one size, as processor.resize gives them."""
+
+    def attention(self) -> dict[str, str]:
+        """The attention backend of each stage."""
+
+    def batch_sizes(self, max_batch: int) -> Sequence[int]:
+        """The batch sizes to run once before the first request, for what is made or compiled per size."""
+
+    def memory(self) -> int | None:
+        """Bytes in use on the device, or None where that is the process's own memory."""
+
+    def is_out_of_memory(self, error: Exception) -> bool:
+        """Whether an error of run says that the batch was too large; frees what can be freed."""
+
+
+def feature_names(config: DinatConfig) -> list[str]:
+    """What a request may ask for besides labels."""
+    return [*config.stage_names, "pooled", "hidden_states"]
