@@ -1,0 +1,50 @@
+import shutil
+import subprocess
+
+import pytest
+from prometheus_client.parser import text_string_to_metric_families
+
+from tests.app.conftest import running
+
+
+def values(text: str) -> dict[tuple[str, tuple[tuple[str, str], ...]], float]:
+    return {
+        (sample.name, tuple(sorted(sample.labels.items()))): sample.value
+        for family in text_string_to_metric_families(text)
+        for sample in family.samples
+    }
+
+
+def test_what_happened_is_counted(seven: bytes) -> None:
+    with running() as service:
+        for body in (seven, seven, b"text"):
+            service.client.post("/classify", content=body)
+        service.client.post("/classify", content=seven, params={"features": "pooled"})
+        response = service.client.get("/metrics")
+        service.client.get("/nowhere")
+        again = values(service.client.get("/metrics").text)
+    assert response.headers["content-type"].startswith("text/plain; version=0.0.4")
+    counted = values(response.text)
+    assert counted["dinat_requests_total", (("route", "/classify"), ("status", "200"))] == 3
+    assert counted["dinat_requests_total", (("route", "/classify"), ("status", "415"))] == 1
+    assert counted["dinat_images_total", (("outcome", "classified"),)] == 3
+    assert counted["dinat_images_total", (("outcome", "refused"),)] == 1
+    assert counted["dinat_batch_size_images_sum", ()] == 3
+    assert counted["dinat_queue_depth_images", ()] == 0
+    assert counted["dinat_request_duration_seconds_count", (("route", "/classify"),)] == 4
+    for part in ("decode", "queue", "compute", "encode"):
+        assert counted["dinat_part_duration_seconds_count", (("part", part),)] == 3
+        assert counted["dinat_part_duration_seconds_sum", (("part", part),)] > 0
+    assert any(name == "dinat_build_info" and dict(labels)["version"] for name, labels in counted)
+    assert any(name == "dinat_model_info" and dict(labels)["model"] == "digits" for name, labels in counted)
+    assert again["dinat_requests_total", (("route", "none"), ("status", "404"))] == 1
+    assert not any("nowhere" in str(labels) for _, labels in again)
+
+
+@pytest.mark.skipif(shutil.which("promtool") is None, reason="promtool (Debian's package prometheus) is not installed")
+def test_promtool_finds_nothing_wrong(seven: bytes) -> None:
+    with running() as service:
+        service.client.post("/classify", content=seven)
+        text = service.client.get("/metrics").text
+    checked = subprocess.run(["promtool", "check", "metrics"], input=text, capture_output=True, text=True, timeout=60)
+    assert (checked.returncode, checked.stdout, checked.stderr) == (0, "", "")

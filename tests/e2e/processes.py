@@ -1,0 +1,79 @@
+"""Servers as processes of their own, found by what they log and ended by their own pid."""
+
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import threading
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+DIGITS = Path(__file__).parents[2] / "examples" / "digits"
+
+
+def free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return int(listener.getsockname()[1])
+
+
+class Server:
+    """`dinat serve`, ready when entered, told to stop when left. events: what it logged."""
+
+    def __init__(self, port: int = 0, **settings: Any) -> None:
+        self._port = port
+        self._settings = {f"DINAT_{name.upper()}": str(value) for name, value in settings.items()}
+        self.events: list[dict[str, Any]] = []
+        self._ready = threading.Event()
+        self.url = ""
+
+    def __enter__(self) -> Self:
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "app.cli", "serve", "--port", str(self._port), "--log-format", "json"],
+            stderr=subprocess.PIPE,
+            text=True,
+            env={**os.environ, **self._settings},
+        )
+        self._reader = threading.Thread(target=self._read)
+        self._reader.start()
+        assert self._ready.wait(60), self.events
+        assert self.url, self.events
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        if self.process.poll() is None:
+            self.stop()
+
+    def stop(self) -> int:
+        """SIGTERM, and wait; the exit status."""
+        self.process.send_signal(signal.SIGTERM)
+        return self.wait()
+
+    def wait(self) -> int:
+        """The exit status, when it comes."""
+        try:
+            status = self.process.wait(60)
+        finally:
+            self.process.kill()
+            self._reader.join()
+            assert self.process.stderr is not None
+            self.process.stderr.close()
+        return status
+
+    def _read(self) -> None:
+        """Read the log to its end; ready once the address is known and the model warm, or when it has ended."""
+        assert self.process.stderr is not None
+        ready = False
+        for line in self.process.stderr:
+            event = json.loads(line) if line.startswith("{") else {"event": line}
+            self.events.append(event)
+            address = re.search(r"http://127\.0\.0\.1:\d+", event["event"])
+            self.url = address[0] if address else self.url
+            ready = ready or event["event"] == "ready"
+            if ready and self.url:
+                self._ready.set()
+        self._ready.set()
