@@ -1,7 +1,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: install serve test lint bench digits clean
+.PHONY: install serve test lint soak bench bench-serving digits clean
 
 install: .venv/installed
 
@@ -23,9 +23,16 @@ lint: install
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
+soak: install
+	DINAT_SOAK=1 $(BIN)/python -m pytest -s tests/e2e/test_soak.py
+
 bench: install
 	$(BIN)/python -m benchmarks.attention
 	$(BIN)/python -m benchmarks.model
+
+bench-serving: install
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[bench]'
+	$(BIN)/python -m benchmarks.serving --overload 60
 
 digits: install
 	$(BIN)/python -m examples.train_digits evaluate

@@ -1,0 +1,48 @@
+"""Ray Serve with a FastAPI ingress and its dynamic batching, as its documentation has it."""
+
+import io
+import signal
+import sys
+import threading
+from typing import Any
+
+import ray
+import torch
+from fastapi import FastAPI, UploadFile
+from PIL import Image
+from ray import serve
+
+from model import DinatForImageClassification, DinatImageProcessor
+
+app = FastAPI()
+
+
+@serve.deployment(max_ongoing_requests=64)
+@serve.ingress(app)
+class Classifier:
+    def __init__(self, folder: str) -> None:
+        torch.set_num_threads(2)
+        self.network = DinatForImageClassification.from_pretrained(folder)
+        self.processor = DinatImageProcessor.from_pretrained(folder)
+
+    @serve.batch(max_batch_size=8, batch_wait_timeout_s=0.002)
+    async def predict(self, pictures: list[bytes]) -> list[dict[str, Any]]:
+        pixels = self.processor([Image.open(io.BytesIO(picture)).convert("RGB") for picture in pictures])
+        with torch.inference_mode():
+            best = self.network(pixels).logits.softmax(-1).topk(5)
+        return [{"class_id": i.tolist(), "score": s.tolist()} for s, i in zip(best.values, best.indices, strict=True)]
+
+    @app.post("/classify")
+    async def classify(self, image: UploadFile) -> dict[str, Any]:
+        return await self.predict(await image.read())
+
+
+if __name__ == "__main__":
+    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False)
+    serve.start(http_options={"host": "127.0.0.1", "port": int(sys.argv[2])})
+    serve.run(Classifier.bind(sys.argv[1]), route_prefix="/")
+    stopped = threading.Event()
+    signal.signal(signal.SIGTERM, lambda *_: stopped.set())
+    stopped.wait()
+    serve.shutdown()
+    ray.shutdown()

@@ -1,0 +1,252 @@
+"""This service and its peers under the same load: the same network, the same pictures, in turns on loopback, in one run.
+
+    python -m benchmarks.serving [--servers ours plain lit rayserve] [--seconds 15] [--overload 60] [--json FILE]
+
+The network is DiNAT-Mini at 224 with random weights, the picture a 500x375 JPEG. First the direct rates, in a process with
+nothing else: decode + preprocess, and forward at batch 1 and 8. Then each server with a closed loop of 1, 8 and 32
+connections. `--overload` adds an open loop at 4 times this service's measured rate. The client shares the cores, as in
+every row. Needs the extra `bench`.
+"""
+
+import argparse
+import asyncio
+import io
+import multiprocessing
+import os
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from statistics import median, quantiles
+from typing import Any
+
+import aiohttp
+import numpy as np
+import psutil
+import torch
+from PIL import Image
+
+from benchmarks.timing import report, take_turns
+from model import DinatConfig, DinatForImageClassification, DinatImageProcessor
+
+CONNECTIONS = (1, 8, 32)
+DEADLINE_SECONDS = 20
+
+
+def picture() -> bytes:
+    """A 500x375 JPEG of about 60 kB."""
+    random = np.random.default_rng(0)
+    coarse = Image.fromarray(random.integers(0, 256, (47, 63, 3), dtype=np.uint8)).resize((500, 375), Image.Resampling.BICUBIC)
+    noisy = np.asarray(coarse).astype(int) + random.integers(-20, 21, (375, 500, 3))
+    buffer = io.BytesIO()
+    Image.fromarray(noisy.clip(0, 255).astype(np.uint8)).save(buffer, "JPEG", quality=78)
+    return buffer.getvalue()
+
+
+def save_network(folder: Path) -> None:
+    torch.manual_seed(0)
+    DinatForImageClassification(DinatConfig.preset("mini")).save_pretrained(folder)
+    DinatImageProcessor(size=224, resample=3).save_pretrained(folder)
+
+
+def direct(folder: str) -> dict[str, float]:
+    """Seconds per picture of each part, called directly, all in turns."""
+    network, processor = DinatForImageClassification.from_pretrained(folder), DinatImageProcessor.from_pretrained(folder)
+    data = picture()
+    pixels = {n: torch.from_numpy(np.stack([processor.resize(Image.open(io.BytesIO(data)))] * n)) for n in (1, 8)}
+    with torch.inference_mode():
+
+        def forward(n: int) -> None:
+            network(processor.normalize(pixels[n])).logits.softmax(-1).topk(5)
+
+        def whole() -> None:
+            network(processor(Image.open(io.BytesIO(data)))).logits.softmax(-1).topk(5)
+
+        times = take_turns(
+            {
+                "decode": lambda: processor.resize(Image.open(io.BytesIO(data))),
+                "one": whole,
+                "forward1": lambda: forward(1),
+                "forward8": lambda: forward(8),
+            },
+            rounds=15,
+        )
+    return times | {"forward8": times["forward8"] / 8}
+
+
+def free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return int(listener.getsockname()[1])
+
+
+def command(server: str, folder: str, port: int) -> list[str]:
+    if server == "ours":
+        flags = ["--model", folder, "--port", str(port), "--queue-limit", "64", "--deadline-ms", str(DEADLINE_SECONDS * 1000)]
+        return [sys.executable, "-m", "app.cli", "serve", *flags]
+    return [sys.executable, "-m", f"benchmarks.peers.{server}", folder, str(port)]
+
+
+async def until_ready(url: str, process: subprocess.Popen[bytes]) -> None:
+    async with aiohttp.ClientSession() as session:
+        until = time.monotonic() + 120
+        while time.monotonic() < until:
+            if process.poll() is not None:
+                raise RuntimeError(f"the server ended with {process.returncode}")
+            try:
+                async with session.post(url, data={"image": picture()}) as answer:
+                    if answer.status == 200:
+                        return
+            except aiohttp.ClientError:
+                pass
+            await asyncio.sleep(0.2)
+    raise RuntimeError(f"{url} did not become ready")
+
+
+async def ask(session: aiohttp.ClientSession, url: str, data: bytes) -> int:
+    form = aiohttp.FormData()
+    form.add_field("image", data, filename="picture.jpg", content_type="image/jpeg")
+    try:
+        async with session.post(url, data=form) as answer:
+            await answer.read()
+            return answer.status
+    except (aiohttp.ClientError, TimeoutError):
+        return 0
+
+
+async def closed_loop(url: str, connections: int, seconds: float) -> dict[str, Any]:
+    """Each connection asks again as soon as it has its answer. Latencies in ms."""
+    data, latencies, errors = picture(), [], 0
+    async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=connections)) as session:
+        for _ in range(2):
+            await ask(session, url, data)
+        started = time.monotonic()
+
+        async def loop() -> None:
+            nonlocal errors
+            while time.monotonic() < started + seconds:
+                asked = time.monotonic()
+                if await ask(session, url, data) == 200:
+                    latencies.append((time.monotonic() - asked) * 1e3)
+                else:
+                    errors += 1
+
+        await asyncio.gather(*(loop() for _ in range(connections)))
+        taken = time.monotonic() - started
+    cuts = quantiles(latencies, n=100)
+    return {"images/s": len(latencies) / taken, "p50 ms": cuts[49], "p99 ms": cuts[98], "errors": errors}
+
+
+async def open_loop(url: str, rate: float, seconds: float, process: psutil.Process) -> dict[str, Any]:
+    """Ask at a fixed rate whatever comes back; then ask again closed-loop, to see how soon full speed is back."""
+    data, answers, memory, ready = picture(), [], [], []
+    async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0)) as session:
+
+        async def one() -> None:
+            asked = time.monotonic()
+            answers.append((await ask(session, url, data), time.monotonic() - asked))
+
+        async def watch() -> None:
+            while True:
+                memory.append((time.monotonic() - started, resident(process)))
+                async with session.get(url.replace("/classify", "/health/ready")) as answer:
+                    ready.append(answer.status)
+                await asyncio.sleep(1)
+
+        started = time.monotonic()
+        watching = asyncio.create_task(watch())
+        asking = []
+        for n in range(int(rate * seconds)):
+            await asyncio.sleep(max(0, started + n / rate - time.monotonic()))
+            asking.append(asyncio.create_task(one()))
+        await asyncio.gather(*asking)
+        watching.cancel()
+        ended = time.monotonic()
+        while await ask(session, url, data) != 200:
+            await asyncio.sleep(0.1)
+        back = time.monotonic() - ended
+    statuses = [status for status, _ in answers]
+    accepted = [taken for status, taken in answers if status == 200]
+    flat = [size for at, size in memory if at > 10]
+    return {
+        "asked": len(answers),
+        "asked/s": rate,
+        "200": statuses.count(200),
+        "503": statuses.count(503),
+        "504": statuses.count(504),
+        "other": len(statuses) - statuses.count(200) - statuses.count(503) - statuses.count(504),
+        "accepted p99 s": quantiles(accepted, n=100)[98],
+        "deadline s": DEADLINE_SECONDS,
+        "MB after 10 s": round(flat[0] / 1e6),
+        "MB at the end": round(flat[-1] / 1e6),
+        "ready always": set(ready) == {200},
+        "seconds to recover": back,
+    }
+
+
+def resident(process: psutil.Process) -> int:
+    return sum(p.memory_info().rss for p in [process, *process.children(recursive=True)])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--servers", nargs="+", default=["ours", "plain", "lit", "rayserve"])
+    parser.add_argument("--seconds", type=float, default=15)
+    parser.add_argument("--overload", type=float, default=0, metavar="SECONDS")
+    parser.add_argument("--json", type=Path)
+    arguments = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        save_network(Path(folder))
+        with multiprocessing.get_context("spawn").Pool(1) as pool:
+            parts = pool.apply(direct, (folder,))
+        cores = len(os.sched_getaffinity(0))
+        ceiling = 1 / (parts["decode"] / cores + parts["forward8"])
+        print(
+            {name: f"{seconds * 1e3:.1f} ms" for name, seconds in parts.items()}, f"direct {ceiling:.1f} images/s", flush=True
+        )
+        rows: list[dict[str, Any]] = []
+        for server in arguments.servers:
+            port = free_port()
+            url = f"http://127.0.0.1:{port}/classify"
+            process = subprocess.Popen(
+                command(server, folder, port), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
+            )
+            try:
+                asyncio.run(until_ready(url, process))
+                for connections in CONNECTIONS:
+                    result = asyncio.run(closed_loop(url, connections, arguments.seconds))
+                    rows.append(
+                        {"server": server, "connections": connections}
+                        | result
+                        | {
+                            "added ms": result["p50 ms"] - parts["one"] * 1e3 if connections == 1 else float("nan"),
+                            "share of direct": result["images/s"] / ceiling,
+                            "MB": round(resident(psutil.Process(process.pid)) / 1e6),
+                        }
+                    )
+                    print(rows[-1], flush=True)
+                if server == "ours" and arguments.overload:
+                    rate = 4 * max(row["images/s"] for row in rows)
+                    overload = asyncio.run(open_loop(url, rate, arguments.overload, psutil.Process(process.pid)))
+                    report(
+                        "Open loop at 4 times capacity",
+                        [overload],
+                        arguments.json and arguments.json.with_suffix(".overload.json"),
+                    )
+            finally:
+                os.killpg(process.pid, signal.SIGTERM)
+                try:
+                    process.wait(30)
+                except subprocess.TimeoutExpired:
+                    os.killpg(process.pid, signal.SIGKILL)
+        best = {row["connections"]: row["images/s"] for row in rows if row["server"] == "ours"}
+        for row in rows:
+            row["ours / it"] = best.get(row["connections"], float("nan")) / row["images/s"]
+        report(f"Closed loop, median of direct {median([parts['one']]) * 1e3:.1f} ms", rows, arguments.json)
+
+
+if __name__ == "__main__":
+    main()
