@@ -9,6 +9,7 @@ from typing import Any
 import uvicorn
 from pydantic import ValidationError
 
+from app.allocator import keep_freed_memory
 from app.engine.engine import Engine
 from app.logs import configure_logs
 from app.main import create_app
@@ -37,6 +38,7 @@ def serve(parsed: argparse.Namespace) -> int:
     given = {name: value for name in Settings.model_fields if (value := getattr(parsed, name)) is not None}
     settings = Settings(**given)
     configure_logs(settings.log_format)
+    keep_freed_memory()
     engine = Engine(settings)
     config = uvicorn.Config(
         create_app(settings, engine),

@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from enum import StrEnum
+from typing import TypeVar
 
 import numpy as np
 import structlog
@@ -19,6 +20,8 @@ from app.metrics import Metrics
 from app.settings import Settings
 
 log = structlog.get_logger("dinat")
+
+T = TypeVar("T")
 
 RESTARTS = 1
 """How often an engine's thread that died is started again."""
@@ -85,9 +88,9 @@ class Engine:
         self._loop = asyncio.get_running_loop()
         started = time.monotonic()
         try:
-            self._runtime = await asyncio.to_thread(self.load)
+            self._runtime = await _in_own_thread(self.load)
             max_batch = self.settings.max_batch or (64 if self._runtime.device.startswith("cuda") else 8)
-            await asyncio.to_thread(self.warm, self._runtime, max_batch)
+            await _in_own_thread(self.warm, self._runtime, max_batch)
             self._batcher = Batcher(
                 self._runtime,
                 max_batch,
@@ -243,7 +246,7 @@ class Engine:
         assert self._batcher is not None
         assert self._runtime is not None
         try:
-            await asyncio.to_thread(self.warm, self._runtime, self._batcher.max_batch)
+            await _in_own_thread(self.warm, self._runtime, self._batcher.max_batch)
         except Exception as error:
             self._fail(self._batcher.take_all(), Unavailable(f"{self.failure}; it could not be started again: {error}"))
             return
@@ -259,3 +262,16 @@ class Engine:
         """When half of what waits will have run, at the rate of the last batches."""
         rate = None if self._batcher is None else self._batcher.rate()
         return 1 if rate is None else min(60, max(1, math.ceil(self.waiting / 2 / rate)))
+
+
+async def _in_own_thread(call: Callable[..., T], *args: object) -> T:
+    """Call in a thread that ends with the call.
+
+    OpenMP keeps a team of threads for each thread that has computed. While there are more of them than cores they sleep at
+    each join rather than spin, and a batch of one takes half as long again. So only the engine's own thread may keep a team.
+    """
+    thread = ThreadPoolExecutor(1)
+    try:
+        return await asyncio.get_running_loop().run_in_executor(thread, call, *args)
+    finally:
+        thread.shutdown()
