@@ -95,7 +95,7 @@ def command(server: str, folder: str, port: int) -> list[str]:
 
 async def until_ready(url: str, process: subprocess.Popen[bytes]) -> None:
     async with aiohttp.ClientSession() as session:
-        until = time.monotonic() + 120
+        until, last = time.monotonic() + 120, ""
         while time.monotonic() < until:
             if process.poll() is not None:
                 raise RuntimeError(f"the server ended with {process.returncode}")
@@ -103,10 +103,11 @@ async def until_ready(url: str, process: subprocess.Popen[bytes]) -> None:
                 async with session.post(url, data={"image": picture()}) as answer:
                     if answer.status == 200:
                         return
-            except aiohttp.ClientError:
-                pass
+                    last = f"{answer.status} {(await answer.text())[:500]}"
+            except aiohttp.ClientError as error:
+                last = str(error)
             await asyncio.sleep(0.2)
-    raise RuntimeError(f"{url} did not become ready")
+    raise RuntimeError(f"{url} did not become ready: {last}")
 
 
 async def ask(session: aiohttp.ClientSession, url: str, data: bytes) -> int:

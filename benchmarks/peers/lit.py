@@ -6,6 +6,7 @@ from typing import Any
 
 import litserve
 import torch
+from fastapi import Request
 from PIL import Image
 
 from model import DinatForImageClassification, DinatImageProcessor
@@ -16,7 +17,8 @@ class Classifier(litserve.LitAPI):
         self.network = DinatForImageClassification.from_pretrained(sys.argv[1])
         self.processor = DinatImageProcessor.from_pretrained(sys.argv[1])
 
-    def decode_request(self, request: Any) -> torch.Tensor:
+    # The annotation matters: LitServe derives the endpoint's parameter from it.
+    def decode_request(self, request: Request) -> torch.Tensor:
         return self.processor(Image.open(io.BytesIO(request["image"].file.read())).convert("RGB"))[0]
 
     def batch(self, inputs: list[torch.Tensor]) -> torch.Tensor:
