@@ -66,6 +66,7 @@ class Batcher:
         self._waiting: list[Job] = []
         self._changed = threading.Condition()
         self._stopping = False
+        self._closed: Exception | None = None
         self._rate: deque[tuple[int, float]] = deque(maxlen=RATE_BATCHES)
         self._thread: threading.Thread | None = None
 
@@ -77,14 +78,19 @@ class Batcher:
     def put(self, job: Job) -> None:
         """Let a job with its pixels wait, before all that arrived after it. Safe from every thread."""
         with self._changed:
-            bisect.insort(self._waiting, job, key=lambda waiting: waiting.number)
-            self._changed.notify()
+            if self._closed is None:
+                bisect.insort(self._waiting, job, key=lambda waiting: waiting.number)
+                self._changed.notify()
+                return
+        job.done(self._closed)
 
-    def take_all(self) -> list[Job]:
-        """Take out every job that waits."""
+    def close(self, error: Exception) -> None:
+        """Answer every job that waits, and those that will be put from now on, with an error."""
         with self._changed:
+            self._closed = error
             jobs, self._waiting = self._waiting, []
-        return jobs
+        for job in jobs:
+            job.done(error)
 
     def stop(self) -> None:
         """End the thread once nothing waits, and wait for it."""

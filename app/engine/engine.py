@@ -136,7 +136,7 @@ class Engine:
         """Drain, answer what is left with an error, and end the threads."""
         await self.drain()
         if self._batcher is not None:
-            self._fail(self._batcher.take_all(), Unavailable("the service stopped before this picture's turn came"))
+            self._batcher.close(Unavailable("the service stopped before this picture's turn came"))
             await asyncio.to_thread(self._batcher.stop)
         self._decoders.shutdown(cancel_futures=True)
 
@@ -232,12 +232,13 @@ class Engine:
         """Answer what the dead thread had under way, and start another, once."""
         reason = f"the engine's thread died: {type(death).__name__}: {death}"
         log.error("the engine's thread died", reason=repr(death), restarts_left=RESTARTS - self._restarts)
-        self._fail(under_way, Unavailable(reason))
+        for job in under_way:
+            job.done(Unavailable(reason))
         draining = self.state is State.DRAINING
         self.state, self.failure = State.FAILED, RuntimeError(reason)
         assert self._batcher is not None
         if self._restarts == RESTARTS:
-            self._fail(self._batcher.take_all(), Unavailable(reason))
+            self._batcher.close(Unavailable(reason))
             return
         self._restarts += 1
         self._restarting = asyncio.get_running_loop().create_task(self._restart(State.DRAINING if draining else State.READY))
@@ -248,15 +249,11 @@ class Engine:
         try:
             await _in_own_thread(self.warm, self._runtime, self._batcher.max_batch)
         except Exception as error:
-            self._fail(self._batcher.take_all(), Unavailable(f"{self.failure}; it could not be started again: {error}"))
+            self._batcher.close(Unavailable(f"{self.failure}; it could not be started again: {error}"))
             return
         self._batcher.start()
         self.state, self.failure = state, None
         log.info("the engine's thread runs again")
-
-    def _fail(self, jobs: list[Job], error: ServiceError) -> None:
-        for job in jobs:
-            job.done(error)
 
     def _seconds_to_wait(self) -> int:
         """When half of what waits will have run, at the rate of the last batches."""

@@ -11,6 +11,7 @@ from PIL import Image
 from app.engine.engine import Engine, State
 from app.engine.runtime import Answer, Runtime, Wanted
 from app.errors import DeadlinePassed, ServiceError, TooLarge, Unavailable
+from app.images import decode
 from app.settings import Settings
 from model.image_processor import Pixels
 from tests.app.conftest import DIGITS
@@ -28,6 +29,8 @@ class Gated(Engine):
         self.batches: list[list[int]] = []
         self.fault = fault
         self.warmed = False
+        self.may_warm = threading.Event()
+        self.may_warm.set()
 
     def load(self) -> Runtime:
         runtime = super().load()
@@ -49,6 +52,7 @@ class Gated(Engine):
         return runtime
 
     def warm(self, runtime: Runtime, max_batch: int) -> None:
+        assert self.may_warm.wait(30)
         self.warmed = False
         super().warm(runtime, max_batch)
         self.warmed = True
@@ -303,7 +307,7 @@ def test_out_of_memory_for_a_single_picture_is_an_error() -> None:
     drive(engine, test)
 
 
-def test_a_dead_thread_is_started_again_once_and_nothing_stays_without_an_answer() -> None:
+def test_a_dead_thread_is_started_again_once_and_nothing_stays_without_an_answer(monkeypatch: pytest.MonkeyPatch) -> None:
     engine = Gated(fault=lambda size: SystemExit("killed"))
 
     async def test() -> None:
@@ -311,6 +315,7 @@ def test_a_dead_thread_is_started_again_once_and_nothing_stays_without_an_answer
         await engine.busy()
         waiting = engine.ask(1)
         await engine.decoded(1)
+        engine.may_warm.clear()
         engine.let(1)
         (answer,) = await first
         assert isinstance(answer, Unavailable)
@@ -319,14 +324,35 @@ def test_a_dead_thread_is_started_again_once_and_nothing_stays_without_an_answer
         assert "killed" in engine.why_not_ready()
 
         engine.fault = lambda size: None
-        engine.let()
+        engine.let(1)
+        engine.may_warm.set()
+        await engine.busy()
         (answer,) = await waiting
         assert int(answer.class_ids[0]) == 1
         assert engine.state is State.READY
 
         engine.fault = lambda size: SystemExit("killed again")
-        both = await asyncio.gather(engine.ask(2), engine.ask(3))
-        assert all(isinstance(answer, Unavailable) for (answer,) in both)
+        running = engine.ask(2)
+        await engine.busy()
+        queued = engine.ask(3)
+        await engine.decoded(1)
+        decoding, may_decode = threading.Event(), threading.Event()
+
+        def slowly(data: bytes, max_pixels: int) -> Image.Image:
+            decoding.set()
+            assert may_decode.wait(30)
+            return decode(data, max_pixels)
+
+        monkeypatch.setattr("app.engine.engine.decode", slowly)
+        late = engine.ask(4)
+        assert await asyncio.to_thread(decoding.wait, 30)
+        engine.let(1)
+        (answer,) = await running
+        assert isinstance(answer, Unavailable)
+        may_decode.set()
+        for task in (queued, late):
+            (answer,) = await task
+            assert isinstance(answer, Unavailable)
         assert engine.state is State.FAILED
         with pytest.raises(Unavailable, match="killed again"):
             await engine.submit([SEVEN], ONE)
