@@ -2,6 +2,7 @@
 
 import asyncio
 from collections.abc import AsyncIterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from importlib.metadata import version
 
@@ -28,6 +29,8 @@ def create_app(settings: Settings | None = None, engine: Engine | None = None) -
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         Image.MAX_IMAGE_PIXELS = None  # settings.max_pixels is checked on every picture instead
+        encoders = ThreadPoolExecutor(settings.decode_threads, thread_name_prefix="encode")
+        asyncio.get_running_loop().set_default_executor(encoders)  # which asyncio.to_thread takes
         starting = asyncio.create_task(engine.start())
         yield
         await starting

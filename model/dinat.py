@@ -17,6 +17,7 @@ from model.attention import check_backend, neighborhood_attention, neighborhood_
 from model.checkpoint import fit, open_checkpoint, save_checkpoint
 from model.config import DinatConfig
 from model.errors import ConfigError, DinatError
+from model.product import product
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "gelu": F.gelu,
@@ -105,13 +106,13 @@ class NeighborhoodSelfAttention(nn.Module):
         self.dropout = config.attention_probs_dropout_prob
         side = 2 * config.kernel_size - 1
         self.rpb = nn.Parameter(torch.zeros(heads, side, side))
-        self.query = nn.Linear(channels, channels, bias=config.qkv_bias)
-        self.key = nn.Linear(channels, channels, bias=config.qkv_bias)
-        self.value = nn.Linear(channels, channels, bias=config.qkv_bias)
+        self.qkv = nn.Linear(channels, 3 * channels, bias=config.qkv_bias)
+        self.register_state_dict_post_hook(_split_qkv)
+        self.register_load_state_dict_pre_hook(_join_qkv)
 
     def forward(self, x: Tensor, with_weights: bool) -> tuple[Tensor, Tensor | None]:
         """(B, H, W, C) -> the same shape, and (B, heads, H, W, kernel_size**2) if the weights are wanted."""
-        q, k, v = (linear(x).unflatten(-1, (self.heads, -1)) for linear in (self.query, self.key, self.value))
+        q, k, v = (part.unflatten(-1, (self.heads, -1)) for part in product(x, self.qkv).chunk(3, dim=-1))
         settings: dict[str, Any] = {"dropout": self.dropout if self.training else 0.0}
         weights = None
         if with_weights:
@@ -125,6 +126,26 @@ class NeighborhoodSelfAttention(nn.Module):
         return attended.flatten(-2), weights
 
 
+QKV = ("query", "key", "value")
+"""The Hub's names of the three products that are one here. They have their names in every state dict."""
+
+
+def _split_qkv(module: nn.Module, state_dict: dict[str, Any], prefix: str, metadata: Any) -> None:
+    """Write a state dict as the Hub has it."""
+    for kind in ("weight", "bias"):
+        joined = state_dict.pop(f"{prefix}qkv.{kind}", None)
+        if joined is not None:
+            state_dict.update({f"{prefix}{name}.{kind}": part for name, part in zip(QKV, joined.chunk(3), strict=True)})
+
+
+def _join_qkv(module: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
+    """Read a state dict as the Hub has it."""
+    for kind in ("weight", "bias"):
+        names = [f"{prefix}{name}.{kind}" for name in QKV]
+        if all(name in state_dict for name in names):
+            state_dict[f"{prefix}qkv.{kind}"] = torch.cat([state_dict.pop(name) for name in names])
+
+
 class AttentionOutput(nn.Module):
     """The projection after attention."""
 
@@ -133,8 +154,8 @@ class AttentionOutput(nn.Module):
         self.dense = nn.Linear(channels, channels)
         self.dropout = nn.Dropout(config.attention_probs_dropout_prob)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.dropout(self.dense(x))
+    def forward(self, x: Tensor, add: Tensor | None = None) -> Tensor:
+        return self.dropout(product(x, self.dense, add=add))
 
 
 class Attention(nn.Module):
@@ -149,13 +170,13 @@ class Attention(nn.Module):
         self.output = AttentionOutput(config, channels)
         self.window = config.kernel_size * dilation
 
-    def forward(self, x: Tensor, with_weights: bool) -> tuple[Tensor, Tensor | None]:
+    def forward(self, x: Tensor, with_weights: bool, add: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
         height, width = x.shape[1:3]
         below, right = max(0, self.window - height), max(0, self.window - width)
         if below or right:
             x = F.pad(x, (0, 0, 0, right, 0, below))
         attended, weights = self.self(x, with_weights)
-        return self.output(attended[:, :height, :width]), weights
+        return self.output(attended[:, :height, :width], add), weights
 
 
 class Intermediate(nn.Module):
@@ -172,7 +193,9 @@ class Intermediate(nn.Module):
             raise ConfigError(f"hidden_act {config.hidden_act!r} is not known: take one of {', '.join(ACTIVATIONS)}")
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.activation(self.dense(x))
+        if self.activation is F.gelu:
+            return product(x, self.dense, gelu=True)
+        return self.activation(product(x, self.dense))
 
 
 class Output(nn.Module):
@@ -183,8 +206,8 @@ class Output(nn.Module):
         self.dense = nn.Linear(int(config.mlp_ratio * channels), channels)
         self.dropout = nn.Dropout(config.hidden_dropout_prob)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.dropout(self.dense(x))
+    def forward(self, x: Tensor, add: Tensor | None = None) -> Tensor:
+        return self.dropout(product(x, self.dense, add=add))
 
 
 class Layer(nn.Module):
@@ -203,6 +226,9 @@ class Layer(nn.Module):
             self.layer_scale_parameters = nn.Parameter(torch.full((2, channels), float(config.layer_scale_init_value)))
 
     def forward(self, x: Tensor, with_weights: bool = False) -> tuple[Tensor, Tensor | None]:
+        if self.layer_scale_parameters is None and not self.training:  # nothing comes between a branch and its sum
+            x, weights = self.attention(self.layernorm_before(x), with_weights, add=x)
+            return self.output(self.intermediate(self.layernorm_after(x)), add=x), weights
         attended, weights = self.attention(self.layernorm_before(x), with_weights)
         if self.layer_scale_parameters is not None:
             attended = self.layer_scale_parameters[0] * attended

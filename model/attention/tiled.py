@@ -6,7 +6,6 @@ attention. Tiles that lie alike (all inner ones, say) share one bias and run as 
 """
 
 from collections import OrderedDict
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import lru_cache
 from itertools import product
@@ -99,42 +98,49 @@ def tiled_attention(
     q: Tensor, k: Tensor, v: Tensor, rpb: Tensor | None, kernel_size: int, dilation: int, scale: float, dropout: float = 0.0
 ) -> Tensor:
     """Neighborhood attention, DiNAT section 3. q, k, v, output: (B, H, W, heads, head_dim)."""
-    batch, height, width, heads, head_dim = q.shape
+    height, width, heads, head_dim = q.shape[1:]
     tile = (tile_size(height, kernel_size, dilation), tile_size(width, kernel_size, dilation))
     cut = plan(height, width, kernel_size, dilation, tile, q.device)
-    q, k, v = (x.reshape(batch, height * width, heads * head_dim) for x in (q, k, v))
-    outputs = []
-    for images in _chunks(batch, cut, k):
+    table = biases(cut, rpb, q.dtype)
+
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         parts = []
-        for same, bias in zip(cut.tiles, biases(cut, rpb, q.dtype), strict=True):
-            queries = _gather(q[images], same.queries).view(-1, same.queries_per_tile, heads, head_dim)
-            keys = _gather(k[images], same.keys).view(-1, same.keys_per_tile, heads, head_dim)
-            values = _gather(v[images], same.keys).view(-1, same.keys_per_tile, heads, head_dim)
+        for same, bias in zip(cut.tiles, table, strict=True):
+            queries = _gather(q, same.queries).view(-1, same.queries_per_tile, heads, head_dim)
+            keys = _gather(k, same.keys).view(-1, same.keys_per_tile, heads, head_dim)
+            values = _gather(v, same.keys).view(-1, same.keys_per_tile, heads, head_dim)
             part = F.scaled_dot_product_attention(
                 queries.transpose(1, 2), keys.transpose(1, 2), values.transpose(1, 2), bias, dropout, scale=scale
             )
             parts.append(part.transpose(1, 2).reshape(-1, same.queries.shape[0], heads * head_dim))
-        outputs.append(_gather(parts[0] if len(parts) == 1 else torch.cat(parts, dim=1), cut.slots))
-    output = outputs[0] if len(outputs) == 1 else torch.cat(outputs)
-    return output.view(batch, height, width, heads, head_dim)
+        return _gather(parts[0] if len(parts) == 1 else torch.cat(parts, dim=1), cut.slots)
+
+    q, k, v = (x.flatten(1, 2).flatten(2) for x in (q, k, v))
+    images = _images_at_once(cut, k)
+    if images is None:
+        output = attend(q, k, v)
+    else:
+        output = torch.cat([attend(*some) for some in zip(q.split(images), k.split(images), v.split(images), strict=True)])
+    return output.view(-1, height, width, heads, head_dim)
 
 
 def _gather(x: Tensor, index: Tensor) -> Tensor:
-    """(B, H * W, C) -> (B, len(index), C). Rows of a matrix: index_select is far slower along an inner dimension."""
+    """(B, H * W, C) -> (B, len(index), C)."""
+    if torch.compiler.is_compiling():
+        return x.index_select(1, index)
     batch, length, channels = x.shape
-    if batch > 1:
+    if batch > 1:  # rows of a matrix: in eager mode index_select is far slower along an inner dimension
         index = (torch.arange(batch, device=x.device)[:, None] * length + index).flatten()
     return x.reshape(batch * length, channels).index_select(0, index).view(batch, -1, channels)
 
 
-def _chunks(batch: int, cut: Plan, k: Tensor) -> Iterator[slice]:
-    """Slices of the batch whose gathered keys stay in the processor's cache; elsewhere the whole batch at once."""
-    images = batch
-    if k.device.type == "cpu" and not torch.compiler.is_compiling():
-        per_image = max(same.keys.shape[0] for same in cut.tiles) * k.shape[-1] * k.element_size()
-        images = max(1, CACHE_BYTES // per_image)
-    for start in range(0, batch, images):
-        yield slice(start, start + images)
+def _images_at_once(cut: Plan, k: Tensor) -> int | None:
+    """How many pictures' gathered keys stay in the processor's cache; None where the whole batch runs at once."""
+    if k.device.type != "cpu" or torch.compiler.is_compiling():
+        return None
+    per_image = max(same.keys.shape[0] for same in cut.tiles) * k.shape[-1] * k.element_size()
+    images = max(1, CACHE_BYTES // per_image)
+    return images if images < k.shape[0] else None
 
 
 @dataclass

@@ -63,9 +63,7 @@ def to_original(network: DinatForImageClassification) -> dict[str, torch.Tensor]
                 f"{to}.{name}.{key}": value for name, part in names.items() for key, value in part.state_dict().items()
             }
             attend = getattr(attention, "self")  # noqa: B009
-            products = (attend.query, attend.key, attend.value)
-            original[f"{to}.attn.qkv.weight"] = torch.cat([product.weight for product in products])
-            original[f"{to}.attn.qkv.bias"] = torch.cat([product.bias for product in products])
+            original[f"{to}.attn.qkv.weight"], original[f"{to}.attn.qkv.bias"] = attend.qkv.weight, attend.qkv.bias
             original[f"{to}.attn.rpb"] = attend.rpb
             if layer.layer_scale_parameters is not None:
                 original[f"{to}.gamma1"], original[f"{to}.gamma2"] = layer.layer_scale_parameters

@@ -1,0 +1,31 @@
+"""A linear layer and what follows it, as one kernel where PyTorch has one."""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+_ONEDNN: Any = getattr(torch.ops.mkldnn, "_linear_pointwise", None) if torch.backends.mkldnn.is_available() else None
+"""oneDNN's product with an epilogue, which torch.compile uses too. It has no gradient."""
+
+
+def product(x: Tensor, linear: nn.Linear, gelu: bool = False, add: Tensor | None = None) -> Tensor:
+    """linear(x), then the exact GELU if asked for, or a sum with `add`.
+
+    x: (..., in_features);  add and what is returned: (..., out_features).
+    For float32 on a CPU without gradients all of it is one kernel: what the product makes is not written, read and written anew.
+    """
+    if _ONEDNN is None or x.device.type != "cpu" or x.dtype != torch.float32 or _is_watched():
+        y = linear(x)
+        return F.gelu(y) if gelu else y if add is None else add + y
+    if add is not None:
+        fused: Tensor = _ONEDNN.binary(x, add, linear.weight, linear.bias, "add")
+    else:
+        fused = _ONEDNN(x, linear.weight, linear.bias, *(("gelu", [], "none") if gelu else ("none", [], "")))
+    return fused
+
+
+def _is_watched() -> bool:
+    """Whether autograd, autocast or a compiler must see each step."""
+    return torch.is_grad_enabled() or torch.is_autocast_enabled("cpu") or torch.compiler.is_compiling()
