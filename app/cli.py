@@ -11,6 +11,8 @@ from pydantic import ValidationError
 
 from app.allocator import keep_freed_memory
 from app.engine.engine import Engine
+from app.errors import ServiceError
+from app.images import decode
 from app.logs import configure_logs
 from app.main import create_app
 from app.server import Server
@@ -18,6 +20,7 @@ from app.settings import Settings, explain
 from model import DinatConfig, DinatError, DinatForImageClassification, DinatImageProcessor
 from model.checkpoint import open_checkpoint
 from model.config import PRESETS
+from model.export import FORMATS, export, format_of, quantize
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -92,6 +95,62 @@ def info(parsed: argparse.Namespace) -> int:
     return 0
 
 
+def export_graph(parsed: argparse.Namespace) -> int:
+    """Write a checkpoint as a graph that its runtime opens without this project."""
+    file_format = parsed.format or format_of(parsed.file)
+    network = DinatForImageClassification.from_pretrained(parsed.source, revision=parsed.revision)
+    processor = DinatImageProcessor.from_pretrained(parsed.source, revision=parsed.revision)
+    difference = export(
+        network, processor, parsed.file, file_format, batch=parsed.batch, size=parsed.size, features=parsed.features
+    )
+    print(f"{parsed.source} written to {parsed.file}; its outputs are within {difference:.1e} of PyTorch's")
+    return 0
+
+
+def quantize_graph(parsed: argparse.Namespace) -> int:
+    """Write a checkpoint with an 8-bit graph beside its weights, and say what it costs."""
+    pictures = []
+    for path in sorted(path for path in parsed.pictures.rglob("*") if path.is_file()):
+        try:
+            pictures.append(decode(path.read_bytes(), Settings.model_fields["max_pixels"].default))
+        except ServiceError as error:
+            print(f"dinat: {path} is left out: {error.detail}", file=sys.stderr)
+    network = DinatForImageClassification.from_pretrained(parsed.source, revision=parsed.revision)
+    processor = DinatImageProcessor.from_pretrained(parsed.source, revision=parsed.revision)
+    cost = quantize(network, processor, pictures, parsed.destination)
+    network.save_pretrained(parsed.destination)
+    processor.save_pretrained(parsed.destination)
+    print(
+        f"{parsed.source} written to {parsed.destination}. On its {cost.pictures} pictures the 8-bit graph has the same best "
+        f"class for {cost.same_top1:.1%}, and logits within {cost.difference:.3g}, where the largest is {cost.largest:.3g}.\n"
+        f"Serve it with: dinat serve --model {parsed.destination} --precision int8"
+    )
+    return 0
+
+
+def _size(text: str) -> tuple[int, int]:
+    height, x, width = text.partition("x")
+    try:
+        sides = int(height), int(width if x else height)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is no size: give HEIGHTxWIDTH, such as 224x224") from None
+    if min(sides) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is no size: both sides must be at least 1")
+    return sides
+
+
+def _names(text: str) -> tuple[str, ...]:
+    return tuple(name.strip() for name in text.split(",") if name.strip())
+
+
+def _batch(text: str) -> int | None:
+    if text == "dynamic":
+        return None
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is no batch: give dynamic, or a number of at least 1")
+    return int(text)
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="dinat", description="Serve, convert and inspect DiNAT image classifiers.")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
@@ -109,6 +168,25 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--preset", choices=PRESETS, help="which published model a .pth file is, where its name does not say")
     command.add_argument("--labels", type=Path, help="file with the names of the classes, one a line")
     command.set_defaults(run=convert)
+
+    command = commands.add_parser("export", help="write a graph for ONNX Runtime, OpenVINO or torch.export")
+    command.add_argument("source", help='folder, Hub id, .pth file or "digits"')
+    command.add_argument("file", type=Path, help="file to write: *.onnx, *.xml (and *.bin beside it) or *.pt2")
+    command.add_argument("--format", choices=FORMATS, help="of the file; by its name if not given")
+    command.add_argument("--batch", type=_batch, default=None, metavar="dynamic|N", help="pictures per call; dynamic for any")
+    command.add_argument("--size", type=_size, metavar="HxW", help="of the input, in pixels; the checkpoint's if not given")
+    command.add_argument(
+        "--features", type=_names, default=(), help="comma list of maps to give besides logits: stem, stage1, ..., pooled"
+    )
+    command.add_argument("--revision", help="branch, tag or commit of a Hub id")
+    command.set_defaults(run=export_graph)
+
+    command = commands.add_parser("quantize", help="write a checkpoint with an 8-bit graph for a CPU")
+    command.add_argument("source", help='folder, Hub id, .pth file or "digits"')
+    command.add_argument("pictures", type=Path, help="folder of pictures to calibrate with, a few hundred like those to come")
+    command.add_argument("destination", type=Path, help="folder to write")
+    command.add_argument("--revision", help="branch, tag or commit of a Hub id")
+    command.set_defaults(run=quantize_graph)
 
     command = commands.add_parser("info", help="say what is in a checkpoint")
     command.add_argument("source", help='folder, Hub id, .pth file or "digits"')

@@ -1,6 +1,7 @@
 """Every setting of the service, once: environment DINAT_*, a .env file, or flags of `dinat serve`."""
 
 import os
+from pathlib import Path
 from typing import Annotated, Literal
 
 from pydantic import BeforeValidator, Field, SecretStr, ValidationError
@@ -23,9 +24,20 @@ class Settings(BaseSettings):
     model: str = Field("digits", description='checkpoint: a folder, a Hub id, a .pth file, or "digits"')
     revision: str | None = Field(None, description="branch, tag or commit of a Hub id")
     device: str = Field("auto", description='"auto" (a GPU where there is one), "cpu", "cuda" or "cuda:1"')
-    precision: Literal["auto", "fp32", "bf16", "fp16"] = Field("auto", description="auto: bf16 on GPUs fast at it, else fp32")
+    runtime: Literal["auto", "torch", "openvino", "onnxruntime"] = Field(
+        "auto", description="auto: OpenVINO on a CPU where it is installed, else PyTorch"
+    )
+    precision: Literal["auto", "fp32", "bf16", "fp16", "int8"] = Field(
+        "auto", description="auto: bf16 on a GPU or, by OpenVINO, a CPU that is fast at it, else fp32"
+    )
     attention: Literal["auto", "reference", "tiled"] = Field("auto", description="attention backend")
-    max_batch: int | None = Field(None, ge=1, le=1024, description="pictures per batch; 64 on a GPU and 8 on a CPU if not set")
+    max_batch: int | None = Field(
+        None, ge=1, le=1024, description="pictures per batch; 64 on a GPU, on a CPU 8 or two a core if not set"
+    )
+    cache_dir: Path = Field(
+        default_factory=lambda: Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "dinat-serve",
+        description="where graphs and compiled graphs are kept; ~/.cache/dinat-serve if not set",
+    )
     max_wait_ms: float = Field(0, ge=0, description="longest an idle engine waits for a batch to fill; 0 for not at all")
     queue_limit: int = Field(128, ge=1, description="pictures that may wait, those being decoded counted; beyond it, 503")
     deadline_ms: int = Field(

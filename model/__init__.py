@@ -2,7 +2,7 @@
 
 from model.config import DinatConfig
 from model.dinat import DinatBackbone, DinatForImageClassification, DinatModel
-from model.errors import AttentionError, CheckpointError, ConfigError, DinatError, ImageError
+from model.errors import AttentionError, CheckpointError, ConfigError, DinatError, ExportError, ImageError
 from model.image_processor import DinatImageProcessor
 
 __all__ = [
@@ -15,5 +15,6 @@ __all__ = [
     "DinatForImageClassification",
     "DinatImageProcessor",
     "DinatModel",
+    "ExportError",
     "ImageError",
 ]

@@ -37,13 +37,14 @@ StateDict = dict[str, Tensor]
 class Checkpoint:
     """One checkpoint, its weights not read yet.
 
-    source: as it was asked for.  processor: what preprocessor_config.json holds, or None.  state_dict: reads the weights,
-    on the CPU, under the Hub's names; raises CheckpointError.
+    source: as it was asked for.  processor: what preprocessor_config.json holds, or None.  weights: finds the file that holds
+    them.  state_dict: reads them, on the CPU, under the Hub's names.  Both raise CheckpointError.
     """
 
     source: str
     config: DinatConfig
     processor: dict[str, Any] | None
+    weights: Callable[[], Path]
     state_dict: Callable[[], StateDict]
 
 
@@ -194,16 +195,17 @@ def _hub_layout(source: str, file: Callable[[str], Path | None], config: DinatCo
             raise CheckpointError(f"{CONFIG} of {source} names no DiNAT: {error}") from error
     processor = file(PROCESSOR)
 
-    def state_dict() -> StateDict:
-        safetensors = file(SAFETENSORS)
-        if safetensors is not None:
-            return _read_safetensors(safetensors)
-        pickled = file(PICKLE)
-        if pickled is not None:
-            return _tensors(_read_pickle(pickled), pickled)
-        raise CheckpointError(f"{source} has no {SAFETENSORS} and no {PICKLE} (or, offline, they are not in the cache)")
+    def weights() -> Path:
+        found = file(SAFETENSORS) or file(PICKLE)
+        if found is None:
+            raise CheckpointError(f"{source} has no {SAFETENSORS} and no {PICKLE} (or, offline, they are not in the cache)")
+        return found
 
-    return Checkpoint(source, config, None if processor is None else _json(processor), state_dict)
+    def state_dict() -> StateDict:
+        path = weights()
+        return _read_safetensors(path) if path.name == SAFETENSORS else _tensors(_read_pickle(path), path)
+
+    return Checkpoint(source, config, None if processor is None else _json(processor), weights, state_dict)
 
 
 def _original(path: Path, config: DinatConfig | None) -> Checkpoint:
@@ -212,7 +214,7 @@ def _original(path: Path, config: DinatConfig | None) -> Checkpoint:
     settings = config or _config_of(state_dict, path)
     size = getattr(settings, "image_size", 224)
     processor = {"size": size, "resample": 3, "image_mean": [0.485, 0.456, 0.406], "image_std": [0.229, 0.224, 0.225]}
-    return Checkpoint(str(path), settings, processor, lambda: state_dict)
+    return Checkpoint(str(path), settings, processor, lambda: path, lambda: state_dict)
 
 
 def _unwrap(loaded: Any, path: Path) -> StateDict:

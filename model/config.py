@@ -177,6 +177,11 @@ class DinatConfig:
         return ["stem", *(f"stage{i + 1}" for i in range(self.num_layers))]
 
     @property
+    def feature_names(self) -> list[str]:
+        """What can be asked of a classifier besides logits: stage_names, "pooled", "hidden_states"."""
+        return [*self.stage_names, "pooled", "hidden_states"]
+
+    @property
     def num_labels(self) -> int:
         """Classes of the classifier; 0 for none."""
         return len(self.id2label)

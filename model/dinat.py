@@ -4,7 +4,7 @@ Behaves as transformers 4.53.3 does, with its module names, so that state_dict k
 Maps are NHWC inside and NCHW at the doors (pixel_values, reshaped_hidden_states, feature_maps).
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Self
@@ -107,12 +107,12 @@ class NeighborhoodSelfAttention(nn.Module):
         side = 2 * config.kernel_size - 1
         self.rpb = nn.Parameter(torch.zeros(heads, side, side))
         self.qkv = nn.Linear(channels, 3 * channels, bias=config.qkv_bias)
-        self.register_state_dict_post_hook(_split_qkv)
-        self.register_load_state_dict_pre_hook(_join_qkv)
+        self.register_state_dict_post_hook(_split_qkv)  # type: ignore[no-untyped-call]
+        self.register_load_state_dict_pre_hook(_join_qkv)  # type: ignore[no-untyped-call]
 
     def forward(self, x: Tensor, with_weights: bool) -> tuple[Tensor, Tensor | None]:
         """(B, H, W, C) -> the same shape, and (B, heads, H, W, kernel_size**2) if the weights are wanted."""
-        q, k, v = (part.unflatten(-1, (self.heads, -1)) for part in product(x, self.qkv).chunk(3, dim=-1))
+        q, k, v = (part.view(*x.shape[:-1], self.heads, -1) for part in product(x, self.qkv).chunk(3, dim=-1))
         settings: dict[str, Any] = {"dropout": self.dropout if self.training else 0.0}
         weights = None
         if with_weights:
@@ -490,6 +490,25 @@ class DinatForImageClassification(PreTrainedModel):
     def get_input_embeddings(self) -> PatchEmbeddings:
         """The module that takes the pixels."""
         return self.dinat.get_input_embeddings()
+
+    def classify(self, pixel_values: Tensor, features: Collection[str] = ()) -> tuple[Tensor, dict[str, Tensor | list[Tensor]]]:
+        """Logits (B, num_labels), and maps by name, those of config.feature_names that are asked for.
+
+        stem, stageN: (B, C, h, w), what a DinatBackbone with fresh norms returns.  pooled: (B, C), what the classifier sees.
+        hidden_states: a list of (B, C, h, w), the reshaped_hidden_states.
+        """
+        encoded = self.dinat.encode(pixel_values)
+        pooled = self.dinat.layernorm(encoded.after[-1]).mean(dim=(1, 2))
+        maps: dict[str, Tensor | list[Tensor]] = {}
+        for name in features:
+            if name == "pooled":
+                maps[name] = pooled
+            elif name == "hidden_states":
+                maps[name] = [state.permute(0, 3, 1, 2) for state in encoded.after]
+            else:
+                stage = encoded.before[self.config.stage_names.index(name)]
+                maps[name] = F.layer_norm(stage, stage.shape[-1:]).permute(0, 3, 1, 2)
+        return self.classifier(pooled), maps
 
     def forward(
         self,

@@ -19,3 +19,7 @@ class CheckpointError(DinatError):
 
 class ImageError(DinatError):
     """A picture, or a preprocessor configuration, that cannot be made into pixel values."""
+
+
+class ExportError(DinatError):
+    """A network that cannot be written as a graph, or a graph that does not compute the same."""

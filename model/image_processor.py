@@ -102,6 +102,17 @@ class DinatImageProcessor:
         Path(folder).mkdir(parents=True, exist_ok=True)
         (Path(folder) / PROCESSOR).write_text(json.dumps(self.to_dict(), indent=2) + "\n")
 
+    @property
+    def output_size(self) -> tuple[int, int] | None:
+        """(height, width) that every picture comes out at, in pixels; None where that depends on the picture."""
+        if self.do_center_crop and self.crop_pct is None:
+            size = _size(self.crop_size, "crop_size", ({"height", "width"},))
+        elif self.do_resize or self.crop_pct is not None:
+            size = _size(self.size, "size", ({"height", "width"}, {"shortest_edge"}))
+        else:
+            return None
+        return (size[0], size[1]) if len(size) == 2 else None
+
     def __call__(self, images: Picture | Sequence[Picture]) -> Tensor:
         """One picture or several -> (B, 3, H, W) float32.
 

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-_ONEDNN: Any = getattr(torch.ops.mkldnn, "_linear_pointwise", None) if torch.backends.mkldnn.is_available() else None
+_ONEDNN: Any = getattr(torch.ops.mkldnn, "_linear_pointwise", None) if torch._C._has_mkldnn else None
 """oneDNN's product with an epilogue, which torch.compile uses too. It has no gradient."""
 
 
@@ -14,7 +14,7 @@ def product(x: Tensor, linear: nn.Linear, gelu: bool = False, add: Tensor | None
     """linear(x), then the exact GELU if asked for, or a sum with `add`.
 
     x: (..., in_features);  add and what is returned: (..., out_features).
-    For float32 on a CPU without gradients all of it is one kernel: what the product makes is not written, read and written anew.
+    For float32 on a CPU without gradients all of it is one kernel: the product is not written, read and written again.
     """
     if _ONEDNN is None or x.device.type != "cpu" or x.dtype != torch.float32 or _is_watched():
         y = linear(x)

@@ -10,7 +10,7 @@ from fastapi import APIRouter, Header, Query, Request, Response
 
 from app.api.schemas import PROBLEMS, BatchClassification, Classification
 from app.engine.engine import Engine
-from app.engine.runtime import Answer, Array, Wanted, feature_names
+from app.engine.runtime import Answer, Array, Wanted
 from app.errors import ServiceError, Unprocessable, problem_fields
 from app.hangup import unless_gone
 from app.uploads import OPENAPI_BATCH_BODY, OPENAPI_BODY, read_image, read_images
@@ -79,9 +79,9 @@ def _wanted(request: Request, top_k: int, features: str, config: DinatConfig) ->
     if not 1 <= top_k <= config.num_labels:
         raise Unprocessable(f"top_k is {top_k}, allowed are 1 to {config.num_labels}")
     names = frozenset(name.strip() for name in features.split(",") if name.strip())
-    unknown = sorted(names - set(feature_names(config)))
+    unknown = sorted(names - set(config.feature_names))
     if unknown:
-        raise Unprocessable(f"features names {', '.join(unknown)}, allowed are {', '.join(feature_names(config))}")
+        raise Unprocessable(f"features names {', '.join(unknown)}, allowed are {', '.join(config.feature_names)}")
     return Wanted(top_k, names)
 
 

@@ -8,7 +8,6 @@ from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4
 
 from app.api.schemas import PROBLEMS, Health, ModelCard
 from app.engine.engine import Engine, State
-from app.engine.runtime import feature_names
 
 router = APIRouter(tags=["health"])
 
@@ -50,7 +49,7 @@ async def model(request: Request) -> ModelCard:
         device=runtime.device,
         precision=runtime.precision,
         attention=runtime.attention(),
-        features=feature_names(config),
+        features=config.feature_names,
     )
 
 

@@ -13,7 +13,7 @@ import structlog
 
 from app.engine.batcher import Batcher, Job
 from app.engine.runtime import Answer, Runtime, Wanted
-from app.engine.torch_runtime import TorchRuntime
+from app.engine.runtimes import load_runtime
 from app.errors import DeadlinePassed, ServiceError, TooLarge, Unavailable
 from app.images import decode
 from app.metrics import Metrics
@@ -89,7 +89,7 @@ class Engine:
         started = time.monotonic()
         try:
             self._runtime = await _in_own_thread(self.load)
-            max_batch = self.settings.max_batch or (64 if self._runtime.device.startswith("cuda") else 8)
+            max_batch = self.settings.max_batch or self._runtime.default_batch
             await _in_own_thread(self.warm, self._runtime, max_batch)
             self._batcher = Batcher(
                 self._runtime,
@@ -111,9 +111,8 @@ class Engine:
         self.on_started()
 
     def load(self) -> Runtime:
-        """Read the checkpoint. Raises CheckpointError, ConfigError. Runs in a thread."""
-        settings = self.settings
-        return TorchRuntime(settings.model, settings.revision, settings.device, settings.precision, settings.attention)
+        """Read the checkpoint. Raises CheckpointError, ConfigError, ExportError. Runs in a thread."""
+        return load_runtime(self.settings)
 
     def warm(self, runtime: Runtime, max_batch: int) -> None:
         """Run the network at every batch size for which something is made once. Runs in a thread."""

@@ -6,6 +6,7 @@ from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
+from torch import Tensor
 
 from model.config import DinatConfig
 from model.image_processor import DinatImageProcessor, Pixels
@@ -15,7 +16,7 @@ Array = npt.NDArray[np.float32]
 
 @dataclass(frozen=True)
 class Wanted:
-    """What a request wants of a picture. top_k: 1 to the number of labels.  features: names as feature_names gives them."""
+    """What a request wants of a picture. top_k: 1 to the number of labels.  features: some of config.feature_names."""
 
     top_k: int
     features: frozenset[str] = frozenset()
@@ -42,6 +43,8 @@ class Runtime(Protocol):
     precision: str
     config: DinatConfig
     processor: DinatImageProcessor
+    default_batch: int
+    """Pictures per batch where MAX_BATCH is not set."""
 
     def run(self, pixels: Sequence[Pixels], wanted: Sequence[Wanted]) -> list[Answer]:
         """Classify a batch. pixels: (H, W, 3) uint8 each, all of one size, as processor.resize gives them."""
@@ -59,6 +62,17 @@ class Runtime(Protocol):
         """Whether an error of run says that the batch was too large; frees what can be freed."""
 
 
-def feature_names(config: DinatConfig) -> list[str]:
-    """What a request may ask for besides labels."""
-    return [*config.stage_names, "pooled", "hidden_states"]
+def rank(logits: Tensor, config: DinatConfig) -> tuple[Tensor, Tensor]:
+    """Scores, best first, and their classes: both (B, num_labels). Ties by class; float32.
+
+    Scores are what transformers' image-classification pipeline makes of logits: softmax, sigmoid, or nothing for regression.
+    """
+    logits = logits.float()
+    if config.problem_type == "regression":
+        scores = logits
+    elif config.problem_type == "multi_label_classification" or config.num_labels == 1:
+        scores = logits.sigmoid()
+    else:
+        scores = logits.softmax(dim=-1)
+    values, classes = scores.sort(descending=True, stable=True)
+    return values, classes

@@ -4,10 +4,9 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from app.engine.runtime import Answer, Array, Wanted
+from app.engine.runtime import Answer, Array, Wanted, rank
 from model import ConfigError, DinatForImageClassification, DinatImageProcessor
 from model.image_processor import Pixels
 
@@ -40,6 +39,7 @@ class TorchRuntime:
         self._device = resolve_device(device)
         self.device = str(self._device)
         self.precision = self._precision(precision)
+        self.default_batch = 64 if self._device.type == "cuda" else 8
         self._attention = attention
         self._dtype = PRECISIONS[self.precision]
         self._network = DinatForImageClassification.from_pretrained(
@@ -54,24 +54,15 @@ class TorchRuntime:
         """See Runtime."""
         with torch.inference_mode():
             batch = self.processor.normalize(torch.from_numpy(np.stack(pixels)).to(self._device)).to(self._dtype)
-            dinat = self._network.dinat
-            encoded = dinat.encode(batch)
-            pooled = dinat.layernorm(encoded.after[-1]).mean(dim=(1, 2))
-            scores, class_ids = self._scores(self._network.classifier(pooled).float()).sort(descending=True, stable=True)
+            names = frozenset().union(*(want.features for want in wanted))
+            logits, maps = self._network.classify(batch, names)
+            scores, classes = rank(logits, self.config)
             most = max(want.top_k for want in wanted)
-            top_scores, top_ids = scores[:, :most].cpu().numpy(), class_ids[:, :most].cpu().numpy()
+            top_scores, top_classes = scores[:, :most].cpu().numpy(), classes[:, :most].cpu().numpy()
             answers = []
             for i, want in enumerate(wanted):
-                features: dict[str, Array | list[Array]] = {}
-                for name in sorted(want.features):
-                    if name == "pooled":
-                        features[name] = _host(pooled[i])
-                    elif name == "hidden_states":
-                        features[name] = [_host(state[i].permute(2, 0, 1)) for state in encoded.after]
-                    else:
-                        stage = encoded.before[self.config.stage_names.index(name)][i]
-                        features[name] = _host(F.layer_norm(stage, stage.shape[-1:]).permute(2, 0, 1))
-                answers.append(Answer(top_ids[i, : want.top_k], top_scores[i, : want.top_k], features))
+                features = {name: _host(maps[name], i) for name in sorted(want.features)}
+                answers.append(Answer(top_classes[i, : want.top_k], top_scores[i, : want.top_k], features))
             return answers
 
     def attention(self) -> dict[str, str]:
@@ -93,21 +84,16 @@ class TorchRuntime:
         return isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(error)
 
     def _precision(self, asked: str) -> str:
+        if asked == "int8":
+            raise ConfigError("precision int8 is served by OpenVINO alone: take runtime openvino, on a CPU")
         if asked != "auto":
             return asked
         fast = self._device.type == "cuda" and torch.cuda.get_device_capability(self._device) >= (8, 0)
         return "bf16" if fast else "fp32"
 
-    def _scores(self, logits: Tensor) -> Tensor:
-        """What transformers' image-classification pipeline makes of the logits."""
-        if self.config.problem_type == "regression":
-            return logits
-        if self.config.problem_type == "multi_label_classification" or self.config.num_labels == 1:
-            return logits.sigmoid()
-        return logits.softmax(dim=-1)
 
-
-def _host(x: Tensor) -> Array:
-    """A tensor as a float32 array of its own on the host."""
-    array: Array = x.float().contiguous().cpu().numpy()
-    return array
+def _host(maps: Tensor | list[Tensor], i: int) -> Array | list[Array]:
+    """One picture's map, or maps, as float32 arrays of their own on the host."""
+    if isinstance(maps, list):
+        return [np.ascontiguousarray(one[i].float().cpu().numpy()) for one in maps]
+    return np.ascontiguousarray(maps[i].float().cpu().numpy())

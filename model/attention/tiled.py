@@ -112,7 +112,10 @@ def tiled_attention(
             part = F.scaled_dot_product_attention(
                 queries.transpose(1, 2), keys.transpose(1, 2), values.transpose(1, 2), bias, dropout, scale=scale
             )
-            parts.append(part.transpose(1, 2).reshape(-1, same.queries.shape[0], heads * head_dim))
+            part = part.transpose(1, 2)
+            if torch.compiler.is_compiling():  # not left to reshape: an exporter may lay the attention's output out otherwise
+                part = part.clone(memory_format=torch.contiguous_format)
+            parts.append(part.reshape(-1, same.queries.shape[0], heads * head_dim))
         return _gather(parts[0] if len(parts) == 1 else torch.cat(parts, dim=1), cut.slots)
 
     q, k, v = (x.flatten(1, 2).flatten(2) for x in (q, k, v))
@@ -120,7 +123,8 @@ def tiled_attention(
     if images is None:
         output = attend(q, k, v)
     else:
-        output = torch.cat([attend(*some) for some in zip(q.split(images), k.split(images), v.split(images), strict=True)])
+        slices = [slice(start, start + images) for start in range(0, q.shape[0], images)]
+        output = torch.cat([attend(q[some], k[some], v[some]) for some in slices])
     return output.view(-1, height, width, heads, head_dim)
 
 

@@ -27,8 +27,8 @@ class Service:
 
 @contextmanager
 def running(make_engine: Callable[[Settings], Engine] = Engine, wait: bool = True, **changes: Any) -> Iterator[Service]:
-    """Serve on a free port from a thread of its own; `wait` until the model is loaded, or has failed to."""
-    settings = Settings(_env_file=None, **changes)
+    """Serve on a free port from a thread of its own; `wait` until the model is loaded, or has failed to. fp32 if not told."""
+    settings = Settings(_env_file=None, **({"precision": "fp32"} | changes))
     engine = make_engine(settings)
     started = threading.Event()
     engine.on_started = started.set

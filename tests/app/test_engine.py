@@ -24,7 +24,7 @@ class Gated(Engine):
     """An engine whose network runs no batch unless it is let; records the labels of every batch, and may fail on purpose."""
 
     def __init__(self, fault: Callable[[int], BaseException | None] = lambda size: None, **changes: Any) -> None:
-        super().__init__(Settings(_env_file=None, **changes))
+        super().__init__(Settings(_env_file=None, **({"runtime": "torch"} | changes)))
         self.entered, self.allowed = threading.Semaphore(0), threading.Semaphore(0)
         self.batches: list[list[int]] = []
         self.fault = fault

@@ -61,7 +61,7 @@ def test_model(service: Service) -> None:
     assert model["labels"] == list("0123456789")
     assert model["config"]["depths"] == [2, 2, 2]
     assert model["input_size"]["size"] == 64
-    assert (model["runtime"], model["device"], model["precision"]) == ("torch", "cpu", "fp32")
+    assert (model["runtime"], model["device"], model["precision"]) == ("openvino", "cpu", "fp32")
     assert set(model["attention"]) == {"stage1", "stage2", "stage3"}
     assert model["features"] == ["stem", "stage1", "stage2", "stage3", "pooled", "hidden_states"]
 

@@ -1,0 +1,107 @@
+"""The network in OpenVINO: the fastest on a CPU. Imports openvino, which is an extra."""
+
+from collections.abc import Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import openvino
+import torch
+
+from app.engine.artefacts import artefact, digest
+from app.engine.exported_runtime import ExportedRuntime
+from app.engine.runtime import Array
+from model import ConfigError
+from model.export import INT8
+
+HINTS = {"fp32": "f32", "bf16": "bf16", "int8": "f32"}
+"""OpenVINO's name of each precision; int8 is in the graph itself, and what it leaves as it is runs in float32."""
+
+
+def resolve_precision(asked: str) -> str:
+    """auto: bf16 where the processor has instructions for it. Raises ConfigError for one that a CPU does not compute in."""
+    has_bf16 = "BF16" in openvino.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
+    if asked == "auto":
+        return "bf16" if has_bf16 else "fp32"
+    if asked not in HINTS:
+        raise ConfigError(f"precision {asked} is not served by OpenVINO on a CPU: take one of auto, {', '.join(HINTS)}")
+    if asked == "bf16" and not has_bf16:
+        raise ConfigError("precision bf16 is not there: this processor has no instructions for it; take fp32")
+    return asked
+
+
+class OpenVinoRuntime(ExportedRuntime):
+    """A Runtime that computes every picture on its own: one a core when there are several, a single one on all cores.
+
+    That beats batches: nothing waits for the other cores after each layer, and a picture's maps stay in its core's cache.
+    """
+
+    name = "openvino"
+    file_format = "openvino"
+    suffix = ".xml"
+    packages = ("openvino",)
+    _batch = 1
+
+    def __init__(self, source: str, revision: str | None, precision: str, cache: Path) -> None:
+        """Load the checkpoint, from the cache if it was served before. Raises CheckpointError, ConfigError, ExportError."""
+        super().__init__(source, revision, cache)
+        self.precision = resolve_precision(precision)
+        self._cores = torch.get_num_threads()
+        self.default_batch = max(8, 2 * self._cores)
+        self._core = openvino.Core()
+        self._alone = self._compile(features=False, streams=1)
+        self._crowd = self._compile(features=False, streams=self._cores) if self._cores > 1 else self._alone
+
+    @cached_property
+    def _with_features(self) -> Any:
+        return self._compile(features=True, streams=self._cores)
+
+    def infer(self, pixel_values: Sequence[Array], features: bool) -> list[list[Array]]:
+        """See ExportedRuntime."""
+        outputs: list[list[Array]] = [[] for _ in pixel_values]
+
+        def take(request: Any, i: int) -> None:
+            outputs[i] = [np.array(tensor.data, dtype=np.float32) for tensor in request.output_tensors]
+
+        def compute(queue: Any, pictures: range) -> None:
+            queue.set_callback(take)
+            for i in pictures:
+                queue.start_async([pixel_values[i]], userdata=i)
+            queue.wait_all()
+
+        count = len(pixel_values)
+        if features:
+            compute(self._with_features, range(count))
+            return outputs
+        together = count - count % self._cores if count % self._cores == 1 else count
+        compute(self._crowd, range(together))
+        compute(self._alone, range(together, count))  # the odd one out, on all cores
+        return outputs
+
+    def _graph(self, features: bool) -> Path:
+        if self.precision != "int8" or features:
+            return super()._graph(features)
+        path = Path(self._source) / INT8
+        if not path.is_file():
+            raise ConfigError(f"precision int8 needs {path}: make it with `dinat quantize {self._source} PICTURES FOLDER`")
+        return path
+
+    def _compile(self, features: bool, streams: int) -> Any:
+        """A queue of requests to the compiled graph, as many as it has streams."""
+        options = {
+            "INFERENCE_PRECISION_HINT": HINTS[self.precision],
+            "NUM_STREAMS": streams,
+            "INFERENCE_NUM_THREADS": self._cores,
+        }
+        graph = self._graph(features)
+        processor = [self._core.get_property("CPU", name) for name in ("FULL_DEVICE_NAME", "OPTIMIZATION_CAPABILITIES")]
+        key = digest(self._digest, str(graph), graph.stat().st_mtime_ns, processor, sorted(options.items()))
+
+        def make(folder: Path) -> None:
+            compiled = self._core.compile_model(graph, "CPU", options)
+            (folder / "compiled.blob").write_bytes(compiled.export_model().getbuffer())
+
+        blob = artefact(self._cache, key, make) / "compiled.blob"
+        compiled = self._core.import_model(blob.read_bytes(), "CPU", options)
+        return openvino.AsyncInferQueue(compiled, streams)

@@ -1,0 +1,40 @@
+"""Which runtime computes."""
+
+from importlib.util import find_spec
+
+from app.engine.runtime import Runtime
+from app.engine.torch_runtime import TorchRuntime, resolve_device
+from app.settings import Settings
+from model import ConfigError, DinatImageProcessor
+
+
+def load_runtime(settings: Settings) -> Runtime:
+    """Load the checkpoint into the runtime that the settings name.
+
+    auto: OpenVINO on a CPU where it is installed and nothing is asked for that only PyTorch has; PyTorch otherwise.
+    Raises CheckpointError, ConfigError, ExportError, in one line that says what is missing and what to do.
+    """
+    name = settings.runtime
+    on_cpu = resolve_device(settings.device).type == "cpu"
+    fixed_size = DinatImageProcessor.from_pretrained(settings.model, revision=settings.revision).output_size is not None
+    if name == "auto":
+        exported = on_cpu and fixed_size and settings.attention in ("auto", "tiled") and settings.precision != "fp16"
+        name = "openvino" if exported and find_spec("openvino") is not None else "torch"
+    if name == "torch":
+        return TorchRuntime(settings.model, settings.revision, settings.device, settings.precision, settings.attention)
+    if not on_cpu:
+        raise ConfigError(f"runtime {name} computes on a CPU, device is {settings.device}: take runtime torch, or device cpu")
+    if not fixed_size:
+        raise ConfigError(f"runtime {name} wants pictures of one size, {settings.model} keeps their aspect: take runtime torch")
+    if settings.attention not in ("auto", "tiled"):
+        raise ConfigError(f"runtime {name} has attention tiled, not {settings.attention}: take runtime torch")
+    try:
+        if name == "openvino":
+            from app.engine.openvino_runtime import OpenVinoRuntime
+
+            return OpenVinoRuntime(settings.model, settings.revision, settings.precision, settings.cache_dir)
+        from app.engine.onnx_runtime import OnnxRuntime
+    except ImportError:
+        extra = {"openvino": "cpu", "onnxruntime": "onnx"}[name]
+        raise ConfigError(f"runtime {name} is not installed: pip install 'dinat-serve[{extra}]'") from None
+    return OnnxRuntime(settings.model, settings.revision, settings.precision, settings.cache_dir)

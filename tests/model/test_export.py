@@ -1,0 +1,135 @@
+"""Exported graphs run without this project, and are checked before they are written."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import onnxruntime
+import openvino
+import pytest
+import torch
+from PIL import Image
+
+from model import DinatConfig, DinatForImageClassification, DinatImageProcessor, ExportError
+from model.export import FORMATS, export, format_of, output_names
+
+ROOT = Path(__file__).parents[2]
+PROCESSOR = DinatImageProcessor(size={"height": 24, "width": 20})
+FEATURES = ("stem", "stage2", "pooled", "hidden_states")
+
+
+@pytest.fixture(scope="module")
+def network() -> DinatForImageClassification:
+    torch.manual_seed(0)
+    config = DinatConfig(
+        embed_dim=8,
+        depths=[2, 1],
+        num_heads=[1, 2],
+        kernel_size=3,
+        dilations=[[1, 2], [1]],
+        num_labels=4,
+        initializer_range=0.3,
+    )
+    network = DinatForImageClassification(config).eval()
+    for name, parameter in network.named_parameters():
+        if name.endswith("rpb"):
+            torch.nn.init.normal_(parameter)
+    return network
+
+
+@pytest.mark.parametrize("file_format", FORMATS)
+@pytest.mark.parametrize("batch", [None, 3])
+def test_every_format_computes_the_same(
+    network: DinatForImageClassification, tmp_path: Path, file_format: str, batch: int | None
+) -> None:
+    path = tmp_path / "new" / f"graph{FORMATS[file_format][0]}"
+    assert export(network, PROCESSOR, path, file_format, batch=batch, features=FEATURES) < 1e-5
+    assert format_of(path) == file_format
+    assert {one.suffix for one in path.parent.iterdir()} == ({".xml", ".bin"} if path.suffix == ".xml" else {path.suffix})
+    pixels = torch.randn(batch or 5, 3, 24, 20)
+    with torch.inference_mode():
+        expected = network(pixels, output_hidden_states=True)
+    outputs = dict(zip(output_names(2, FEATURES), FORMATS[file_format][2](path)(pixels.numpy()), strict=True))
+    np.testing.assert_allclose(outputs["logits"], expected.logits.numpy(), rtol=0, atol=1e-5)
+    for i, state in enumerate(expected.reshaped_hidden_states):
+        np.testing.assert_allclose(outputs[f"hidden_states.{i}"], state.numpy(), rtol=0, atol=1e-4)
+    assert outputs["stage2"].shape == (batch or 5, 16, 3, 3)
+
+
+def test_labels_and_preprocessing_are_in_the_metadata(network: DinatForImageClassification, tmp_path: Path) -> None:
+    for suffix in (".onnx", ".xml", ".pt2"):
+        export(network, PROCESSOR, tmp_path / f"graph{suffix}", format_of(Path(f"x{suffix}")), batch=1)
+    session = onnxruntime.InferenceSession(tmp_path / "graph.onnx")
+    about = [session.get_modelmeta().custom_metadata_map]
+    info = openvino.Core().read_model(tmp_path / "graph.xml").get_rt_info()["dinat"]
+    about.append({name: info[name].value for name in ("labels", "image_processor", "config", "outputs")})
+    files = {f"{name}.json": "" for name in about[1]}
+    torch.export.load(tmp_path / "graph.pt2", extra_files=files)
+    about.append({name.removesuffix(".json"): value for name, value in files.items()})
+    for values in about:
+        assert json.loads(values["labels"]) == ["LABEL_0", "LABEL_1", "LABEL_2", "LABEL_3"]
+        assert DinatImageProcessor.from_dict(json.loads(values["image_processor"])) == PROCESSOR
+        assert DinatConfig.from_dict(json.loads(values["config"])).depths == [2, 1]
+        assert json.loads(values["outputs"]) == ["logits"]
+
+
+def test_an_onnx_file_needs_nothing_of_this_project(tmp_path: Path) -> None:
+    network, processor = DinatForImageClassification.from_pretrained("digits"), DinatImageProcessor.from_pretrained("digits")
+    export(network, processor, tmp_path / "digits.onnx", "onnx")
+    script = tmp_path / "alone.py"
+    script.write_text(
+        (ROOT / "examples" / "classify_onnx.py").read_text() + "\nassert not {'model', 'app', 'torch'} & set(sys.modules)\n"
+    )
+    picture = ROOT / "examples" / "digits" / "7-1.png"
+    said = subprocess.run(
+        [sys.executable, script, "digits.onnx", picture], cwd=tmp_path, capture_output=True, text=True, timeout=100, check=True
+    )
+    with torch.inference_mode():
+        scores = network(processor(Image.open(picture).convert("RGB"))).logits.softmax(-1)[0]
+    best = [(float(line.split()[0]), line.split()[1]) for line in said.stdout.splitlines()]
+    assert [label for _, label in best] == [network.config.id2label[i] for i in scores.argsort(descending=True)[:5].tolist()]
+    np.testing.assert_allclose([score for score, _ in best], scores.sort(descending=True).values[:5].numpy(), rtol=0, atol=1e-5)
+
+
+def test_a_graph_that_differs_is_not_written(
+    network: DinatForImageClassification, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    suffix, write, load = FORMATS["torch-export"]
+
+    def load_wrong(path: Path):  # type: ignore[no-untyped-def]
+        run = load(path)
+        return lambda pixels: [output + 1e-2 for output in run(pixels)]
+
+    monkeypatch.setitem(FORMATS, "torch-export", (suffix, write, load_wrong))
+    with pytest.raises(ExportError, match="logits of the exported graph differs from PyTorch's"):
+        export(network, PROCESSOR, tmp_path / "graph.pt2", "torch-export", batch=1)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("file", "file_format", "options", "message"),
+    [
+        ("graph.pt2", "torchscript", {}, "format 'torchscript' is not known: take one of onnx, openvino, torch-export"),
+        ("graph.pt", "torch-export", {}, r"a file of format torch-export is named \*.pt2, got graph.pt"),
+        ("graph.pt2", "torch-export", {"features": ["stage9"]}, "features stage9 are not known: take some of stem, stage1"),
+    ],
+)
+def test_what_cannot_be_exported_is_said(
+    network: DinatForImageClassification,
+    tmp_path: Path,
+    file: str,
+    file_format: str,
+    options: dict[str, list[str]],
+    message: str,
+) -> None:
+    with pytest.raises(ExportError, match=message):
+        export(network, PROCESSOR, tmp_path / file, file_format, **options)
+
+
+def test_pictures_that_keep_their_aspect_need_a_size(network: DinatForImageClassification, tmp_path: Path) -> None:
+    processor = DinatImageProcessor(size={"shortest_edge": 24})
+    with pytest.raises(ExportError, match="a graph has one input size: give it"):
+        export(network, processor, tmp_path / "graph.pt2", "torch-export")
+    assert export(network, processor, tmp_path / "graph.pt2", "torch-export", batch=1, size=(24, 28)) < 1e-5
