@@ -47,6 +47,9 @@ class Settings(BaseSettings):
     upload_seconds: float = Field(30, gt=0, description="longest the upload of a request may take; beyond it, 408")
     max_upload_bytes: int = Field(20 * 2**20, ge=1, description="largest request body, in bytes")
     max_pixels: int = Field(50_000_000, ge=1, description="largest picture, width times height")
+    decode: Literal["exact", "draft"] = Field(
+        "exact", description="draft: large JPEGs are scaled while they are decoded; faster, not the same to the bit"
+    )
     decode_threads: int = Field(
         default_factory=lambda: os.cpu_count() or 1, ge=1, description="threads that decode and resize; one per core if not set"
     )

@@ -57,6 +57,7 @@ class Engine:
         self._batcher: Batcher | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
         self._restarting: asyncio.Task[None] | None = None
+        self._draft: tuple[int, int] | None = None
 
     @property
     def runtime(self) -> Runtime:
@@ -89,6 +90,9 @@ class Engine:
         started = time.monotonic()
         try:
             self._runtime = await _in_own_thread(self.load)
+            size = self._runtime.processor.output_size
+            if self.settings.decode == "draft" and size is not None:
+                self._draft = 2 * size[1], 2 * size[0]  # never below twice what is wanted: the resize still smooths
             max_batch = self.settings.max_batch or self._runtime.default_batch
             await _in_own_thread(self.warm, self._runtime, max_batch)
             self._batcher = Batcher(
@@ -208,7 +212,7 @@ class Engine:
         try:
             assert self._runtime is not None
             assert self._batcher is not None
-            job.pixels = self._runtime.processor.resize(decode(job.data, self.settings.max_pixels))
+            job.pixels = self._runtime.processor.resize(decode(job.data, self.settings.max_pixels, self._draft))
             job.data = b""
         except Exception as error:
             job.done(error)

@@ -1,6 +1,8 @@
 """A checkpoint as a graph on disk, run on the CPU by a runtime of its own. One subclass for each such runtime."""
 
+import multiprocessing
 from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -10,39 +12,52 @@ from app.engine.artefacts import artefact, digest, digest_of
 from app.engine.runtime import Answer, Array, Wanted, rank
 from model import ConfigError, DinatForImageClassification, DinatImageProcessor
 from model.checkpoint import open_checkpoint
-from model.export import export, output_names
+from model.export import FORMATS, export, output_names
 from model.image_processor import Pixels
 
-POOLED = ("pooled",)
-"""What the graph for labels alone gives besides them: it costs nothing, and keeps the last layer norm in float32."""
+LABELS = 2
+"""Outputs that every picture needs: logits and pooled. The latter costs nothing, and keeps the last layer norm in float32."""
 
 
 class ExportedRuntime:
-    """What runtimes of exported graphs share. Graphs are made once and kept in a cache.
-
-    Two graphs: one gives labels, the other every map as well; that one is opened when a map is first asked for.
-    """
+    """What runtimes of exported graphs share. The graph gives every map; it is made once and kept in a cache."""
 
     name: str
     file_format: str
-    suffix: str
     packages: tuple[str, ...]
+    graph_batch: int | None
+    """Pictures that the graph takes at once, None for any number."""
     device = "cpu"
     precision: str
     default_batch = 8
 
     def __init__(self, source: str, revision: str | None, cache: Path) -> None:
-        """Read the checkpoint's configuration. Raises CheckpointError, ConfigError."""
-        self._source, self._revision, self._cache = source, revision, cache
-        self._checkpoint = open_checkpoint(source, revision=revision)
-        self.config = self._checkpoint.config
+        """Find or make the graph. Raises CheckpointError, ConfigError, ExportError."""
+        checkpoint = open_checkpoint(source, revision=revision)
+        self.config = checkpoint.config
         if self.config.num_labels == 0:
             raise ConfigError(f"{source} has no classifier: it cannot be served")
         self.processor = DinatImageProcessor.from_pretrained(source, revision=revision)
-        self._digest = digest_of(self._checkpoint, "torch", *self.packages)
+        features = ["pooled", *(name for name in self.config.feature_names if name != "pooled")]
+        self._outputs = output_names(self.config.num_layers, features)
+        self._cache = cache
+        file = f"model{FORMATS[self.file_format][0]}"
+
+        def make(folder: Path) -> None:
+            arguments = (source, revision, folder / file, self.file_format, self.graph_batch, features)
+            # In a process of its own: making a graph takes several times the memory that serving it does.
+            with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+                pool.submit(export_checkpoint, *arguments).result()
+
+        self._digest = digest_of(checkpoint, "torch", *self.packages)
+        key = digest(self._digest, self.file_format, self.processor.to_dict(), self.graph_batch)
+        self.graph = artefact(cache, key, make) / file
 
     def infer(self, pixel_values: Sequence[Array], features: bool) -> list[list[Array]]:
-        """The graph's outputs for each picture, (1, ...) each.  pixel_values: (1, 3, H, W) each."""
+        """The graph's first outputs for each picture, (1, ...) each: LABELS of them, or all if features are wanted.
+
+        pixel_values: (1, 3, H, W) each.
+        """
         raise NotImplementedError
 
     def run(self, pixels: Sequence[Pixels], wanted: Sequence[Wanted]) -> list[Answer]:
@@ -54,18 +69,21 @@ class ExportedRuntime:
             for i, output in zip(chosen, self.infer(inputs, features) if chosen else [], strict=True):
                 outputs[i] = output
         scores, classes = rank(torch.from_numpy(np.concatenate([output[0] for output in outputs])), self.config)
-        names = output_names(self.config.num_layers, self.config.feature_names)
-        answers = []
-        for i, want in enumerate(wanted):
-            maps = {name: output[0] for name, output in zip(names, outputs[i], strict=False)} if want.features else {}
-            features_wanted: dict[str, Array | list[Array]] = {
-                name: [maps[part] for part in output_names(self.config.num_layers, [name])[1:]]
-                if name == "hidden_states"
-                else maps[name]
-                for name in sorted(want.features)
-            }
-            answers.append(Answer(classes[i, : want.top_k].numpy(), scores[i, : want.top_k].numpy(), features_wanted))
-        return answers
+        return [
+            Answer(
+                classes[i, : want.top_k].numpy(),
+                scores[i, : want.top_k].numpy(),
+                {name: self._feature(name, outputs[i]) for name in sorted(want.features)},
+            )
+            for i, want in enumerate(wanted)
+        ]
+
+    def _feature(self, name: str, outputs: list[Array]) -> Array | list[Array]:
+        """A picture's map, or its maps, by name."""
+        if name == "hidden_states":
+            return [output[0] for part, output in zip(self._outputs, outputs, strict=True) if part.startswith(name)]
+        feature_map: Array = outputs[self._outputs.index(name)][0]
+        return feature_map
 
     def attention(self) -> dict[str, str]:
         """See Runtime."""
@@ -83,17 +101,11 @@ class ExportedRuntime:
         """See Runtime."""
         return isinstance(error, MemoryError) or "bad_alloc" in str(error) or "Failed to allocate memory" in str(error)
 
-    def _graph(self, features: bool) -> Path:
-        """The graph's file, made if it is not in the cache."""
-        names = self.config.feature_names if features else POOLED
-        file = f"model{self.suffix}"
 
-        def make(folder: Path) -> None:
-            network = DinatForImageClassification.from_pretrained(self._source, revision=self._revision)
-            export(network, self.processor, folder / file, self.file_format, features=names, batch=self._batch)
-
-        key = digest(self._digest, self.file_format, self.processor.output_size, self._batch, names)
-        return artefact(self._cache, key, make) / file
-
-    _batch: int | None = None
-    """Pictures that the graph takes at once, None for any number."""
+def export_checkpoint(
+    source: str, revision: str | None, path: Path, file_format: str, batch: int | None, features: Sequence[str]
+) -> None:
+    """model.export.export of a checkpoint, in a form that another process can be asked for."""
+    network = DinatForImageClassification.from_pretrained(source, revision=revision)
+    processor = DinatImageProcessor.from_pretrained(source, revision=revision)
+    export(network, processor, path, file_format, batch=batch, features=features)

@@ -10,7 +10,7 @@ import openvino
 import torch
 
 from app.engine.artefacts import artefact, digest
-from app.engine.exported_runtime import ExportedRuntime
+from app.engine.exported_runtime import LABELS, ExportedRuntime
 from app.engine.runtime import Array
 from model import ConfigError
 from model.export import INT8
@@ -39,23 +39,22 @@ class OpenVinoRuntime(ExportedRuntime):
 
     name = "openvino"
     file_format = "openvino"
-    suffix = ".xml"
     packages = ("openvino",)
-    _batch = 1
+    graph_batch = 1
 
     def __init__(self, source: str, revision: str | None, precision: str, cache: Path) -> None:
-        """Load the checkpoint, from the cache if it was served before. Raises CheckpointError, ConfigError, ExportError."""
-        super().__init__(source, revision, cache)
+        """Find or make the graph. Raises CheckpointError, ConfigError, ExportError."""
         self.precision = resolve_precision(precision)
+        self._label_graph = Path(source) / INT8 if precision == "int8" else None
+        if self._label_graph is not None and not self._label_graph.is_file():
+            raise ConfigError(
+                f"precision int8 needs {self._label_graph}: make it with `dinat quantize {source} PICTURES FOLDER`, "
+                "and serve that folder"
+            )
+        super().__init__(source, revision, cache)
         self._cores = torch.get_num_threads()
         self.default_batch = max(8, 2 * self._cores)
         self._core = openvino.Core()
-        self._alone = self._compile(features=False, streams=1)
-        self._crowd = self._compile(features=False, streams=self._cores) if self._cores > 1 else self._alone
-
-    @cached_property
-    def _with_features(self) -> Any:
-        return self._compile(features=True, streams=self._cores)
 
     def infer(self, pixel_values: Sequence[Array], features: bool) -> list[list[Array]]:
         """See ExportedRuntime."""
@@ -71,37 +70,44 @@ class OpenVinoRuntime(ExportedRuntime):
             queue.wait_all()
 
         count = len(pixel_values)
+        together = 0 if count == 1 else count - 1 if count % self._cores == 1 else count
         if features:
             compute(self._with_features, range(count))
-            return outputs
-        together = count - count % self._cores if count % self._cores == 1 else count
-        compute(self._crowd, range(together))
-        compute(self._alone, range(together, count))  # the odd one out, on all cores
+        else:
+            if together:
+                compute(self._crowd, range(together))
+            compute(self._alone, range(together, count))  # the odd one out, on all cores
         return outputs
 
-    def _graph(self, features: bool) -> Path:
-        if self.precision != "int8" or features:
-            return super()._graph(features)
-        path = Path(self._source) / INT8
-        if not path.is_file():
-            raise ConfigError(f"precision int8 needs {path}: make it with `dinat quantize {self._source} PICTURES FOLDER`")
-        return path
+    @cached_property
+    def _alone(self) -> Any:
+        return self._compile(features=False, streams=1)
+
+    @cached_property
+    def _crowd(self) -> Any:
+        return self._compile(features=False, streams=self._cores) if self._cores > 1 else self._alone
+
+    @cached_property
+    def _with_features(self) -> Any:
+        return self._compile(features=True, streams=self._cores)
 
     def _compile(self, features: bool, streams: int) -> Any:
-        """A queue of requests to the compiled graph, as many as it has streams."""
+        """A queue of requests to the compiled graph, as many as it has streams, each stream with its share of the cores."""
         options = {
             "INFERENCE_PRECISION_HINT": HINTS[self.precision],
             "NUM_STREAMS": streams,
             "INFERENCE_NUM_THREADS": self._cores,
         }
-        graph = self._graph(features)
+        graph = self.graph if features or self._label_graph is None else self._label_graph
         processor = [self._core.get_property("CPU", name) for name in ("FULL_DEVICE_NAME", "OPTIMIZATION_CAPABILITIES")]
-        key = digest(self._digest, str(graph), graph.stat().st_mtime_ns, processor, sorted(options.items()))
+        key = digest(self._digest, str(graph), graph.stat().st_mtime_ns, features, processor, sorted(options.items()))
 
         def make(folder: Path) -> None:
-            compiled = self._core.compile_model(graph, "CPU", options)
+            model = self._core.read_model(graph)
+            if not features:
+                model = openvino.Model(model.get_results()[:LABELS], model.get_parameters(), "labels")
+            compiled = self._core.compile_model(model, "CPU", options)
             (folder / "compiled.blob").write_bytes(compiled.export_model().getbuffer())
 
         blob = artefact(self._cache, key, make) / "compiled.blob"
-        compiled = self._core.import_model(blob.read_bytes(), "CPU", options)
-        return openvino.AsyncInferQueue(compiled, streams)
+        return openvino.AsyncInferQueue(self._core.import_model(blob.read_bytes(), "CPU", options), streams)

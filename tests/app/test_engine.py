@@ -338,10 +338,10 @@ def test_a_dead_thread_is_started_again_once_and_nothing_stays_without_an_answer
         await engine.decoded(1)
         decoding, may_decode = threading.Event(), threading.Event()
 
-        def slowly(data: bytes, max_pixels: int) -> Image.Image:
+        def slowly(data: bytes, max_pixels: int, draft: tuple[int, int] | None) -> Image.Image:
             decoding.set()
             assert may_decode.wait(30)
-            return decode(data, max_pixels)
+            return decode(data, max_pixels, draft)
 
         monkeypatch.setattr("app.engine.engine.decode", slowly)
         late = engine.ask(4)

@@ -1,3 +1,4 @@
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -36,3 +37,14 @@ def test_only_the_first_frame_of_an_animation_is_read() -> None:
 def test_pixels_are_counted_before_decoding() -> None:
     with pytest.raises(TooLarge, match="31x24 = 744 pixels, at most 743 are taken"):
         decode(SAMPLES["PNG"][:60], max_pixels=743)
+
+
+def test_a_draft_is_close_and_no_smaller_than_asked_for() -> None:
+    smooth = noise(12, 16).resize((1600, 1200), Image.Resampling.BICUBIC)
+    data = encoded(smooth, "JPEG", quality=95)
+    exact, draft = decode(data, 10**7), decode(data, 10**7, draft=(448, 448))
+    assert (exact.size, draft.size) == ((1600, 1200), (800, 600))
+    small = [np.asarray(picture.resize((224, 224), Image.Resampling.BICUBIC)).astype(int) for picture in (exact, draft)]
+    assert 0 < np.abs(small[0] - small[1]).max() <= 4
+    png = encoded(noise(600, 800))
+    assert decode(png, 10**7, draft=(100, 100)).size == (800, 600)

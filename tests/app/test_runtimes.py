@@ -132,7 +132,7 @@ def test_pictures_that_keep_their_aspect_are_for_pytorch(tmp_path: Path) -> None
 
 def test_a_second_start_exports_nothing(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     first = load("openvino", cache_dir=tmp_path)
-    monkeypatch.setattr("app.engine.exported_runtime.export", lambda *_, **__: pytest.fail("exported again"))
+    monkeypatch.setattr("app.engine.exported_runtime.export_checkpoint", lambda *_: pytest.fail("exported again"))
     again = load("openvino", cache_dir=tmp_path)
     np.testing.assert_array_equal(logits_of(again, PICTURES[:2]), logits_of(first, PICTURES[:2]))
 
