@@ -1,10 +1,12 @@
 """What is made once from a checkpoint and kept on disk, by what it is made of."""
 
 import hashlib
+import multiprocessing
 import os
 import shutil
 import tempfile
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from importlib.metadata import version
 from pathlib import Path
 
@@ -30,6 +32,12 @@ def artefact(cache: Path, key: str, make: Callable[[Path], object]) -> Path:
         finally:
             shutil.rmtree(made, ignore_errors=True)
     return folder
+
+
+def in_own_process(call: Callable[..., object], *arguments: object) -> None:
+    """Call a module's function in a process that ends with it and gives back the memory it took. Raises what it raises."""
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+        pool.submit(call, *arguments).result()
 
 
 def digest(*parts: object) -> str:

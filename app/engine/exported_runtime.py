@@ -1,19 +1,20 @@
 """A checkpoint as a graph on disk, run on the CPU by a runtime of its own. One subclass for each such runtime."""
 
-import multiprocessing
 from collections.abc import Sequence
-from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import numpy as np
+import structlog
 import torch
 
-from app.engine.artefacts import artefact, digest, digest_of
+from app.engine.artefacts import artefact, digest, digest_of, in_own_process
 from app.engine.runtime import Answer, Array, Wanted, rank
 from model import ConfigError, DinatForImageClassification, DinatImageProcessor
 from model.checkpoint import open_checkpoint
 from model.export import FORMATS, export, output_names
 from model.image_processor import Pixels
+
+log = structlog.get_logger("dinat")
 
 LABELS = 2
 """Outputs that every picture needs: logits and pooled. The latter costs nothing, and keeps the last layer norm in float32."""
@@ -44,10 +45,9 @@ class ExportedRuntime:
         file = f"model{FORMATS[self.file_format][0]}"
 
         def make(folder: Path) -> None:
+            log.info("making the graph, once for this checkpoint", model=source, runtime=self.name, cache=str(cache))
             arguments = (source, revision, folder / file, self.file_format, self.graph_batch, features)
-            # In a process of its own: making a graph takes several times the memory that serving it does.
-            with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
-                pool.submit(export_checkpoint, *arguments).result()
+            in_own_process(export_checkpoint, *arguments)  # it takes several times the memory that serving does
 
         self._digest = digest_of(checkpoint, "torch", *self.packages)
         key = digest(self._digest, self.file_format, self.processor.to_dict(), self.graph_batch)

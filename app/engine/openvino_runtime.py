@@ -110,4 +110,5 @@ class OpenVinoRuntime(ExportedRuntime):
             (folder / "compiled.blob").write_bytes(compiled.export_model().getbuffer())
 
         blob = artefact(self._cache, key, make) / "compiled.blob"
-        return openvino.AsyncInferQueue(self._core.import_model(blob.read_bytes(), "CPU", options), streams)
+        compiled = self._core.import_model(blob.read_bytes(), "CPU", options)
+        return openvino.AsyncInferQueue(compiled, streams)
