@@ -30,7 +30,9 @@ class Settings(BaseSettings):
     precision: Literal["auto", "fp32", "bf16", "fp16", "int8"] = Field(
         "auto", description="auto: bf16 on a GPU or, by OpenVINO, a CPU that is fast at it, else fp32"
     )
-    attention: Literal["auto", "reference", "tiled"] = Field("auto", description="attention backend")
+    attention: Literal["auto", "reference", "tiled", "natten", "triton"] = Field(
+        "auto", description="attention backend; auto: on a GPU the fastest that is there, timed at start, else tiled"
+    )
     max_batch: int | None = Field(
         None, ge=1, le=1024, description="pictures per batch; 64 on a GPU, on a CPU 8 or two a core if not set"
     )

@@ -1,6 +1,10 @@
 import os
 
 import pytest
+import torch
+
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # before anything imports Triton, whose own functions depend on it too
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -1,11 +1,13 @@
 """The network in OpenVINO: the fastest on a CPU. Imports openvino, which is an extra."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import openvino
 import torch
 
@@ -29,6 +31,14 @@ def resolve_precision(asked: str) -> str:
     if asked == "bf16" and not has_bf16:
         raise ConfigError("precision bf16 is not there: this processor has no instructions for it; take fp32")
     return asked
+
+
+@dataclass
+class Compiled:
+    """A compiled graph as a queue of requests, one for each of its streams, and the mapped file that holds its weights."""
+
+    queue: Any
+    blob: npt.NDArray[np.uint8]
 
 
 class OpenVinoRuntime(ExportedRuntime):
@@ -63,11 +73,11 @@ class OpenVinoRuntime(ExportedRuntime):
         def take(request: Any, i: int) -> None:
             outputs[i] = [np.array(tensor.data, dtype=np.float32) for tensor in request.output_tensors]
 
-        def compute(queue: Any, pictures: range) -> None:
-            queue.set_callback(take)
+        def compute(compiled: Compiled, pictures: range) -> None:
+            compiled.queue.set_callback(take)
             for i in pictures:
-                queue.start_async([pixel_values[i]], userdata=i)
-            queue.wait_all()
+                compiled.queue.start_async([pixel_values[i]], userdata=i)
+            compiled.queue.wait_all()
 
         count = len(pixel_values)
         together = 0 if count == 1 else count - 1 if count % self._cores == 1 else count
@@ -80,19 +90,19 @@ class OpenVinoRuntime(ExportedRuntime):
         return outputs
 
     @cached_property
-    def _alone(self) -> Any:
+    def _alone(self) -> Compiled:
         return self._compile(features=False, streams=1)
 
     @cached_property
-    def _crowd(self) -> Any:
+    def _crowd(self) -> Compiled:
         return self._compile(features=False, streams=self._cores) if self._cores > 1 else self._alone
 
     @cached_property
-    def _with_features(self) -> Any:
+    def _with_features(self) -> Compiled:
         return self._compile(features=True, streams=self._cores)
 
-    def _compile(self, features: bool, streams: int) -> Any:
-        """A queue of requests to the compiled graph, as many as it has streams, each stream with its share of the cores."""
+    def _compile(self, features: bool, streams: int) -> Compiled:
+        """The compiled graph, with as many streams, each with its share of the cores. From the cache where it is there."""
         options = {
             "INFERENCE_PRECISION_HINT": HINTS[self.precision],
             "NUM_STREAMS": streams,
@@ -109,6 +119,6 @@ class OpenVinoRuntime(ExportedRuntime):
             compiled = self._core.compile_model(model, "CPU", options)
             (folder / "compiled.blob").write_bytes(compiled.export_model().getbuffer())
 
-        blob = artefact(self._cache, key, make) / "compiled.blob"
-        compiled = self._core.import_model(blob.read_bytes(), "CPU", options)
-        return openvino.AsyncInferQueue(compiled, streams)
+        blob = np.memmap(artefact(self._cache, key, make) / "compiled.blob", dtype=np.uint8, mode="c")
+        compiled = self._core.import_model(openvino.Tensor(blob, shared_memory=True), "CPU", options)
+        return Compiled(openvino.AsyncInferQueue(compiled, streams), blob)

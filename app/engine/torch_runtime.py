@@ -1,6 +1,6 @@
-"""The network in eager PyTorch, on a CPU or a GPU."""
+"""The network in PyTorch: eager on a CPU, as CUDA graphs on a GPU."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
@@ -8,6 +8,7 @@ from torch import Tensor
 
 from app.engine.runtime import Answer, Array, Wanted, rank
 from model import ConfigError, DinatForImageClassification, DinatImageProcessor
+from model.attention.choice import candidates, chosen, timing
 from model.image_processor import Pixels
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -49,14 +50,19 @@ class TorchRuntime:
         if self.config.num_labels == 0:
             raise ConfigError(f"{source} has no classifier: it cannot be served")
         self.processor = DinatImageProcessor.from_pretrained(source, revision=revision)
+        self._graphs: dict[int, CapturedGraph] = {}
 
     def run(self, pixels: Sequence[Pixels], wanted: Sequence[Wanted]) -> list[Answer]:
         """See Runtime."""
         with torch.inference_mode():
-            batch = self.processor.normalize(torch.from_numpy(np.stack(pixels)).to(self._device)).to(self._dtype)
+            batch = torch.from_numpy(np.stack(pixels))
             names = frozenset().union(*(want.features for want in wanted))
-            logits, maps = self._network.classify(batch, names)
-            scores, classes = rank(logits, self.config)
+            maps: dict[str, Tensor | list[Tensor]] = {}
+            if self._device.type == "cuda" and not names:
+                scores, classes = self._captured(batch)
+            else:
+                logits, maps = self._network.classify(self._prepare(batch.to(self._device)), names)
+                scores, classes = rank(logits, self.config)
             most = max(want.top_k for want in wanted)
             top_scores, top_classes = scores[:, :most].cpu().numpy(), classes[:, :most].cpu().numpy()
             answers = []
@@ -65,12 +71,46 @@ class TorchRuntime:
                 answers.append(Answer(top_classes[i, : want.top_k], top_scores[i, : want.top_k], features))
             return answers
 
+    def _prepare(self, pixels: Tensor) -> Tensor:
+        """(B, H, W, 3) uint8 on the device -> what the network takes."""
+        return self.processor.normalize(pixels).to(self._dtype)
+
+    def _captured(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
+        """Scores and classes by the CUDA graph of the smallest size that holds the batch; captured when first wanted.
+
+        The first of all is not captured but run, and each layer's attention chosen by the clock.
+        """
+        size = 1 << (pixels.shape[0] - 1).bit_length()
+        if size not in self._graphs:
+
+            def compute(static: Tensor) -> tuple[Tensor, Tensor]:
+                return rank(self._network.classify(self._prepare(static))[0], self.config)
+
+            example = torch.zeros(size, *pixels.shape[1:], dtype=torch.uint8, device=self._device)
+            with timing():
+                compute(example)
+            self._graphs[size] = CapturedGraph(compute, example)
+        return self._graphs[size].run(pixels)
+
     def attention(self) -> dict[str, str]:
-        """See Runtime."""
-        return dict.fromkeys(self.config.stage_names[1:], "tiled" if self._attention == "auto" else self._attention)
+        """See Runtime. Where layers of a stage differ, the names of both."""
+        if self._attention != "auto":
+            return dict.fromkeys(self.config.stage_names[1:], self._attention)
+        used = {
+            heads: sorted({choice.backend for layer, choice in chosen.items() if layer.heads == heads})
+            for heads in self.config.num_heads
+        }
+        default = candidates(self._device)[0]
+        names = self.config.stage_names[1:]
+        return {name: " and ".join(used[heads]) or default for name, heads in zip(names, self.config.num_heads, strict=True)}
 
     def batch_sizes(self, max_batch: int) -> Sequence[int]:
-        """See Runtime. Eager PyTorch makes nothing per batch size: the ends of the range are enough."""
+        """See Runtime. On a GPU the sizes that are captured, the largest first, which decides on attention backends.
+
+        Eager PyTorch makes nothing per batch size: the ends of the range are enough.
+        """
+        if self._device.type == "cuda":
+            return [1 << power for power in reversed(range((max_batch - 1).bit_length() + 1))]
         return sorted({1, max_batch})
 
     def memory(self) -> int | None:
@@ -88,8 +128,35 @@ class TorchRuntime:
             raise ConfigError("precision int8 is served by OpenVINO alone: take runtime openvino, on a CPU")
         if asked != "auto":
             return asked
-        fast = self._device.type == "cuda" and torch.cuda.get_device_capability(self._device) >= (8, 0)
-        return "bf16" if fast else "fp32"
+        if self._device.type != "cuda":
+            return "fp32"
+        return "bf16" if torch.cuda.get_device_capability(self._device) >= (8, 0) else "fp16"
+
+
+class CapturedGraph:
+    """A computation as a CUDA graph: no launch waits for Python. One batch at a time, its pictures sent from pinned memory."""
+
+    def __init__(self, compute: Callable[[Tensor], tuple[Tensor, Tensor]], example: Tensor) -> None:
+        """Capture compute(example), which has run before. example: on the device, its first axis the batch."""
+        self._input = example
+        self._pinned = torch.empty_like(example, device="cpu", pin_memory=True)
+        self._graph = torch.cuda.CUDAGraph()
+        stream = torch.cuda.Stream(example.device)  # type: ignore[no-untyped-call]
+        stream.wait_stream(torch.cuda.current_stream(example.device))
+        with torch.cuda.stream(stream):
+            compute(example)
+        torch.cuda.current_stream(example.device).wait_stream(stream)
+        with torch.cuda.graph(self._graph):
+            self._outputs = compute(example)
+
+    def run(self, batch: Tensor) -> tuple[Tensor, Tensor]:
+        """The outputs for a batch no larger than the example, cut to its size. They are overwritten by the next run."""
+        count = batch.shape[0]
+        self._pinned[:count].copy_(batch)
+        self._input[:count].copy_(self._pinned[:count], non_blocking=True)
+        self._graph.replay()
+        first, second = self._outputs
+        return first[:count], second[:count]
 
 
 def _host(maps: Tensor | list[Tensor], i: int) -> Array | list[Array]:

@@ -1,10 +1,12 @@
 """Neighborhood attention with dilation and relative positional bias, and the choice of who computes it."""
 
 from collections.abc import Callable
+from importlib.util import find_spec
 
 import torch
 from torch import Tensor
 
+from model.attention.choice import Layer, candidates, choose
 from model.attention.geometry import check_geometry
 from model.attention.reference import reference_attention
 from model.attention.tiled import tiled_attention
@@ -21,14 +23,37 @@ def _reference(
     return reference_attention(q, k, v, rpb, kernel_size, dilation, scale, dropout)[0]
 
 
-BACKENDS: dict[str, Backend] = {"reference": _reference, "tiled": tiled_attention}
-"""Every backend by name. "auto" takes the fastest that is exact for the device: today "tiled" everywhere."""
+def _natten(
+    q: Tensor, k: Tensor, v: Tensor, rpb: Tensor | None, kernel_size: int, dilation: int, scale: float, dropout: float
+) -> Tensor:
+    from model.attention.natten_backend import natten_attention
+
+    return natten_attention(q, k, v, rpb, kernel_size, dilation, scale, dropout)
+
+
+def _triton(
+    q: Tensor, k: Tensor, v: Tensor, rpb: Tensor | None, kernel_size: int, dilation: int, scale: float, dropout: float
+) -> Tensor:
+    from model.attention.triton_kernel import triton_attention
+
+    return triton_attention(q, k, v, rpb, kernel_size, dilation, scale, dropout)
+
+
+BACKENDS: dict[str, Backend] = {
+    "reference": _reference,
+    "tiled": tiled_attention,
+    "natten": _natten,
+    "triton": _triton,
+}
+"""Every backend by name. "auto" takes the fastest that is there (model/attention/choice.py)."""
 
 
 def check_backend(backend: str) -> None:
-    """Raise AttentionError unless `backend` is "auto" or one of BACKENDS."""
+    """Raise AttentionError unless `backend` is "auto" or one of BACKENDS, and the package it needs is installed."""
     if backend != "auto" and backend not in BACKENDS:
         raise AttentionError(f"attention backend {backend!r} is not known: take one of auto, {', '.join(BACKENDS)}")
+    if backend in ("natten", "triton") and find_spec(backend) is None:
+        raise AttentionError(f"attention {backend} needs the package {backend}: pip install {backend}, or take attention auto")
 
 
 def neighborhood_attention(
@@ -47,14 +72,23 @@ def neighborhood_attention(
     q, k, v: (B, H, W, heads, head_dim), one floating dtype and device; H and W at least kernel_size * dilation.
     rpb: (heads, 2 * kernel_size - 1, 2 * kernel_size - 1) relative positional bias, axis 1 is height, or None.
     scale: of q k^T, head_dim**-0.5 if None (the bias is not scaled);  dropout: probability, on the attention weights.
-    backend: auto, reference or tiled.  Returns (B, H, W, heads, head_dim).
+    backend: auto, reference, tiled, natten or triton.  Returns (B, H, W, heads, head_dim).
     Raises AttentionError for shapes, kernels, dilations or a backend that cannot be.
     Source: DiNAT, arXiv 2209.15001, section 3; the rule at borders is NATTEN's (model/attention/geometry.py).
     """
     _check(q, k, v, rpb, kernel_size, dilation)
     check_backend(backend)
-    attend = BACKENDS["tiled" if backend == "auto" else backend]
-    return attend(q, k, v, rpb, kernel_size, dilation, q.shape[-1] ** -0.5 if scale is None else scale, dropout)
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+
+    def run(name: str) -> Tensor:
+        return BACKENDS[name](q, k, v, rpb, kernel_size, dilation, scale, dropout)
+
+    if backend == "auto":
+        # Only the tiled form has dropout, and every dtype.
+        plain = dropout == 0 and q.dtype in (torch.float16, torch.bfloat16, torch.float32)
+        names = candidates(q.device) if plain else ["tiled"]
+        backend = names[0] if len(names) == 1 else choose(Layer.of(q, kernel_size, dilation), names, run)
+    return run(backend)
 
 
 def neighborhood_attention_with_weights(

@@ -5,22 +5,21 @@ dense attention per tile, with a bias that holds the RPB inside each query's win
 attention. Tiles that lie alike (all inner ones, say) share one bias and run as one batch.
 """
 
-from collections import OrderedDict
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import lru_cache
 from itertools import product
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils.weak import WeakIdKeyDictionary
 
+from model.attention.bias_cache import made_from
 from model.attention.geometry import axis_tiles
 
 CACHE_BYTES = 2 * 2**20
 """Keys gathered at once on a CPU: about its second-level cache."""
 CACHED_MAP_SIZES = 8
-"""Biases kept per table of relative positional biases, one for each map size it met last."""
+"""Biases kept where there is no table."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -147,51 +146,13 @@ def _images_at_once(cut: Plan, k: Tensor) -> int | None:
     return images if images < k.shape[0] else None
 
 
-@dataclass
-class _CachedBiases:
-    """Biases made from one table, and the marks that tell whether the table still holds what they were made from."""
-
-    table: Tensor
-    marks: tuple[int, int]
-    by_plan: OrderedDict[tuple[Plan, torch.dtype], list[Tensor]] = field(default_factory=OrderedDict)
-
-    @classmethod
-    def of(cls, rpb: Tensor) -> "_CachedBiases":
-        return cls(rpb.detach().clone(), _marks(rpb))
-
-    def current(self, rpb: Tensor) -> bool:
-        """On the CPU the values are compared, which also sees changes through `.data`; elsewhere that would cost a wait."""
-        return self.marks == _marks(rpb) and (rpb.device.type != "cpu" or torch.equal(self.table, rpb))
-
-
-def _marks(rpb: Tensor) -> tuple[int, int]:
-    return rpb.data_ptr(), 0 if rpb.is_inference() else rpb._version
-
-
-_cached_biases: WeakIdKeyDictionary = WeakIdKeyDictionary()
-
-
 def biases(cut: Plan, rpb: Tensor | None, dtype: torch.dtype) -> list[Tensor]:
-    """The bias of each of the plan's tiles, in order.
-
-    Kept per table, map size and dtype while the table does not change; made anew where gradients or a compiler must see how.
-    """
+    """The bias of each of the plan's tiles, in order."""
+    if rpb is not None:
+        return made_from(rpb, (cut, dtype), lambda: [same.bias(rpb, dtype) for same in cut.tiles])
     if torch.compiler.is_compiling():
-        return [same.bias(rpb, dtype) for same in cut.tiles]
-    if rpb is None:
-        return _plain_biases(cut, dtype)
-    if rpb.requires_grad and torch.is_grad_enabled():
-        return [same.bias(rpb, dtype) for same in cut.tiles]
-    cached: _CachedBiases | None = _cached_biases.get(rpb)  # type: ignore[no-untyped-call]
-    if cached is None or not cached.current(rpb):
-        cached = _cached_biases[rpb] = _CachedBiases.of(rpb)
-    made = cached.by_plan.get((cut, dtype))
-    if made is None:
-        with torch.inference_mode(False), torch.no_grad():
-            made = cached.by_plan[cut, dtype] = [same.bias(rpb, dtype) for same in cut.tiles]
-        while len(cached.by_plan) > CACHED_MAP_SIZES:
-            cached.by_plan.popitem(last=False)
-    return made
+        return [same.bias(None, dtype) for same in cut.tiles]
+    return _plain_biases(cut, dtype)
 
 
 @lru_cache(maxsize=CACHED_MAP_SIZES)

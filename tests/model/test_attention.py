@@ -4,7 +4,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from model.attention import neighborhood_attention, neighborhood_attention_with_weights, tiled
+from model.attention import bias_cache, neighborhood_attention, neighborhood_attention_with_weights, tiled
 from model.errors import AttentionError
 
 
@@ -95,7 +95,7 @@ def test_bias_tiles_are_kept_while_the_weights_stay() -> None:
     rpb = nn.Parameter(torch.randn(2, 13, 13))
     with torch.no_grad():
         neighborhood_attention(q, q, q, rpb)
-        kept = tiled._cached_biases[rpb].by_plan
+        kept = bias_cache._tables[rpb].by_key
         first = list(kept.values())
         neighborhood_attention(q, q, q, rpb)
     assert [id(bias) for bias in kept.values()] == [id(bias) for bias in first]
@@ -104,10 +104,10 @@ def test_bias_tiles_are_kept_while_the_weights_stay() -> None:
 def test_bias_tiles_of_many_map_sizes_do_not_pile_up() -> None:
     rpb = nn.Parameter(torch.randn(1, 5, 5))
     with torch.no_grad():
-        for size in range(3, 3 + 2 * tiled.CACHED_MAP_SIZES):
+        for size in range(3, 3 + 2 * bias_cache.KEPT):
             q = torch.randn(1, size, size, 1, 4)
             neighborhood_attention(q, q, q, rpb, kernel_size=3)
-    assert len(tiled._cached_biases[rpb].by_plan) == tiled.CACHED_MAP_SIZES
+    assert len(bias_cache._tables[rpb].by_key) == bias_cache.KEPT
 
 
 @pytest.mark.parametrize("backend", ["tiled", "reference"])
