@@ -1,0 +1,171 @@
+"""Every attention backend, and the whole network, on a CUDA card: error, time, and share of the card's own ceilings.
+
+    python -m benchmarks.gpu [--json FILE] [--quick]
+
+All in one run, by CUDA events, from warm caches rotated among several inputs. Ceilings are measured in the same run: a copy of
+1 GiB (bytes read and written) and a matrix product of side 8192 in bf16. `floor` of a layer is the larger of its bytes (q, k,
+v, output, once each) over the first and of its operations (4 * head_dim * kernel_size**2 a query and head) over the second;
+`share` is floor over time. `error` is of the norm of the definition in float64. The networks have random weights. torchvision's Swin
+stands beside them where torchvision is installed. Writes benchmarks/results/gpu-CARD.json if no other file is named.
+"""
+
+import argparse
+import json
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+
+from model import DinatConfig, DinatForImageClassification
+from model.attention import choice, neighborhood_attention
+from model.attention.choice import candidates
+
+CUDA = torch.device("cuda")
+LAYERS = [(56, 2, 7, 1), (56, 2, 7, 8), (28, 4, 7, 1), (28, 4, 7, 4), (14, 8, 7, 1), (14, 8, 7, 2), (7, 16, 7, 1), (96, 6, 11, 1), (96, 6, 11, 8)]  # fmt: skip # noqa: E501
+"""Map side, heads, kernel and dilation: Mini at 224, and the first stage of Large with kernel 11 at 384."""
+BACKENDS = ["reference", *candidates(CUDA)]
+NETWORKS = ["mini", "tiny", "small", "base", "large", "large-384", "large-11x11-384"]
+BATCHES = [1, 8, 64, 256]
+SWINS = ["swin_t", "swin_b"]
+
+
+def seconds(runs: Sequence[Callable[[], object]], rounds: int = 20) -> float:
+    """Median seconds of a run; the runs, which differ in their inputs alone, take turns."""
+    for run in runs[:3]:
+        run()
+    times = []
+    for i in range(rounds):
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        runs[i % len(runs)]()
+        end.record()
+        end.synchronize()
+        times.append(start.elapsed_time(end) / 1e3)
+    return median(times)
+
+
+def ceilings() -> dict[str, float]:
+    """Bytes per second of a copy, and bf16 operations per second of a matrix product."""
+    source, target = torch.empty(2, 2**28, device=CUDA)
+    source.normal_()
+    a, b = torch.randn(2, 8192, 8192, device=CUDA).bfloat16()
+    copy, product = seconds([lambda: target.copy_(source)]), seconds([lambda: a @ b])
+    return {"bytes/s": 2 * source.nbytes / copy, "flop/s": 2 * 8192**3 / product}
+
+
+def layer_rows(ceiling: dict[str, float], batch: int, dtype: torch.dtype) -> list[dict[str, Any]]:
+    rows = []
+    for side, heads, kernel_size, dilation in LAYERS:
+        inputs = [torch.randn(batch, side, side, 3, heads, 32, device=CUDA).to(dtype) for _ in range(3)]
+        rpb = torch.randn(heads, 2 * kernel_size - 1, 2 * kernel_size - 1, device=CUDA)
+        exact = neighborhood_attention(
+            *(x.double() for x in inputs[0][:2].unbind(3)), rpb.double(), kernel_size, dilation, backend="reference"
+        )
+        moved = 4 * inputs[0].nbytes / 3
+        operations = 4 * 32 * kernel_size**2 * batch * side * side * heads
+        floor = max(moved / ceiling["bytes/s"], operations / ceiling["flop/s"])
+        for backend in BACKENDS:
+
+            def attend(x: torch.Tensor, backend: str = backend, k: int = kernel_size, d: int = dilation) -> torch.Tensor:
+                return neighborhood_attention(*x.unbind(3), rpb, k, d, backend=backend)  # noqa: B023
+
+            row = {"map": side, "heads": heads, "kernel": kernel_size, "dilation": dilation, "batch": batch, "backend": backend}
+            try:
+                error = float((attend(inputs[0][:2]).double() - exact).norm() / exact.norm())
+                taken = seconds([lambda x=x: attend(x) for x in inputs])
+            except Exception as failure:
+                rows.append(row | {"failed": " ".join(str(failure).split())[:200]})
+            else:
+                rows.append(row | {"dtype": str(dtype), "error": error, "us": taken * 1e6, "share": floor / taken})
+            print(rows[-1], flush=True)
+    return rows
+
+
+def network_rows(presets: Sequence[str], batches: Sequence[int]) -> list[dict[str, Any]]:
+    rows = []
+    for preset in presets:
+        config = DinatConfig.preset(preset)
+        side = getattr(config, "image_size", 224)
+        for attention in ("auto", *BACKENDS):
+            network = DinatForImageClassification(config, attention=attention).eval().to(CUDA, torch.bfloat16)
+            rows += [measured({"network": preset, "attention": attention}, network, side, batch) for batch in batches]
+    try:
+        import torchvision
+    except ImportError:
+        return rows
+    for name in SWINS:
+        network = getattr(torchvision.models, name)().eval().to(CUDA, torch.bfloat16)
+        rows += [measured({"network": name, "attention": "torchvision"}, network, 224, batch) for batch in batches]
+    return rows
+
+
+def measured(row: dict[str, Any], network: torch.nn.Module, side: int, batch: int) -> dict[str, Any]:
+    """Pictures per second of a network as a CUDA graph, as it is served."""
+    row = row | {"batch": batch}
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
+    try:
+        pixels = torch.randn(batch, 3, side, side, device=CUDA, dtype=torch.bfloat16)
+        with choice.timing():
+            network(pixels)
+        stream = torch.cuda.Stream()
+        with torch.cuda.stream(stream):
+            network(pixels)
+        torch.cuda.current_stream().wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            network(pixels)
+        taken = seconds([graph.replay])
+    except Exception as failure:
+        torch.cuda.empty_cache()
+        row |= {"failed": " ".join(str(failure).split())[:200]}
+    else:
+        row |= {"ms": taken * 1e3, "images/s": batch / taken, "peak GB": torch.cuda.max_memory_allocated() / 1e9}
+    print(row, flush=True)
+    return row
+
+
+def versions() -> dict[str, str]:
+    found = {"cuda": str(torch.version.cuda), "card": torch.cuda.get_device_name(CUDA)}
+    for package in ("torch", "triton", "natten", "torchvision"):
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            found[package] = "not installed"
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--json", type=Path)
+    parser.add_argument("--quick", action="store_true", help="Mini alone, and batches of 1 and 64")
+    arguments = parser.parse_args()
+    if not torch.cuda.is_available():
+        raise SystemExit("benchmarks.gpu measures a CUDA card, and PyTorch sees none: run it where nvidia-smi lists one")
+    with torch.inference_mode():
+        ceiling = ceilings()
+        result = {
+            "machine": versions(),
+            "ceilings": ceiling,
+            "layers": [
+                row
+                for dtype in (torch.bfloat16, torch.float32)
+                for batch in ([64] if arguments.quick else [1, 64])
+                for row in layer_rows(ceiling, batch, dtype)
+            ],
+            "networks": network_rows(NETWORKS[:1] if arguments.quick else NETWORKS, [1, 64] if arguments.quick else BATCHES),
+        }
+    result["chosen"] = [asdict(layer) | asdict(kept) for layer, kept in choice.chosen.items()]
+    card = re.sub(r"\W+", "-", torch.cuda.get_device_name(CUDA)).strip("-").lower()
+    path = arguments.json or Path(__file__).parent / "results" / f"gpu-{card}.json"
+    path.write_text(json.dumps(result, indent=2, default=str) + "\n")
+    print(f"written to {path}")
+
+
+if __name__ == "__main__":
+    main()
