@@ -5,8 +5,8 @@
 All in one run, by CUDA events, from warm caches rotated among several inputs. Ceilings are measured in the same run: a copy of
 1 GiB (bytes read and written) and a matrix product of side 8192 in bf16. `floor` of a layer is the larger of its bytes (q, k,
 v, output, once each) over the first and of its operations (4 * head_dim * kernel_size**2 a query and head) over the second;
-`share` is floor over time. `error` is of the norm of the definition in float64. The networks have random weights. Swin of torchvision
-stands beside them where that is installed. Writes benchmarks/results/gpu-CARD.json if no other file is named.
+`share` is floor over time. `error` is of the norm of the definition in float64. The networks have random weights. torchvision's
+Swin stands beside them where torchvision is installed. Writes benchmarks/results/gpu-CARD.json if no other file is named.
 """
 
 import argparse
