@@ -15,6 +15,7 @@ the service calls them. int8 is calibrated on random pictures: its time counts h
 import argparse
 import tempfile
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -111,10 +112,11 @@ def main() -> None:
 
 def measure(preset: str, ways: dict[str, Way], batch: int, size: tuple[int, int], rounds: int) -> list[dict[str, Any]]:
     pixels = [torch.randn(1, 3, *size).numpy() for _ in range(batch)]
-    # Whoever follows the large matrices finds cold caches: nobody does, a first forward is thrown away.
-    candidates: dict[str, Callable[[], object]] = {"matrix": matrix_product()}
-    candidates |= {"warm": lambda: ways[EAGER](pixels)} if EAGER in ways else {}
-    candidates |= {name: (lambda way=way: way(pixels)) for name, way in ways.items()}
+    # Whoever follows another finds its threads still spinning, or the caches full of its numbers: each run before one that
+    # counts is of the same kind.
+    candidates: dict[str, Callable[[], object]] = {}
+    for name, run in [("matrix", matrix_product()), *((name, partial(way, pixels)) for name, way in ways.items())]:
+        candidates |= {f"before {name}": run, name: run}
     times = take_turns(candidates, rounds)
     exact = ways[EAGER](pixels) if EAGER in ways else None
     rows = []

@@ -28,6 +28,7 @@ class OnnxRuntime(ExportedRuntime):
         super().__init__(source, revision, cache)
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = torch.get_num_threads()
+        options.add_session_config_entry("session.intra_op.allow_spinning", "0")  # others want the cores between batches
         self._session = onnxruntime.InferenceSession(self.graph, options, providers=["CPUExecutionProvider"])
 
     def infer(self, pixel_values: Sequence[Array], features: bool) -> list[list[Array]]:
