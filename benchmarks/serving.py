@@ -1,6 +1,6 @@
 """This service and its peers under the same load: the same network, the same pictures, in turns on loopback, in one run.
 
-    python -m benchmarks.serving [--servers ours plain lit rayserve] [--seconds 15] [--overload 60] [--json FILE]
+    python -m benchmarks.serving [--servers ours plain ...] [--seconds 15] [--overload 60] [--json FILE]
 
 The network is DiNAT-Mini at 224 with random weights, the picture a 500x375 JPEG. Each server meets a closed loop of 1, 8
 and 32 connections. Between the slices of each row the same is called directly, in a process with nothing else: decode,
@@ -36,6 +36,8 @@ from benchmarks.timing import report, take_turns
 from model import DinatConfig, DinatForImageClassification, DinatImageProcessor
 
 CONNECTIONS = (1, 8, 32)
+OURS = {"ours, torch fp32": ["--runtime", "torch"], "ours": []}
+"""This service by the runtime that the peers have too, and as it comes."""
 SLICES = 6
 DIRECT_ROUNDS = 5
 DEADLINE_SECONDS = 20
@@ -87,8 +89,18 @@ def free_port() -> int:
 
 
 def command(server: str, folder: str, port: int) -> list[str]:
-    if server == "ours":
-        flags = ["--model", folder, "--port", str(port), "--queue-limit", "64", "--deadline-ms", str(DEADLINE_SECONDS * 1000)]
+    if server in OURS:
+        flags = [
+            *OURS[server],
+            "--model",
+            folder,
+            "--port",
+            str(port),
+            "--queue-limit",
+            "64",
+            "--deadline-ms",
+            str(DEADLINE_SECONDS * 1000),
+        ]
         return [sys.executable, "-m", "app.cli", "serve", *flags]
     return [sys.executable, "-m", f"benchmarks.peers.{server}", folder, str(port)]
 
@@ -220,7 +232,7 @@ def resident(process: psutil.Process) -> int:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--servers", nargs="+", default=["ours", "plain", "lit", "rayserve"])
+    parser.add_argument("--servers", nargs="+", default=[*OURS, "plain", "lit", "rayserve"])
     parser.add_argument("--seconds", type=float, default=15)
     parser.add_argument("--overload", type=float, default=0, metavar="SECONDS")
     parser.add_argument("--json", type=Path)
@@ -241,7 +253,7 @@ def main() -> None:
                     rows.append(measured | {"MB": round(resident(psutil.Process(process.pid)) / 1e6)})
                     print(rows[-1], flush=True)
                 if server == "ours" and arguments.overload:
-                    rate = 4 * max(row["images/s"] for row in rows)
+                    rate = 4 * max(row["images/s"] for row in rows if row["server"] == server)
                     overload = asyncio.run(open_loop(url, rate, arguments.overload, psutil.Process(process.pid)))
                     report(
                         "Open loop at 4 times capacity",
@@ -254,9 +266,9 @@ def main() -> None:
                     process.wait(30)
                 except subprocess.TimeoutExpired:
                     os.killpg(process.pid, signal.SIGKILL)
-        best = {row["connections"]: row["share of direct"] for row in rows if row["server"] == "ours"}
+        best = {row["connections"]: row["share of direct"] for row in rows if row["server"] == "ours, torch fp32"}
         for measured in rows:
-            measured["ours / it"] = best.get(measured["connections"], float("nan")) / measured["share of direct"]
+            measured["ours, torch / it"] = best.get(measured["connections"], float("nan")) / measured["share of direct"]
         report("Closed loop", rows, arguments.json)
 
 
