@@ -16,7 +16,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from model.checkpoint import PROCESSOR, open_checkpoint
+from model.checkpoint import PROCESSOR, Checkpoint, open_checkpoint
 from model.errors import ImageError
 
 Picture = Image.Image | npt.NDArray[np.uint8] | Tensor
@@ -85,7 +85,11 @@ class DinatImageProcessor:
 
         A checkpoint without preprocessor_config.json gets that of the published models, at its image_size or 224.
         """
-        checkpoint = open_checkpoint(source, **where)
+        return cls.of(open_checkpoint(source, **where))
+
+    @classmethod
+    def of(cls, checkpoint: Checkpoint) -> "DinatImageProcessor":
+        """The same, of a checkpoint that is open already."""
         if checkpoint.processor is not None:
             return cls.from_dict(checkpoint.processor)
         size = getattr(checkpoint.config, "image_size", 224)

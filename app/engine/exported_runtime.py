@@ -38,7 +38,7 @@ class ExportedRuntime:
         self.config = checkpoint.config
         if self.config.num_labels == 0:
             raise ConfigError(f"{source} has no classifier: it cannot be served")
-        self.processor = DinatImageProcessor.from_pretrained(source, revision=revision)
+        self.processor = DinatImageProcessor.of(checkpoint)
         features = ["pooled", *(name for name in self.config.feature_names if name != "pooled")]
         self._outputs = output_names(self.config.num_layers, features)
         self._cache = cache

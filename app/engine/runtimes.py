@@ -16,15 +16,18 @@ def load_runtime(settings: Settings) -> Runtime:
     """
     name = settings.runtime
     on_cpu = resolve_device(settings.device).type == "cpu"
-    fixed_size = DinatImageProcessor.from_pretrained(settings.model, revision=settings.revision).output_size is not None
+
+    def fixed_size() -> bool:
+        return DinatImageProcessor.from_pretrained(settings.model, revision=settings.revision).output_size is not None
+
     if name == "auto":
-        exported = on_cpu and fixed_size and settings.attention in ("auto", "tiled") and settings.precision != "fp16"
-        name = "openvino" if exported and find_spec("openvino") is not None else "torch"
+        exported = on_cpu and settings.attention in ("auto", "tiled") and settings.precision != "fp16"
+        name = "openvino" if exported and find_spec("openvino") is not None and fixed_size() else "torch"
     if name == "torch":
         return TorchRuntime(settings.model, settings.revision, settings.device, settings.precision, settings.attention)
     if not on_cpu:
         raise ConfigError(f"runtime {name} computes on a CPU, device is {settings.device}: take runtime torch, or device cpu")
-    if not fixed_size:
+    if not fixed_size():
         raise ConfigError(f"runtime {name} wants pictures of one size, {settings.model} keeps their aspect: take runtime torch")
     if settings.attention not in ("auto", "tiled"):
         raise ConfigError(f"runtime {name} has attention tiled, not {settings.attention}: take runtime torch")

@@ -78,7 +78,7 @@ class TorchRuntime:
     def _captured(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
         """Scores and classes by the CUDA graph of the smallest size that holds the batch; captured when first wanted.
 
-        The first of all is not captured but run, and each layer's attention chosen by the clock.
+        Before that the network runs once as it is, and each layer that it has not met has its attention chosen by the clock.
         """
         size = 1 << (pixels.shape[0] - 1).bit_length()
         if size not in self._graphs:

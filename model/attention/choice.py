@@ -4,7 +4,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from importlib.util import find_spec
 from statistics import median
 
@@ -46,6 +46,7 @@ chosen: dict[Layer, Choice] = {}
 """What was chosen so far, in this process."""
 
 
+@cache
 def candidates(device: torch.device) -> list[str]:
     """The exact backends that are installed for a device, the one that is taken untimed first."""
     if device.type != "cuda":
