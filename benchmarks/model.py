@@ -43,7 +43,7 @@ Way = Callable[[list[np.ndarray]], np.ndarray]
 
 
 def torch_way(network: DinatForImageClassification, compiled: bool = False) -> Way:
-    call = torch.compile(network) if compiled else network
+    call = torch.compile(network, dynamic=False) if compiled else network
     dtype = next(network.parameters()).dtype
 
     def run(pixels: list[np.ndarray]) -> np.ndarray:

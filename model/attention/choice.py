@@ -46,12 +46,14 @@ chosen: dict[Layer, Choice] = {}
 """What was chosen so far, in this process."""
 
 
-@cache
 def candidates(device: torch.device) -> list[str]:
     """The exact backends that are installed for a device, the one that is taken untimed first."""
-    if device.type != "cuda":
-        return ["tiled"]
-    return [*(name for name in ("triton", "natten") if find_spec(name) is not None), "tiled"]
+    return [*_libraries(), "tiled"] if device.type == "cuda" else ["tiled"]
+
+
+@cache
+def _libraries() -> list[str]:
+    return [name for name in ("triton", "natten") if find_spec(name) is not None]
 
 
 @contextmanager

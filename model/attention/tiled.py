@@ -8,6 +8,7 @@ attention. Tiles that lie alike (all inner ones, say) share one bias and run as 
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import product
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -97,6 +98,9 @@ def tiled_attention(
     q: Tensor, k: Tensor, v: Tensor, rpb: Tensor | None, kernel_size: int, dilation: int, scale: float, dropout: float = 0.0
 ) -> Tensor:
     """Neighborhood attention, DiNAT section 3. q, k, v, output: (B, H, W, heads, head_dim)."""
+    if torch.compiler.is_dynamo_compiling() and not dropout:
+        whole: Tensor = tiled_operator(q, k, v, rpb, kernel_size, dilation, scale)
+        return whole
     height, width, heads, head_dim = q.shape[1:]
     tile = (tile_size(height, kernel_size, dilation), tile_size(width, kernel_size, dilation))
     cut = plan(height, width, kernel_size, dilation, tile, q.device)
@@ -125,6 +129,57 @@ def tiled_attention(
         slices = [slice(start, start + images) for start in range(0, q.shape[0], images)]
         output = torch.cat([attend(q[some], k[some], v[some]) for some in slices])
     return output.view(-1, height, width, heads, head_dim)
+
+
+@torch.library.custom_op("dinat::tiled_attention", mutates_args=())
+def tiled_operator(
+    q: Tensor, k: Tensor, v: Tensor, rpb: Tensor | None, kernel_size: int, dilation: int, scale: float
+) -> Tensor:
+    """The same as an operator of PyTorch's. torch.compile, which cannot look into how a map is cut, takes it whole."""
+    return tiled_attention(q, k, v, rpb, kernel_size, dilation, scale)
+
+
+@tiled_operator.register_fake
+def _(q: Tensor, k: Tensor, v: Tensor, rpb: Tensor | None, kernel_size: int, dilation: int, scale: float) -> Tensor:
+    return q.new_empty(q.shape)
+
+
+@torch.library.custom_op("dinat::attention_backward", mutates_args=())
+def attention_backward(
+    gradient: Tensor, q: Tensor, k: Tensor, v: Tensor, rpb: Tensor | None, kernel_size: int, dilation: int, scale: float
+) -> list[Tensor]:
+    """The gradients of q, k, v and, if there is one, rpb. The attention is computed again, tiled."""
+    given = [x for x in (q, k, v, rpb) if x is not None]
+
+    def attend(q: Tensor, k: Tensor, v: Tensor, rpb: Tensor | None = None) -> Tensor:
+        return tiled_attention(q, k, v, rpb, kernel_size, dilation, scale)
+
+    pull_back = torch.func.vjp(attend, *given)[1]  # autograd itself is off inside an operator
+    return list(pull_back(gradient))
+
+
+@attention_backward.register_fake
+def _(
+    gradient: Tensor, q: Tensor, k: Tensor, v: Tensor, rpb: Tensor | None, kernel_size: int, dilation: int, scale: float
+) -> list[Tensor]:
+    return [x.new_empty(x.shape) for x in (q, k, v, rpb) if x is not None]
+
+
+def give_gradients(operator: Any) -> None:
+    """Let attention_backward be the backward of an operator with tiled_operator's arguments."""
+
+    def keep(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        *tensors, ctx.kernel_size, ctx.dilation, ctx.scale = inputs
+        ctx.save_for_backward(*tensors)
+
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        found = attention_backward(gradient, *ctx.saved_tensors, ctx.kernel_size, ctx.dilation, ctx.scale)
+        return (*found, *[None] * (7 - len(found)))
+
+    operator.register_autograd(backward, setup_context=keep)
+
+
+give_gradients(tiled_operator)
 
 
 def _gather(x: Tensor, index: Tensor) -> Tensor:

@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from model.attention.tiled import tiled_attention
+from model.attention.tiled import give_gradients
 from model.errors import AttentionError
 
 LOG2E = 1.4426950408889634
@@ -201,24 +201,7 @@ def _(q: Tensor, k: Tensor, v: Tensor, rpb: Tensor | None, kernel_size: int, dil
     return q.new_empty(q.shape)
 
 
-def _keep(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    q, k, v, rpb, *ctx.settings = inputs
-    ctx.save_for_backward(q, k, v, rpb)
-
-
-def _backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-    """By way of the tiled form, which is differentiable: computed again, with gradients."""
-    inputs = [None if x is None else x.detach().requires_grad_() for x in ctx.saved_tensors]
-    with torch.enable_grad():
-        q, k, v, rpb = inputs
-        assert q is not None and k is not None and v is not None
-        output = tiled_attention(q, k, v, rpb, *ctx.settings)
-    given = [x for x in inputs if x is not None]
-    gradients = iter(torch.autograd.grad(output, given, gradient))
-    return (*(None if x is None else next(gradients) for x in inputs), None, None, None)
-
-
-fused_attention.register_autograd(_backward, setup_context=_keep)
+give_gradients(fused_attention)
 
 
 def triton_attention(

@@ -154,3 +154,26 @@ def test_impossible_calls_are_named(shape: tuple[int, ...], arguments: dict, mes
         neighborhood_attention(q, q, q, **arguments)
     with pytest.raises(AttentionError, match="floating dtype"):
         neighborhood_attention(torch.zeros(1, 9, 9, 1, 4), *[torch.zeros(1, 9, 9, 1, 4, dtype=torch.float64)] * 2)
+
+
+@pytest.mark.parametrize("with_rpb", [True, False])
+def test_torch_compile_takes_it_whole_and_its_gradients(with_rpb: bool) -> None:
+    q, k, v = torch.randn(3, 2, 15, 17, 2, 16)
+    rpb = torch.randn(2, 5, 5) if with_rpb else None
+
+    def attend(q: Tensor, k: Tensor, v: Tensor, rpb: Tensor | None) -> Tensor:
+        return neighborhood_attention(q, k, v, rpb, 3, 2)
+
+    compiled = torch.compile(attend, fullgraph=True, backend="aot_eager")
+    found = []
+    for run in (compiled, attend):
+        leaves = [x.clone().requires_grad_() for x in (q, k, v, rpb) if x is not None]
+        output = run(*leaves[:3], leaves[3] if with_rpb else None)
+        found.append([output.detach(), *torch.autograd.grad(output.square().sum(), leaves)])
+    for got, expected in zip(*found, strict=True):
+        torch.testing.assert_close(got, expected, rtol=0, atol=1e-4)
+
+
+def test_the_operator_for_torch_compile_is_well_formed() -> None:
+    q, k, v = (torch.randn(1, 5, 6, 1, 16, requires_grad=True) for _ in range(3))
+    torch.library.opcheck(tiled.tiled_operator, (q, k, v, torch.randn(1, 5, 5), 3, 1, 0.25))
