@@ -1,6 +1,6 @@
 """What Prometheus sees. Names and units follow its conventions."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from importlib.metadata import version
 
 import torch
@@ -9,7 +9,7 @@ from prometheus_client.gc_collector import GCCollector
 from prometheus_client.process_collector import ProcessCollector
 
 from app.engine.batcher import Job
-from app.engine.runtime import Answer, Runtime
+from app.engine.runtime import Answer, Runtime, devices
 
 SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30)
 BATCHES = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
@@ -54,14 +54,21 @@ class Metrics:
         """Ask this for the depth of the queue whenever the metrics are read."""
         self._queue.set_function(depth)
 
-    def loaded(self, model: str, runtime: Runtime) -> None:
-        """Say what was loaded, and watch its device's memory where the device has one of its own."""
+    def loaded(self, model: str, runtimes: Sequence[Runtime]) -> None:
+        """Say what was loaded, and watch the memory of each device that has one of its own."""
+        first = runtimes[0]
         Info("dinat_model", "What is being served.", registry=self.registry).info(
-            {"model": model, "runtime": runtime.name, "device": runtime.device, "precision": runtime.precision}
+            {"model": model, "runtime": first.name, "device": devices(runtimes), "precision": first.precision}
         )
-        if runtime.memory() is not None:
-            memory = Gauge("dinat_device_memory_bytes", "Memory in use on the device.", registry=self.registry)
-            memory.set_function(lambda: runtime.memory() or 0)
+        cards = [runtime for runtime in runtimes if runtime.memory() is not None]
+        if cards:
+            memory = Gauge("dinat_device_memory_bytes", "Memory in use on a device.", ["device"], registry=self.registry)
+
+            def watch(card: Runtime) -> None:
+                memory.labels(card.device).set_function(lambda: card.memory() or 0)
+
+            for card in cards:
+                watch(card)
 
     def request(self, route: str, status: int, seconds: float) -> None:
         """Count a request that was answered."""

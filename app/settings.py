@@ -23,7 +23,7 @@ class Settings(BaseSettings):
 
     model: str = Field("digits", description='checkpoint: a folder, a Hub id, a .pth file, or "digits"')
     revision: str | None = Field(None, description="branch, tag or commit of a Hub id")
-    device: str = Field("auto", description='"auto" (a GPU where there is one), "cpu", "cuda" or "cuda:1"')
+    device: str = Field("auto", description='"cuda" (every GPU), "cuda:1", "cpu"; "auto": cuda where there is a GPU, else cpu')
     runtime: Literal["auto", "torch", "openvino", "onnxruntime"] = Field(
         "auto", description="auto: OpenVINO on a CPU where it is installed, else PyTorch"
     )

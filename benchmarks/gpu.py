@@ -6,12 +6,15 @@ All in one run, by CUDA events, from warm caches rotated among several inputs. C
 1 GiB (bytes read and written) and a matrix product of side 8192 in bf16. `floor` of a layer is the larger of its bytes (q, k,
 v, output, once each) over the first and of its operations (4 * head_dim * kernel_size**2 a query and head) over the second;
 `share` is floor over time. `error` is of the norm of the definition in float64. The networks have random weights. torchvision's
-Swin stands beside them where torchvision is installed. Writes benchmarks/results/gpu-CARD.json if no other file is named.
+Swin stands beside them where torchvision is installed; last come pictures a second through HTTP, where the extra `bench` is.
+Writes benchmarks/results/gpu-CARD.json if no other file is named.
 """
 
 import argparse
+import asyncio
 import json
 import re
+import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
@@ -32,6 +35,7 @@ BACKENDS = ["reference", *candidates(CUDA)]
 NETWORKS = ["mini", "tiny", "small", "base", "large", "large-384", "large-11x11-384"]
 BATCHES = [1, 8, 64, 256]
 SWINS = ["swin_t", "swin_b"]
+SERVED_CONNECTIONS, SERVED_SECONDS = [1, 32, 256], 10
 
 
 def seconds(runs: Sequence[Callable[[], object]], rounds: int = 20) -> float:
@@ -130,6 +134,27 @@ def measured(row: dict[str, Any], network: torch.nn.Module, side: int, batch: in
     return row
 
 
+def served_rows() -> list[dict[str, Any]]:
+    """Pictures per second through HTTP, Mini in bf16, one picture a request, client and server on one machine."""
+    try:
+        from benchmarks import serving
+    except ImportError as missing:
+        return [{"failed": f"the extra bench is not installed: {missing}"}]
+    rows = []
+    with tempfile.TemporaryDirectory() as folder:
+        serving.save_network(Path(folder))
+        port = serving.free_port()
+        url = f"http://127.0.0.1:{port}/classify"
+        flags = ["--device", "cuda:0", "--max-batch", "256", "--queue-limit", "1024"]
+        with serving.running([*serving.command("ours", folder, port), *flags], url):
+            for connections in SERVED_CONNECTIONS:
+                latencies, errors, taken = asyncio.run(serving.closed_loop(url, connections, SERVED_SECONDS))
+                row = {"connections": connections, "images/s": len(latencies) / taken, "p50 ms": median(latencies)}
+                rows.append(row | {"errors": errors})
+                print(rows[-1], flush=True)
+    return rows
+
+
 def versions() -> dict[str, str]:
     found = {"cuda": str(torch.version.cuda), "card": torch.cuda.get_device_name(CUDA)}
     for package in ("torch", "triton", "natten", "torchvision"):
@@ -160,6 +185,7 @@ def main() -> None:
             ],
             "networks": network_rows(NETWORKS[:1] if arguments.quick else NETWORKS, [1, 64] if arguments.quick else BATCHES),
         }
+    result["served"] = served_rows()
     result["chosen"] = [asdict(layer) | asdict(kept) for layer, kept in choice.chosen.items()]
     card = re.sub(r"\W+", "-", torch.cuda.get_device_name(CUDA)).strip("-").lower()
     path = arguments.json or Path(__file__).parent / "results" / f"gpu-{card}.json"

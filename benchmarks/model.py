@@ -55,12 +55,11 @@ def torch_way(network: DinatForImageClassification, compiled: bool = False) -> W
 
 
 def exported_way(folder: Path, runtime: str, precision: str) -> Way:
-    from app.engine.runtimes import load_runtime
+    from app.engine.runtimes import load_runtimes
     from app.settings import Settings
 
-    loaded: Any = load_runtime(
-        Settings(_env_file=None, model=str(folder), runtime=runtime, precision=precision, cache_dir=folder / "cache")
-    )
+    settings = Settings(_env_file=None, model=str(folder), runtime=runtime, precision=precision, cache_dir=folder / "cache")
+    loaded: Any = load_runtimes(settings)[0]
     return lambda pixels: np.concatenate([outputs[0] for outputs in loaded.infer(pixels, features=False)])
 
 

@@ -21,7 +21,8 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from statistics import mean, quantiles
 from typing import Any
@@ -103,6 +104,21 @@ def command(server: str, folder: str, port: int) -> list[str]:
         ]
         return [sys.executable, "-m", "app.cli", "serve", *flags]
     return [sys.executable, "-m", f"benchmarks.peers.{server}", folder, str(port)]
+
+
+@contextmanager
+def running(words: list[str], url: str) -> Iterator[psutil.Process]:
+    """A server as a process of its own, ended with what it started."""
+    process = subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
+    try:
+        asyncio.run(until_ready(url, process))
+        yield psutil.Process(process.pid)
+    finally:
+        os.killpg(process.pid, signal.SIGTERM)
+        try:
+            process.wait(30)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
 
 
 async def until_ready(url: str, process: subprocess.Popen[bytes]) -> None:
@@ -243,29 +259,19 @@ def main() -> None:
         for server in arguments.servers:
             port = free_port()
             url = f"http://127.0.0.1:{port}/classify"
-            process = subprocess.Popen(
-                command(server, folder, port), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
-            )
-            try:
-                asyncio.run(until_ready(url, process))
+            with running(command(server, folder, port), url) as process:
                 for connections in CONNECTIONS:
                     measured = row(server, connections, url, arguments.seconds, lambda: pool.apply(direct, (folder,)))
-                    rows.append(measured | {"MB": round(resident(psutil.Process(process.pid)) / 1e6)})
+                    rows.append(measured | {"MB": round(resident(process) / 1e6)})
                     print(rows[-1], flush=True)
                 if server == "ours" and arguments.overload:
                     rate = 4 * max(row["images/s"] for row in rows if row["server"] == server)
-                    overload = asyncio.run(open_loop(url, rate, arguments.overload, psutil.Process(process.pid)))
+                    overload = asyncio.run(open_loop(url, rate, arguments.overload, process))
                     report(
                         "Open loop at 4 times capacity",
                         [overload],
                         arguments.json and arguments.json.with_suffix(".overload.json"),
                     )
-            finally:
-                os.killpg(process.pid, signal.SIGTERM)
-                try:
-                    process.wait(30)
-                except subprocess.TimeoutExpired:
-                    os.killpg(process.pid, signal.SIGKILL)
         best = {row["connections"]: row["share of direct"] for row in rows if row["server"] == "ours, torch fp32"}
         for measured in rows:
             measured["ours, torch / it"] = best.get(measured["connections"], float("nan")) / measured["share of direct"]

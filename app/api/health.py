@@ -8,6 +8,7 @@ from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4
 
 from app.api.schemas import PROBLEMS, Health, ModelCard
 from app.engine.engine import Engine, State
+from app.engine.runtime import devices
 
 router = APIRouter(tags=["health"])
 
@@ -46,7 +47,7 @@ async def model(request: Request) -> ModelCard:
         config={name: value for name, value in config.to_dict().items() if name not in ("id2label", "label2id")},
         input_size=runtime.processor.to_dict(),
         runtime=runtime.name,
-        device=runtime.device,
+        device=devices(engine.runtimes),
         precision=runtime.precision,
         attention=runtime.attention(),
         features=config.feature_names,

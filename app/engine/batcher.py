@@ -1,14 +1,15 @@
-"""Puts pictures together into batches and runs them, one at a time, in a thread of its own.
+"""Puts pictures together into batches and runs them, in threads of their own: one for each lane of each runtime.
 
-While a batch runs, the next one gathers. A picture never waits while the thread is idle (unless max_wait says so).
+While batches run, the next one gathers. A picture never waits while a runtime is idle (unless max_wait says so); beside a
+batch that it runs already, a runtime is given only full ones.
 """
 
 import bisect
 import itertools
 import threading
 import time
-from collections import deque
-from collections.abc import Callable
+from collections import Counter, deque
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from app.engine.runtime import Answer, Runtime, Wanted
@@ -44,23 +45,23 @@ class Job:
 
 
 class Batcher:
-    """The engine's thread and the pictures that wait for it.
+    """The engine's threads and the pictures that wait for them.
 
-    on_start: called in the thread with the jobs of each batch before they run.  on_batch: then with their number and the
-    seconds they took.  on_death: called in the thread, as it ends, with what ended it and the jobs that it had under way.
+    on_start: called in a thread with the jobs of each batch before they run.  on_batch: then with their number and the
+    seconds they took.  on_death: called in the thread, as it ends, with what ended it, its runtime and the jobs that it had
+    under way.
     """
 
     def __init__(
         self,
-        runtime: Runtime,
+        runtimes: Sequence[Runtime],
         max_batch: int,
         max_wait: float,
         on_start: Callable[[list[Job]], None],
         on_batch: Callable[[int, float], None],
-        on_death: Callable[[BaseException, list[Job]], None],
+        on_death: Callable[[BaseException, Runtime, list[Job]], None],
     ) -> None:
         self.max_batch = max_batch
-        self._runtime = runtime
         self._max_wait = max_wait
         self._on_start, self._on_batch, self._on_death = on_start, on_batch, on_death
         self._waiting: list[Job] = []
@@ -68,19 +69,24 @@ class Batcher:
         self._stopping = False
         self._closed: Exception | None = None
         self._rate: deque[tuple[int, float]] = deque(maxlen=RATE_BATCHES)
-        self._thread: threading.Thread | None = None
+        self._lanes = [(place, runtime) for place, runtime in enumerate(runtimes) for _ in range(runtime.lanes)]
+        self._threads: list[threading.Thread | None] = [None] * len(self._lanes)
+        self._running: Counter[int] = Counter()
 
     def start(self) -> None:
-        """Start the thread, or a new one after the last has died. What waits is kept."""
-        self._thread = threading.Thread(target=self._live, name="engine", daemon=True)
-        self._thread.start()
+        """Start the threads, or new ones in the place of those that have died. What waits is kept."""
+        for i, lane in enumerate(self._lanes):
+            thread = self._threads[i]
+            if thread is None or not thread.is_alive():
+                self._threads[i] = thread = threading.Thread(target=self._live, args=lane, name="engine", daemon=True)
+                thread.start()
 
     def put(self, job: Job) -> None:
         """Let a job with its pixels wait, before all that arrived after it. Safe from every thread."""
         with self._changed:
             if self._closed is None:
                 bisect.insort(self._waiting, job, key=lambda waiting: waiting.number)
-                self._changed.notify()
+                self._changed.notify_all()
                 return
         job.done(self._closed)
 
@@ -93,33 +99,41 @@ class Batcher:
             job.done(error)
 
     def stop(self) -> None:
-        """End the thread once nothing waits, and wait for it."""
+        """End the threads once nothing waits, and wait for them."""
         with self._changed:
             self._stopping = True
-            self._changed.notify()
-        if self._thread is not None:
-            self._thread.join()
+            self._changed.notify_all()
+        for thread in self._threads:
+            if thread is not None:
+                thread.join()
 
     def rate(self) -> float | None:
         """Pictures per second of the last batches, None before the first."""
         batches = list(self._rate)
         seconds = sum(taken for _, taken in batches)
-        return sum(count for count, _ in batches) / seconds if seconds > 0 else None
+        return len(self._lanes) * sum(count for count, _ in batches) / seconds if seconds > 0 else None
 
-    def _live(self) -> None:
+    def _live(self, place: int, runtime: Runtime) -> None:
         batch: list[Job] = []
         try:
-            while batch := self._next_batch():
-                self._run_batch(batch)
+            while batch := self._next_batch(place):
+                try:
+                    self._run_batch(runtime, batch)
+                finally:
+                    self._end_batch(place)
                 batch = []
         except BaseException as death:
-            self._on_death(death, batch)
+            self._on_death(death, runtime, batch)
 
-    def _next_batch(self) -> list[Job]:
+    def _next_batch(self, place: int) -> list[Job]:
         """Wait for jobs and take the oldest, those whose pictures have one size. Empty when the thread is to end."""
+
+        def may_start() -> bool:
+            return bool(self._waiting) and (not self._running[place] or len(self._waiting) >= self.max_batch)
+
         with self._changed:
             while True:
-                self._changed.wait_for(lambda: self._waiting or self._stopping)
+                self._changed.wait_for(lambda: may_start() or self._stopping)
                 if self._max_wait > 0 and not self._stopping:
                     self._changed.wait_for(lambda: len(self._waiting) >= self.max_batch or self._stopping, self._max_wait)
                 batch: list[Job] = []
@@ -131,35 +145,41 @@ class Batcher:
                         batch.append(job)
                 self._waiting = rest
                 if batch or (self._stopping and not rest):
+                    self._running[place] += bool(batch)
                     return batch
 
-    def _run_batch(self, batch: list[Job]) -> None:
+    def _end_batch(self, place: int) -> None:
+        with self._changed:
+            self._running[place] -= 1
+            self._changed.notify_all()
+
+    def _run_batch(self, runtime: Runtime, batch: list[Job]) -> None:
         started = time.monotonic()
         for job in batch:
             job.started = started
         self._on_start(batch)
-        answers = self._answers(batch)
+        answers = self._answers(runtime, batch)
         taken = time.monotonic() - started
         self._rate.append((len(batch), taken))
         self._on_batch(len(batch), taken)
         for job, answer in zip(batch, answers, strict=True):
             job.done(answer)
 
-    def _answers(self, batch: list[Job]) -> list[Answer | Exception]:
+    def _answers(self, runtime: Runtime, batch: list[Job]) -> list[Answer | Exception]:
         """Run a batch. One that fails is halved, down to the pictures that are the cause: the others are answered.
 
         One that needs too much memory is halved too, and the size that fits is kept as the largest from then on.
         """
         try:
             pixels = [job.pixels for job in batch if job.pixels is not None]
-            return list(self._runtime.run(pixels, [job.wanted for job in batch]))
+            return list(runtime.run(pixels, [job.wanted for job in batch]))
         except Exception as error:
             if len(batch) == 1:
                 return [error]
             half = (len(batch) + 1) // 2
-            if self._runtime.is_out_of_memory(error):
+            if runtime.is_out_of_memory(error):
                 self.max_batch = min(self.max_batch, half)
-        return self._answers(batch[:half]) + self._answers(batch[half:])
+        return self._answers(runtime, batch[:half]) + self._answers(runtime, batch[half:])
 
 
 def _shape(job: Job) -> tuple[int, ...]:

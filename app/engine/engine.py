@@ -12,8 +12,8 @@ import numpy as np
 import structlog
 
 from app.engine.batcher import Batcher, Job
-from app.engine.runtime import Answer, Runtime, Wanted
-from app.engine.runtimes import load_runtime
+from app.engine.runtime import Answer, Runtime, Wanted, devices
+from app.engine.runtimes import load_runtimes
 from app.errors import DeadlinePassed, ServiceError, TooLarge, Unavailable
 from app.images import decode
 from app.metrics import Metrics
@@ -53,18 +53,23 @@ class Engine:
         self._idle = asyncio.Event()
         self._idle.set()
         self._decoders = ThreadPoolExecutor(settings.decode_threads, thread_name_prefix="decode")
-        self._runtime: Runtime | None = None
+        self._runtimes: Sequence[Runtime] = ()
         self._batcher: Batcher | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
         self._restarting: asyncio.Task[None] | None = None
         self._draft: tuple[int, int] | None = None
 
     @property
-    def runtime(self) -> Runtime:
-        """The loaded network. Raises Unavailable, saying why, until the engine is ready and once it no longer is."""
-        if self.state is not State.READY or self._runtime is None:
+    def runtimes(self) -> Sequence[Runtime]:
+        """The loaded network, once a device. Raises Unavailable, saying why, before the engine is ready and afterwards."""
+        if self.state is not State.READY:
             raise Unavailable(self.why_not_ready(), headers={"Retry-After": "1"})
-        return self._runtime
+        return self._runtimes
+
+    @property
+    def runtime(self) -> Runtime:
+        """The first of them: all have the same checkpoint."""
+        return self.runtimes[0]
 
     @property
     def waiting(self) -> int:
@@ -89,14 +94,16 @@ class Engine:
         self._loop = asyncio.get_running_loop()
         started = time.monotonic()
         try:
-            self._runtime = await _in_own_thread(self.load)
-            size = self._runtime.processor.output_size
+            self._runtimes = await _in_own_thread(self.load)
+            first = self._runtimes[0]
+            size = first.processor.output_size
             if self.settings.decode == "draft" and size is not None:
                 self._draft = 2 * size[1], 2 * size[0]  # never below twice what is wanted: the resize still smooths
-            max_batch = self.settings.max_batch or self._runtime.default_batch
-            await _in_own_thread(self.warm, self._runtime, max_batch)
+            max_batch = self.settings.max_batch or first.default_batch
+            for runtime in self._runtimes:
+                await _in_own_thread(self.warm, runtime, max_batch)
             self._batcher = Batcher(
-                self._runtime,
+                self._runtimes,
                 max_batch,
                 self.settings.max_wait_ms / 1000,
                 on_start=self._batch_started,
@@ -110,13 +117,21 @@ class Engine:
         else:
             if self.state is State.LOADING:
                 self.state = State.READY
-            self.metrics.loaded(self.settings.model, self._runtime)
-            log.info("ready", model=self.settings.model, seconds=round(time.monotonic() - started, 2))
+            self.metrics.loaded(self.settings.model, self._runtimes)
+            log.info(
+                "ready",
+                model=self.settings.model,
+                device=devices(self._runtimes),
+                runtime=first.name,
+                precision=first.precision,
+                attention=first.attention(),
+                seconds=round(time.monotonic() - started, 2),
+            )
         self.on_started()
 
-    def load(self) -> Runtime:
+    def load(self) -> Sequence[Runtime]:
         """Read the checkpoint. Raises CheckpointError, ConfigError, ExportError. Runs in a thread."""
-        return load_runtime(self.settings)
+        return load_runtimes(self.settings)
 
     def warm(self, runtime: Runtime, max_batch: int) -> None:
         """Run the network at every batch size for which something is made once. Runs in a thread."""
@@ -210,9 +225,8 @@ class Engine:
             return
         started = time.monotonic()
         try:
-            assert self._runtime is not None
             assert self._batcher is not None
-            job.pixels = self._runtime.processor.resize(decode(job.data, self.settings.max_pixels, self._draft))
+            job.pixels = self._runtimes[0].processor.resize(decode(job.data, self.settings.max_pixels, self._draft))
             job.data = b""
         except Exception as error:
             job.done(error)
@@ -222,16 +236,16 @@ class Engine:
         self._batcher.put(job)
 
     def _batch_started(self, batch: list[Job]) -> None:
-        """In the engine's thread: what runs no longer waits."""
+        """In a thread of the engine's: what runs no longer waits."""
         assert self._loop is not None
         self._loop.call_soon_threadsafe(self._waiting.difference_update, batch)
 
-    def _thread_died(self, death: BaseException, under_way: list[Job]) -> None:
-        """In the engine's thread, as it ends."""
+    def _thread_died(self, death: BaseException, runtime: Runtime, under_way: list[Job]) -> None:
+        """In a thread of the engine's, as it ends."""
         assert self._loop is not None
-        self._loop.call_soon_threadsafe(self._bury, death, under_way)
+        self._loop.call_soon_threadsafe(self._bury, death, runtime, under_way)
 
-    def _bury(self, death: BaseException, under_way: list[Job]) -> None:
+    def _bury(self, death: BaseException, runtime: Runtime, under_way: list[Job]) -> None:
         """Answer what the dead thread had under way, and start another, once."""
         reason = f"the engine's thread died: {type(death).__name__}: {death}"
         log.error("the engine's thread died", reason=repr(death), restarts_left=RESTARTS - self._restarts)
@@ -244,13 +258,13 @@ class Engine:
             self._batcher.close(Unavailable(reason))
             return
         self._restarts += 1
-        self._restarting = asyncio.get_running_loop().create_task(self._restart(State.DRAINING if draining else State.READY))
+        state = State.DRAINING if draining else State.READY
+        self._restarting = asyncio.get_running_loop().create_task(self._restart(runtime, state))
 
-    async def _restart(self, state: State) -> None:
+    async def _restart(self, runtime: Runtime, state: State) -> None:
         assert self._batcher is not None
-        assert self._runtime is not None
         try:
-            await _in_own_thread(self.warm, self._runtime, self._batcher.max_batch)
+            await _in_own_thread(self.warm, runtime, self._batcher.max_batch)
         except Exception as error:
             self._batcher.close(Unavailable(f"{self.failure}; it could not be started again: {error}"))
             return

@@ -30,6 +30,7 @@ class ExportedRuntime:
     """Pictures that the graph takes at once, None for any number."""
     device = "cpu"
     precision: str
+    lanes = 1
     default_batch = 8
 
     def __init__(self, source: str, revision: str | None, cache: Path) -> None:

@@ -36,7 +36,7 @@ class Answer:
 
 
 class Runtime(Protocol):
-    """A loaded classifier. Called from one thread at a time."""
+    """A loaded classifier, on one device."""
 
     name: str
     device: str
@@ -45,6 +45,8 @@ class Runtime(Protocol):
     processor: DinatImageProcessor
     default_batch: int
     """Pictures per batch where MAX_BATCH is not set."""
+    lanes: int
+    """Calls of run that may overlap: 1, or more where one batch uploads while another computes."""
 
     def run(self, pixels: Sequence[Pixels], wanted: Sequence[Wanted]) -> list[Answer]:
         """Classify a batch. pixels: (H, W, 3) uint8 each, all of one size, as processor.resize gives them."""
@@ -60,6 +62,11 @@ class Runtime(Protocol):
 
     def is_out_of_memory(self, error: Exception) -> bool:
         """Whether an error of run says that the batch was too large; frees what can be freed."""
+
+
+def devices(runtimes: Sequence[Runtime]) -> str:
+    """Their devices in words: cuda:0, cuda:1."""
+    return ", ".join(runtime.device for runtime in runtimes)
 
 
 def rank(logits: Tensor, config: DinatConfig) -> tuple[Tensor, Tensor]:

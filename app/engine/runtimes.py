@@ -1,21 +1,23 @@
 """Which runtime computes."""
 
+from collections.abc import Sequence
 from importlib.util import find_spec
 
 from app.engine.runtime import Runtime
-from app.engine.torch_runtime import TorchRuntime, resolve_device
+from app.engine.torch_runtime import TorchRuntime, resolve_devices
 from app.settings import Settings
 from model import ConfigError, DinatImageProcessor
 
 
-def load_runtime(settings: Settings) -> Runtime:
-    """Load the checkpoint into the runtime that the settings name.
+def load_runtimes(settings: Settings) -> Sequence[Runtime]:
+    """Load the checkpoint into the runtime that the settings name, once for each device.
 
     auto: OpenVINO on a CPU where it is installed and nothing is asked for that only PyTorch has; PyTorch otherwise.
     Raises CheckpointError, ConfigError, ExportError, in one line that says what is missing and what to do.
     """
     name = settings.runtime
-    on_cpu = resolve_device(settings.device).type == "cpu"
+    devices = resolve_devices(settings.device)
+    on_cpu = devices[0].type == "cpu"
 
     def fixed_size() -> bool:
         return DinatImageProcessor.from_pretrained(settings.model, revision=settings.revision).output_size is not None
@@ -24,7 +26,10 @@ def load_runtime(settings: Settings) -> Runtime:
         exported = on_cpu and settings.attention in ("auto", "tiled") and settings.precision != "fp16"
         name = "openvino" if exported and find_spec("openvino") is not None and fixed_size() else "torch"
     if name == "torch":
-        return TorchRuntime(settings.model, settings.revision, settings.device, settings.precision, settings.attention)
+        return [
+            TorchRuntime(settings.model, settings.revision, device, settings.precision, settings.attention)
+            for device in devices
+        ]
     if not on_cpu:
         raise ConfigError(f"runtime {name} computes on a CPU, device is {settings.device}: take runtime torch, or device cpu")
     if not fixed_size():
@@ -35,9 +40,9 @@ def load_runtime(settings: Settings) -> Runtime:
         if name == "openvino":
             from app.engine.openvino_runtime import OpenVinoRuntime
 
-            return OpenVinoRuntime(settings.model, settings.revision, settings.precision, settings.cache_dir)
+            return [OpenVinoRuntime(settings.model, settings.revision, settings.precision, settings.cache_dir)]
         from app.engine.onnx_runtime import OnnxRuntime
     except ImportError:
         extra = {"openvino": "cpu", "onnxruntime": "onnx"}[name]
         raise ConfigError(f"runtime {name} is not installed: pip install 'dinat-serve[{extra}]'") from None
-    return OnnxRuntime(settings.model, settings.revision, settings.precision, settings.cache_dir)
+    return [OnnxRuntime(settings.model, settings.revision, settings.precision, settings.cache_dir)]

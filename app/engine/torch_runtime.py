@@ -1,6 +1,9 @@
 """The network in PyTorch: eager on a CPU, as CUDA graphs on a GPU."""
 
+import threading
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from queue import SimpleQueue
 
 import numpy as np
 import torch
@@ -11,23 +14,32 @@ from model import ConfigError, DinatForImageClassification, DinatImageProcessor
 from model.attention.choice import candidates, chosen, timing
 from model.image_processor import Pixels
 
+CUDA_LANES = 2
+"""Batches on a card at once: one computes, the next uploads."""
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
-def resolve_device(device: str) -> torch.device:
-    """A device by its setting. Raises ConfigError where this machine has no such device."""
+def resolve_devices(device: str) -> list[torch.device]:
+    """The devices that a setting names: cuda is every card that PyTorch sees, auto the same or else the processor.
+
+    Raises ConfigError where this machine has no such device.
+    """
+    cards = [torch.device("cuda", i) for i in range(torch.cuda.device_count())]
     if device == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        return cards or [torch.device("cpu")]
     try:
         chosen = torch.device(device)
     except RuntimeError:
         raise ConfigError(f"device {device!r} is not known: take auto, cpu, cuda or cuda:N") from None
     if chosen.type not in ("cpu", "cuda"):
         raise ConfigError(f"device {device!r} is not served: take auto, cpu, cuda or cuda:N")
-    if chosen.type == "cuda" and (chosen.index or 0) >= torch.cuda.device_count():
-        there = torch.cuda.device_count()
-        raise ConfigError(f"device {device!r} is not there: PyTorch sees {there} CUDA devices; take cpu, or install its driver")
-    return chosen
+    if chosen.type == "cpu":
+        return [chosen]
+    if (chosen.index or 0) >= len(cards):
+        raise ConfigError(
+            f"device {device!r} is not there: PyTorch sees {len(cards)} CUDA devices; take cpu, or install its driver"
+        )
+    return cards if chosen.index is None else [chosen]
 
 
 class TorchRuntime:
@@ -35,10 +47,11 @@ class TorchRuntime:
 
     name = "torch"
 
-    def __init__(self, source: str, revision: str | None, device: str, precision: str, attention: str) -> None:
+    def __init__(self, source: str, revision: str | None, device: torch.device, precision: str, attention: str) -> None:
         """Load the checkpoint. Raises CheckpointError, ConfigError."""
-        self._device = resolve_device(device)
-        self.device = str(self._device)
+        self._device = device
+        self.device = str(device)
+        self.lanes = CUDA_LANES if device.type == "cuda" else 1
         self.precision = self._precision(precision)
         self.default_batch = 64 if self._device.type == "cuda" else 8
         self._attention = attention
@@ -54,6 +67,8 @@ class TorchRuntime:
 
     def run(self, pixels: Sequence[Pixels], wanted: Sequence[Wanted]) -> list[Answer]:
         """See Runtime."""
+        if self._device.type == "cuda":
+            torch.cuda.set_device(self._device)  # of this thread: Triton launches on the current one
         with torch.inference_mode():
             batch = torch.from_numpy(np.stack(pixels))
             names = frozenset().union(*(want.features for want in wanted))
@@ -76,7 +91,7 @@ class TorchRuntime:
         return self.processor.normalize(pixels).to(self._dtype)
 
     def _captured(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
-        """Scores and classes by the CUDA graph of the smallest size that holds the batch; captured when first wanted.
+        """Scores and classes on the host, by the CUDA graph of the smallest size that holds the batch; captured when first met.
 
         Before that the network runs once as it is, and each layer that it has not met has its attention chosen by the clock.
         """
@@ -97,7 +112,9 @@ class TorchRuntime:
         if self._attention != "auto":
             return dict.fromkeys(self.config.stage_names[1:], self._attention)
         used = {
-            heads: sorted({choice.backend for layer, choice in chosen.items() if layer.heads == heads})
+            heads: sorted(
+                {choice.backend for layer, choice in chosen.items() if (layer.device, layer.heads) == (self.device, heads)}
+            )
             for heads in self.config.num_heads
         }
         default = candidates(self._device)[0]
@@ -133,13 +150,24 @@ class TorchRuntime:
         return "bf16" if torch.cuda.get_device_capability(self._device) >= (8, 0) else "fp16"
 
 
+@dataclass(frozen=True)
+class Slot:
+    """Where one batch passes: from pinned memory to the card on its own way there, and its outputs back to pinned memory."""
+
+    pinned: Tensor
+    uploaded: Tensor
+    outputs: tuple[Tensor, Tensor]
+
+
 class CapturedGraph:
-    """A computation as a CUDA graph: no launch waits for Python. One batch at a time, its pictures sent from pinned memory."""
+    """A computation as a CUDA graph: no launch waits for Python.
+
+    run may be called from CUDA_LANES threads at once: what the others bring uploads while one computes.
+    """
 
     def __init__(self, compute: Callable[[Tensor], tuple[Tensor, Tensor]], example: Tensor) -> None:
         """Capture compute(example), which has run before. example: on the device, its first axis the batch."""
         self._input = example
-        self._pinned = torch.empty_like(example, device="cpu", pin_memory=True)
         self._graph = torch.cuda.CUDAGraph()
         stream = torch.cuda.Stream(example.device)  # type: ignore[no-untyped-call]
         stream.wait_stream(torch.cuda.current_stream(example.device))
@@ -148,15 +176,36 @@ class CapturedGraph:
         torch.cuda.current_stream(example.device).wait_stream(stream)
         with torch.cuda.graph(self._graph):
             self._outputs = compute(example)
+        self._uploads = stream
+        self._turn = threading.Lock()
+        self._slots: SimpleQueue[Slot] = SimpleQueue()
+        for _ in range(CUDA_LANES):
+            first, second = (torch.empty_like(output, device="cpu", pin_memory=True) for output in self._outputs)
+            pinned = torch.empty_like(example, device="cpu", pin_memory=True)
+            self._slots.put(Slot(pinned, torch.empty_like(example), (first, second)))
 
     def run(self, batch: Tensor) -> tuple[Tensor, Tensor]:
-        """The outputs for a batch no larger than the example, cut to its size. They are overwritten by the next run."""
+        """The outputs, on the host, for a batch on the host that is no larger than the example."""
         count = batch.shape[0]
-        self._pinned[:count].copy_(batch)
-        self._input[:count].copy_(self._pinned[:count], non_blocking=True)
-        self._graph.replay()
-        first, second = self._outputs
-        return first[:count], second[:count]
+        slot = self._slots.get()
+        try:
+            slot.pinned[:count].copy_(batch)
+            with torch.cuda.stream(self._uploads):
+                slot.uploaded[:count].copy_(slot.pinned[:count], non_blocking=True)
+                uploaded = self._uploads.record_event()
+            with self._turn:
+                computing = torch.cuda.current_stream(self._input.device)
+                computing.wait_event(uploaded)
+                self._input[:count].copy_(slot.uploaded[:count])
+                self._graph.replay()
+                for output, host in zip(self._outputs, slot.outputs, strict=True):
+                    host[:count].copy_(output[:count], non_blocking=True)
+                done = computing.record_event()
+            done.synchronize()
+            first, second = slot.outputs
+            return first[:count].clone(), second[:count].clone()
+        finally:
+            self._slots.put(slot)
 
 
 def _host(maps: Tensor | list[Tensor], i: int) -> Array | list[Array]:

@@ -1,4 +1,5 @@
 import json
+import os
 import re
 import signal
 import subprocess
@@ -50,6 +51,20 @@ def test_what_the_user_got_wrong_ends_in_one_line(arguments: list[str], line: st
     assert len(said) == 1
     assert line in said[0]
     assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("device", ["cuda", "cuda:1"])
+def test_a_gpu_that_is_not_there_is_one_line(device: str) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "app.cli", "serve", "--port", "0", "--device", device],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        env={**os.environ, "CUDA_VISIBLE_DEVICES": ""},
+    )
+    assert done.returncode == 1
+    (line,) = [text for text in done.stderr.splitlines() if text.startswith("dinat: ")]
+    assert f"device '{device}' is not there: PyTorch sees 0 CUDA devices; take cpu, or install its driver" in line
 
 
 def test_info(capsys: pytest.CaptureFixture[str]) -> None:

@@ -32,8 +32,8 @@ class Gated(Engine):
         self.may_warm = threading.Event()
         self.may_warm.set()
 
-    def load(self) -> Runtime:
-        runtime = super().load()
+    def load(self) -> list[Runtime]:
+        (runtime,) = super().load()
         compute = runtime.run
 
         def run(pixels: Sequence[Pixels], wanted: Sequence[Wanted]) -> list[Answer]:
@@ -49,7 +49,7 @@ class Gated(Engine):
             return answers
 
         runtime.run = run  # type: ignore[method-assign]
-        return runtime
+        return [runtime]
 
     def warm(self, runtime: Runtime, max_batch: int) -> None:
         assert self.may_warm.wait(30)
@@ -111,6 +111,50 @@ def test_what_comes_while_the_engine_is_busy_forms_the_next_batch() -> None:
 
     drive(engine, test)
     assert engine.batches == [[0], [1, 2, 3], [4, 5]]
+
+
+def test_two_devices_compute_at_once_from_one_queue() -> None:
+    class Two(Gated):
+        def load(self) -> list[Runtime]:
+            return [*super().load(), *super().load()]
+
+    engine = Two(max_batch=1)
+
+    async def test() -> None:
+        asked = [engine.ask(digit) for digit in (3, 4, 5)]
+        await engine.busy()
+        await engine.busy()
+        await engine.decoded(1)  # the third waits for either
+        engine.let()
+        answers = await asyncio.gather(*asked)
+        assert [int(answer.class_ids[0]) for (answer,) in answers] == [3, 4, 5]
+
+    drive(engine, test)
+    assert sorted(engine.batches) == [[3], [4], [5]]
+
+
+def test_beside_a_running_batch_a_device_takes_only_a_full_one() -> None:
+    class Overlapping(Gated):
+        def load(self) -> list[Runtime]:
+            (runtime,) = super().load()
+            runtime.lanes = 2
+            return [runtime]
+
+    engine = Overlapping(max_batch=2)
+
+    async def test() -> None:
+        asked = [engine.ask(0)]
+        await engine.busy()
+        asked.append(engine.ask(1))
+        await engine.decoded(1)
+        assert not engine.entered.acquire(blocking=False)
+        asked.append(engine.ask(2))
+        await engine.busy()
+        engine.let()
+        await asyncio.gather(*asked)
+
+    drive(engine, test)
+    assert sorted(engine.batches) == [[0], [1, 2]]
 
 
 def test_an_idle_engine_waits_for_nobody_unless_told_to() -> None:

@@ -26,8 +26,8 @@ class Held(Engine):
         self.entered, self.let_go, self.given_up = threading.Event(), threading.Event(), threading.Event()
         self.computed = 0
 
-    def load(self) -> Runtime:
-        runtime = super().load()
+    def load(self) -> list[Runtime]:
+        (runtime,) = super().load()
         compute, warmed = runtime.run, threading.Event()
 
         def run(pixels: Sequence[Pixels], wanted: Sequence[Wanted]) -> list[Answer]:
@@ -41,7 +41,7 @@ class Held(Engine):
         self.warm(runtime, 1)
         warmed.set()
         self.let_go.set()
-        return runtime
+        return [runtime]
 
     async def start(self) -> None:
         await super().start()

@@ -14,7 +14,7 @@ from PIL import Image
 from app.engine.artefacts import artefact
 from app.engine.exported_runtime import ExportedRuntime
 from app.engine.runtime import Runtime, Wanted
-from app.engine.runtimes import load_runtime
+from app.engine.runtimes import load_runtimes
 from app.settings import Settings
 from examples.train_digits import split
 from model import ConfigError, DinatConfig, DinatForImageClassification, DinatImageProcessor
@@ -29,7 +29,8 @@ has_bf16 = "BF16" in openvino.Core().get_property("CPU", "OPTIMIZATION_CAPABILIT
 
 
 def load(runtime: str, **changes: object) -> Runtime:
-    return load_runtime(Settings(_env_file=None, **({"runtime": runtime, "precision": "fp32"} | changes)))
+    (loaded,) = load_runtimes(Settings(_env_file=None, **({"runtime": runtime, "precision": "fp32"} | changes)))
+    return loaded
 
 
 @pytest.fixture(scope="module")

@@ -109,11 +109,11 @@ def test_auto_keeps_what_was_fastest() -> None:
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_the_service_says_on_a_card_what_it_says_on_a_cpu(precision: str) -> None:
     from app.engine.runtime import Wanted
-    from app.engine.runtimes import load_runtime
+    from app.engine.runtimes import load_runtimes
     from app.settings import Settings
 
     cuda, cpu = (
-        load_runtime(Settings(_env_file=None, runtime="torch", device=device, precision=named))
+        load_runtimes(Settings(_env_file=None, runtime="torch", device=device, precision=named))[0]
         for device, named in (("cuda", precision), ("cpu", "fp32"))
     )
     random = np.random.default_rng(0)

@@ -13,6 +13,7 @@ from model.attention import neighborhood_attention
 
 natten = pytest.importorskip("natten", reason="natten is not installed")
 
+from model.attention import natten_backend  # noqa: E402
 from model.attention.natten_backend import Call, choose, key_channels, query_channels  # noqa: E402
 
 pytestmark = [  # of PyTorch's Flex attention, as natten calls it: that it is slow when not compiled, and an argument's new name
@@ -58,6 +59,28 @@ def test_the_product_of_the_extra_channels_is_the_bias(length: int, kernel_size:
     window = keys[index[:, None, :, None], index[None, :, None, :]].flatten(2, 3)
     bias = 0.5 * torch.einsum("yxc,yxnc->yxn", queries, window)
     torch.testing.assert_close(bias, window_bias(rpb, length, length, kernel_size, dilation)[:, :, 0])
+
+
+def test_natten_that_takes_a_bias_is_given_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """NATTEN 0.17 cannot be built against today's PyTorch: its signature stands in, with the definition behind it."""
+    given = []
+
+    def na2d(query, key, value, kernel_size, dilation=1, is_causal=False, rpb=None, scale=None):  # type: ignore[no-untyped-def]
+        given.append(rpb)
+        return neighborhood_attention(query, key, value, rpb, kernel_size, dilation, scale, backend="reference")
+
+    monkeypatch.setattr("natten.functional.na2d", na2d)
+    natten_backend._takes_rpb.cache_clear()
+    try:
+        q, k, v = torch.randn(3, 1, 9, 9, 2, 8).bfloat16()
+        rpb = torch.randn(2, 5, 5)
+        with torch.inference_mode():
+            got = neighborhood_attention(q, k, v, rpb, 3, 2, backend="natten")
+            expected = neighborhood_attention(q, k, v, rpb.bfloat16(), 3, 2, backend="reference")
+    finally:
+        natten_backend._takes_rpb.cache_clear()
+    torch.testing.assert_close(got, expected, rtol=0, atol=0)
+    assert [table.dtype for table in given] == [torch.bfloat16]
 
 
 def test_a_changed_table_is_seen() -> None:
