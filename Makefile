@@ -1,7 +1,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: install serve test lint soak bench bench-serving digits clean
+.PHONY: install serve test lint soak image-test bench bench-serving digits clean
 
 install: .venv/installed
 
@@ -31,6 +31,12 @@ lint: .venv/tested
 
 soak: install
 	DINAT_SOAK=1 $(BIN)/python -m pytest -s tests/e2e/test_soak.py
+
+# As root on Debian 12: builds and runs the Dockerfile's CPU variant with no container engine.
+image-test: install
+	which buildah debootstrap prometheus >/dev/null || \
+	    { apt-get update -qq && apt-get install -qq --no-install-recommends buildah debootstrap prometheus; }
+	DINAT_IMAGE=1 $(BIN)/python -m pytest -s tests/image
 
 bench: install
 	$(BIN)/python -m benchmarks.attention

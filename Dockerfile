@@ -1,0 +1,118 @@
+# dinat-serve for a GPU host, or for a CPU. docs/deploy.md says how to build and run it.
+#
+#   docker build --tag dinat-serve .
+#   docker build --tag dinat-serve:cpu --build-arg VARIANT=cpu --build-arg BASE_IMAGE=debian:bookworm-slim .
+#
+# What is heavy and seldom changes comes first: a change of the code makes one small layer anew.
+
+# PyTorch brings CUDA's libraries along. Only NATTEN wants the compiler, and leaves it behind. Both of one distribution.
+ARG BASE_IMAGE=nvidia/cuda:13.0.2-base-ubuntu24.04
+ARG BUILD_IMAGE=nvidia/cuda:13.0.2-devel-ubuntu24.04
+ARG VARIANT=gpu
+
+# hadolint ignore=DL3006
+FROM ${BASE_IMAGE} AS packages
+# pip's own settings, for another index or a folder of wheels
+ARG PIP_INDEX_URL PIP_EXTRA_INDEX_URL PIP_FIND_LINKS PIP_NO_INDEX
+ENV PATH=/opt/venv/bin:$PATH
+RUN apt-get update \
+    && DEBIAN_FRONTEND=noninteractive apt-get install --yes --no-install-recommends ca-certificates python3 python3-venv \
+    && apt-get clean && rm -rf /var/lib/apt/lists/* \
+    && python3 -m venv /opt/venv
+WORKDIR /build
+COPY constraints.txt ./
+# without what only a C++ compiler or PyTorch's own tests read
+RUN pip install --no-cache-dir --constraint constraints.txt torch \
+    && rm -rf /opt/venv/lib/python3*/site-packages/torch/include \
+        /opt/venv/lib/python3*/site-packages/torch/test \
+        /opt/venv/lib/python3*/site-packages/torch/bin/protoc* \
+        /opt/venv/lib/python3*/site-packages/torch/bin/*[Tt]est*
+COPY pyproject.toml ./
+RUN python -c 'import tomllib; p = tomllib.load(open("pyproject.toml", "rb"))["project"]; \
+    print(*p["dependencies"], *p["optional-dependencies"]["tracing"], sep="\n")' > requirements.txt \
+    && pip install --no-cache-dir --constraint constraints.txt --requirement requirements.txt
+
+FROM packages AS variant-cpu
+ARG PIP_INDEX_URL PIP_EXTRA_INDEX_URL PIP_FIND_LINKS PIP_NO_INDEX
+RUN pip install --no-cache-dir --constraint constraints.txt openvino
+
+# NATTEN's wheel: a published one where NATTEN_WHEELS, a page or folder of them, has one for this PyTorch; else compiled.
+FROM ${BUILD_IMAGE} AS natten
+ARG PIP_INDEX_URL PIP_EXTRA_INDEX_URL PIP_FIND_LINKS PIP_NO_INDEX
+ARG NATTEN_WHEELS
+ARG NATTEN_CUDA_ARCH="8.0;9.0;10.0"
+ARG NATTEN_N_WORKERS=8
+ENV PATH=/opt/venv/bin:$PATH
+RUN apt-get update \
+    && DEBIAN_FRONTEND=noninteractive apt-get install --yes --no-install-recommends g++ python3-dev python3-venv \
+    && apt-get clean && rm -rf /var/lib/apt/lists/* \
+    && python3 -m venv /opt/venv
+WORKDIR /build
+COPY constraints.txt ./
+RUN pip install --no-cache-dir --constraint constraints.txt torch setuptools wheel ninja cmake
+RUN mkdir /wheels \
+    && if [ -n "$NATTEN_WHEELS" ]; then \
+        pip download --no-deps --dest /wheels --only-binary natten --find-links "$NATTEN_WHEELS" --constraint constraints.txt natten; \
+    else \
+        pip wheel --no-deps --no-build-isolation --wheel-dir /wheels --constraint constraints.txt natten; \
+    fi
+
+FROM packages AS variant-gpu
+# Triton compiles a small launcher for each kernel when it first runs.
+RUN apt-get update \
+    && DEBIAN_FRONTEND=noninteractive apt-get install --yes --no-install-recommends gcc libc6-dev python3-dev \
+    && apt-get clean && rm -rf /var/lib/apt/lists/*
+COPY --from=natten /wheels /wheels
+RUN pip install --no-cache-dir --no-deps /wheels/*.whl
+ENV NVIDIA_VISIBLE_DEVICES=all \
+    NVIDIA_DRIVER_CAPABILITIES=compute,utility
+
+# hadolint ignore=DL3006
+FROM packages AS project
+ARG PIP_INDEX_URL PIP_EXTRA_INDEX_URL PIP_FIND_LINKS PIP_NO_INDEX
+COPY README.md LICENSE ./
+COPY model model
+COPY app app
+RUN pip install --no-cache-dir --no-deps --target /opt/dinat .
+
+# hadolint ignore=DL3006
+FROM variant-${VARIANT}
+# All that is written at run time goes to /cache: graphs, compiled kernels, downloaded weights. /tmp may be a tmpfs.
+RUN useradd --uid 10001 --gid 0 --home-dir /cache --no-create-home dinat \
+    && mkdir --parents /cache /models \
+    && chown dinat /cache \
+    && chmod 775 /cache
+WORKDIR /models
+# A Hub id here bakes its weights in; else they are downloaded at the first start, and kept in /cache.
+ARG MODEL=digits
+ARG HF_ENDPOINT
+RUN if [ "$MODEL" != digits ]; then \
+        hf download "$MODEL" config.json --local-dir "$MODEL" \
+        && hf download "$MODEL" preprocessor_config.json --local-dir "$MODEL" \
+        && { hf download "$MODEL" model.safetensors --local-dir "$MODEL" \
+            || hf download "$MODEL" pytorch_model.bin --local-dir "$MODEL"; } \
+        && rm -rf "$MODEL/.cache" "$HOME/.cache"; \
+    fi
+ENV DINAT_MODEL=$MODEL \
+    DINAT_HOST=0.0.0.0 \
+    HOME=/cache \
+    XDG_CACHE_HOME=/cache \
+    PATH=/opt/dinat/bin:/opt/venv/bin:$PATH \
+    PYTHONPATH=/opt/dinat \
+    PYTHONDONTWRITEBYTECODE=1 \
+    PYTHONUNBUFFERED=1
+COPY --from=project /opt/dinat /opt/dinat
+USER 10001
+VOLUME /cache
+EXPOSE 8000
+HEALTHCHECK --interval=10s --timeout=5s --start-period=5m --retries=3 \
+    CMD ["python", "-c", "import os, urllib.request as u; u.urlopen('http://127.0.0.1:' + os.environ.get('DINAT_PORT', '8000') + '/health', timeout=4)"]
+ENTRYPOINT ["dinat"]
+CMD ["serve"]
+ARG VERSION=0.1.0
+ARG REVISION=unknown
+LABEL org.opencontainers.image.title="dinat-serve" \
+      org.opencontainers.image.description="DiNAT, the Dilated Neighborhood Attention Transformer, over HTTP" \
+      org.opencontainers.image.licenses="MIT" \
+      org.opencontainers.image.version="$VERSION" \
+      org.opencontainers.image.revision="$REVISION"
