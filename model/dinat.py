@@ -496,9 +496,10 @@ class DinatForImageClassification(PreTrainedModel):
 
         stem, stageN: (B, C, h, w), what a DinatBackbone with fresh norms returns.  pooled: (B, C), what the classifier sees.
         hidden_states: a list of (B, C, h, w), the reshaped_hidden_states.
+        After the last stage all is float32: it costs next to nothing, and logits keep digits that bf16 and fp16 have not.
         """
         encoded = self.dinat.encode(pixel_values)
-        pooled = self.dinat.layernorm(encoded.after[-1]).mean(dim=(1, 2))
+        pooled = _in_float32(self.dinat.layernorm, encoded.after[-1]).mean(dim=(1, 2))
         maps: dict[str, Tensor | list[Tensor]] = {}
         for name in features:
             if name == "pooled":
@@ -508,7 +509,7 @@ class DinatForImageClassification(PreTrainedModel):
             else:
                 stage = encoded.before[self.config.stage_names.index(name)]
                 maps[name] = F.layer_norm(stage, stage.shape[-1:]).permute(0, 3, 1, 2)
-        return self.classifier(pooled), maps
+        return _in_float32(self.classifier, pooled), maps
 
     def forward(
         self,
@@ -536,6 +537,12 @@ class DinatForImageClassification(PreTrainedModel):
             reshaped_hidden_states=encoded.reshaped_hidden_states,
         )
         return output if _choose(return_dict, self.config.return_dict) else output.to_tuple()
+
+
+def _in_float32(module: nn.Module, x: Tensor) -> Tensor:
+    """module(x) in float32, whatever its parameters are kept in."""
+    halves = {name: value.float() for name, value in module.named_parameters() if value.dtype != torch.float32}
+    return torch.func.functional_call(module, halves, x.float()) if halves else module(x.float())
 
 
 def classification_loss(logits: Tensor, labels: Tensor, config: DinatConfig) -> Tensor:

@@ -75,10 +75,9 @@ class Batcher:
 
     def start(self) -> None:
         """Start the threads, or new ones in the place of those that have died. What waits is kept."""
-        for i, lane in enumerate(self._lanes):
-            thread = self._threads[i]
-            if thread is None or not thread.is_alive():
-                self._threads[i] = thread = threading.Thread(target=self._live, args=lane, name="engine", daemon=True)
+        for lane, thread in enumerate(self._threads):
+            if thread is None:
+                self._threads[lane] = thread = threading.Thread(target=self._live, args=[lane], name="engine", daemon=True)
                 thread.start()
 
     def put(self, job: Job) -> None:
@@ -113,7 +112,8 @@ class Batcher:
         seconds = sum(taken for _, taken in batches)
         return len(self._lanes) * sum(count for count, _ in batches) / seconds if seconds > 0 else None
 
-    def _live(self, place: int, runtime: Runtime) -> None:
+    def _live(self, lane: int) -> None:
+        place, runtime = self._lanes[lane]
         batch: list[Job] = []
         try:
             while batch := self._next_batch(place):
@@ -123,6 +123,7 @@ class Batcher:
                     self._end_batch(place)
                 batch = []
         except BaseException as death:
+            self._threads[lane] = None
             self._on_death(death, runtime, batch)
 
     def _next_batch(self, place: int) -> list[Job]:

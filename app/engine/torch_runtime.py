@@ -37,7 +37,8 @@ def resolve_devices(device: str) -> list[torch.device]:
         return [chosen]
     if (chosen.index or 0) >= len(cards):
         raise ConfigError(
-            f"device {device!r} is not there: PyTorch sees {len(cards)} CUDA devices; take cpu, or install its driver"
+            f"device {device!r} is not there: PyTorch sees {len(cards)} CUDA devices; take cpu, install the driver, "
+            "or give the container a card (docker run --gpus all)"
         )
     return cards if chosen.index is None else [chosen]
 

@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image, ImageDraw
@@ -56,3 +57,21 @@ def test_digits_drawn_in_strokes_are_read(network: DinatForImageClassification, 
         ImageDraw.Draw(picture).line(points, fill=ink, width=width, joint="curve")
         pictures.append(picture)
     assert sum(digit == found for digit, found in enumerate(read(network, pictures))) >= 9
+
+
+@pytest.mark.parametrize(("attention", "count"), [("tiled", 360), ("natten", 40), ("triton", 2)])
+@pytest.mark.filterwarnings("ignore:.*flex_attention:UserWarning", "ignore:return_lse is deprecated:FutureWarning")
+def test_in_bf16_every_attention_reads_the_same_and_is_within_a_hundredth(
+    network: DinatForImageClassification, attention: str, count: int
+) -> None:
+    if attention != "tiled":
+        pytest.importorskip(attention, reason=f"{attention} is not installed")
+    half = DinatForImageClassification.from_pretrained("digits", attention=attention, dtype=torch.bfloat16)
+    pictures = [Image.fromarray(np.asarray(picture)) for picture in split()[2][:count]]
+    pixels = DinatImageProcessor.from_pretrained("digits")(pictures)
+    with torch.inference_mode():
+        expected, got = network(pixels).logits, half.classify(pixels.bfloat16())[0]
+    assert len(pictures) == count
+    assert got.dtype == torch.float32
+    assert got.argmax(1).tolist() == expected.argmax(1).tolist()
+    assert (got - expected).norm() <= 0.01 * expected.norm()
