@@ -108,9 +108,9 @@ def export(
     names = output_names(network.config.num_layers, features)
     graph = Graph(network, features).eval()
     with _quietly(), tempfile.TemporaryDirectory(dir=_made(path.parent)) as folder:
-        program = trace(graph, batch, size)
         temporary = Path(folder) / path.name
-        write(program, temporary, names, metadata(network, processor, features), (batch, network.config.num_channels, *size))
+        shape = (batch, network.config.num_channels, *size)
+        write(trace(graph, batch, size), temporary, names, metadata(network, processor, features), shape)
         difference = _compare(load(temporary), graph, names, [batch] if batch else [1, 2], size)
         for written in sorted(Path(folder).iterdir(), reverse=True):  # OpenVINO's .bin comes after its .xml
             os.replace(written, path.with_name(written.name))
