@@ -30,6 +30,19 @@ def test_tiled_equals_the_definition(problem: tuple[list[Tensor], int, int]) -> 
     torch.testing.assert_close(tiles, definition, rtol=0, atol=1e-5)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@settings(deadline=None, max_examples=20)
+@given(problem=problems())
+def test_tiled_in_half_precision_is_within_a_hundredth(dtype: torch.dtype, problem: tuple[list[Tensor], int, int]) -> None:
+    inputs, kernel_size, dilation = problem
+    half = [x.to(dtype) for x in inputs]
+    with torch.no_grad():
+        tiles = neighborhood_attention(*half, kernel_size, dilation, backend="tiled")
+        definition = neighborhood_attention(*(x.double() for x in half), kernel_size, dilation, backend="reference")
+    assert tiles.dtype == dtype
+    assert (tiles.double() - definition).norm() <= 0.01 * definition.norm()
+
+
 @settings(deadline=None, max_examples=20)
 @given(problems())
 def test_gradients_of_tiled_equal_those_of_the_definition(problem: tuple[list[Tensor], int, int]) -> None:
