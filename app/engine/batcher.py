@@ -69,9 +69,9 @@ class Batcher:
         self._stopping = False
         self._closed: Exception | None = None
         self._rate: deque[tuple[int, float]] = deque(maxlen=RATE_BATCHES)
-        self._lanes = [(place, runtime) for place, runtime in enumerate(runtimes) for _ in range(runtime.lanes)]
+        self._lanes = [runtime for runtime in runtimes for _ in range(runtime.lanes)]
         self._threads: list[threading.Thread | None] = [None] * len(self._lanes)
-        self._running: Counter[int] = Counter()
+        self._running: Counter[Runtime] = Counter()
 
     def start(self) -> None:
         """Start the threads, or new ones in the place of those that have died. What waits is kept."""
@@ -113,24 +113,24 @@ class Batcher:
         return len(self._lanes) * sum(count for count, _ in batches) / seconds if seconds > 0 else None
 
     def _live(self, lane: int) -> None:
-        place, runtime = self._lanes[lane]
+        runtime = self._lanes[lane]
         batch: list[Job] = []
         try:
-            while batch := self._next_batch(place):
+            while batch := self._next_batch(runtime):
                 try:
                     self._run_batch(runtime, batch)
                 finally:
-                    self._end_batch(place)
+                    self._end_batch(runtime)
                 batch = []
         except BaseException as death:
             self._threads[lane] = None
             self._on_death(death, runtime, batch)
 
-    def _next_batch(self, place: int) -> list[Job]:
+    def _next_batch(self, runtime: Runtime) -> list[Job]:
         """Wait for jobs and take the oldest, those whose pictures have one size. Empty when the thread is to end."""
 
         def may_start() -> bool:
-            return bool(self._waiting) and (not self._running[place] or len(self._waiting) >= self.max_batch)
+            return bool(self._waiting) and (not self._running[runtime] or len(self._waiting) >= self.max_batch)
 
         with self._changed:
             while True:
@@ -146,12 +146,12 @@ class Batcher:
                         batch.append(job)
                 self._waiting = rest
                 if batch or (self._stopping and not rest):
-                    self._running[place] += bool(batch)
+                    self._running[runtime] += bool(batch)
                     return batch
 
-    def _end_batch(self, place: int) -> None:
+    def _end_batch(self, runtime: Runtime) -> None:
         with self._changed:
-            self._running[place] -= 1
+            self._running[runtime] -= 1
             self._changed.notify_all()
 
     def _run_batch(self, runtime: Runtime, batch: list[Job]) -> None:

@@ -36,7 +36,7 @@ class Layer:
 
 @dataclass(frozen=True)
 class Choice:
-    """The backend kept for a layer. seconds: of each that was timed, infinite for one that could not run; empty if none was."""
+    """The backend kept for a layer. seconds: of each, infinite for one that could not run."""
 
     backend: str
     seconds: dict[str, float]
@@ -75,7 +75,7 @@ def choose(layer: Layer, names: Sequence[str], run: Callable[[str], object]) -> 
 
     run: computes the layer with a backend by name; one that raises is left out.
     """
-    if layer not in chosen and _timing and len(names) > 1:
+    if layer not in chosen and _timing:
         seconds = {name: _seconds(partial(run, name), torch.device(layer.device)) for name in names}
         chosen[layer] = Choice(min(names, key=lambda name: seconds[name]), seconds)
     return chosen[layer].backend if layer in chosen else names[0]

@@ -139,11 +139,6 @@ def tiled_operator(
     return tiled_attention(q, k, v, rpb, kernel_size, dilation, scale)
 
 
-@tiled_operator.register_fake
-def _(q: Tensor, k: Tensor, v: Tensor, rpb: Tensor | None, kernel_size: int, dilation: int, scale: float) -> Tensor:
-    return q.new_empty(q.shape)
-
-
 @torch.library.custom_op("dinat::attention_backward", mutates_args=())
 def attention_backward(
     gradient: Tensor, q: Tensor, k: Tensor, v: Tensor, rpb: Tensor | None, kernel_size: int, dilation: int, scale: float
@@ -165,8 +160,11 @@ def _(
     return [x.new_empty(x.shape) for x in (q, k, v, rpb) if x is not None]
 
 
-def give_gradients(operator: Any) -> None:
-    """Let attention_backward be the backward of an operator with tiled_operator's arguments."""
+def complete(operator: Any) -> None:
+    """Tell PyTorch what an operator with tiled_operator's arguments gives, and that attention_backward is its backward."""
+
+    def shape(q: Tensor, *_: Any) -> Tensor:
+        return q.new_empty(q.shape)
 
     def keep(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
         *tensors, ctx.kernel_size, ctx.dilation, ctx.scale = inputs
@@ -176,10 +174,11 @@ def give_gradients(operator: Any) -> None:
         found = attention_backward(gradient, *ctx.saved_tensors, ctx.kernel_size, ctx.dilation, ctx.scale)
         return (*found, *[None] * (7 - len(found)))
 
+    operator.register_fake(shape)
     operator.register_autograd(backward, setup_context=keep)
 
 
-give_gradients(tiled_operator)
+complete(tiled_operator)
 
 
 def _gather(x: Tensor, index: Tensor) -> Tensor:

@@ -8,9 +8,14 @@ import socket
 import subprocess
 import sys
 import threading
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
+
+import httpx
 
 DIGITS = Path(__file__).parents[2] / "examples" / "digits"
 
@@ -19,6 +24,36 @@ def free_port() -> int:
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         return int(listener.getsockname()[1])
+
+
+@contextmanager
+def load_until_refused(url: str, picture: bytes, clients: int = 16, first: int = 100) -> Iterator[list[int]]:
+    """The statuses of POST /classify, asked by many clients, each until it gets another than 200 or nobody listens any more.
+
+    Entered once more than `first` have come, left once every client has ended.
+    """
+    statuses: list[int] = []
+    under_way = threading.Event()
+
+    def ask(_: int) -> None:
+        with httpx.Client(base_url=url, timeout=60) as client:
+            while True:
+                try:
+                    status = client.post("/classify", content=picture).status_code
+                except httpx.ConnectError:
+                    return  # it no longer listens: nothing was sent
+                statuses.append(status)
+                if len(statuses) > first:
+                    under_way.set()
+                if status != 200:
+                    return
+
+    with ThreadPoolExecutor(clients) as threads:
+        asking = [threads.submit(ask, n) for n in range(clients)]
+        assert under_way.wait(60)
+        yield statuses
+        for asked in asking:
+            asked.result()
 
 
 class Server:

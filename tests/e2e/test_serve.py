@@ -1,9 +1,6 @@
-import threading
-from concurrent.futures import ThreadPoolExecutor
-
 import httpx
 
-from tests.e2e.processes import DIGITS, Server
+from tests.e2e.processes import DIGITS, Server, load_until_refused
 
 
 def test_every_request_is_one_line_of_json_with_its_id() -> None:
@@ -24,27 +21,8 @@ def test_every_request_is_one_line_of_json_with_its_id() -> None:
 
 def test_sigterm_under_load_answers_everything_and_exits_with_0() -> None:
     picture = (DIGITS / "5-2.png").read_bytes()
-    with Server() as server, httpx.Client(base_url=server.url, timeout=60) as client, ThreadPoolExecutor(16) as threads:
-        under_way = threading.Event()
-        statuses: list[int] = []
-
-        def ask(_: int) -> None:
-            while True:
-                try:
-                    status = client.post("/classify", content=picture).status_code
-                except httpx.ConnectError:
-                    return  # it no longer listens: nothing was sent
-                statuses.append(status)
-                if len(statuses) > 100:
-                    under_way.set()
-                if status != 200:
-                    return
-
-        asking = [threads.submit(ask, n) for n in range(16)]
-        assert under_way.wait(60)
+    with Server() as server, load_until_refused(server.url, picture) as statuses:
         assert server.stop() == 0
-        for asked in asking:
-            asked.result()
     assert set(statuses) <= {200, 503}
     answered = [event["status"] for event in server.events if event["event"] == "request"]
     assert sorted(answered) == sorted(statuses)

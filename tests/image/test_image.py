@@ -11,7 +11,6 @@ import tempfile
 import threading
 import time
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +18,7 @@ import httpx
 import pytest
 
 from model import DinatConfig, DinatForImageClassification, DinatImageProcessor
-from tests.e2e.processes import DIGITS, free_port
+from tests.e2e.processes import DIGITS, free_port, load_until_refused
 from tests.image.buildah import Buildah
 from tests.model.test_checkpoint import Hub
 
@@ -188,30 +187,10 @@ def test_a_second_start_is_fast(container: Container) -> None:
 
 def test_sigterm_under_load_answers_everything(container: Container) -> None:
     picture = (DIGITS / "2-1.png").read_bytes()
-    statuses: list[int] = []
-    under_way = threading.Event()
-
-    def ask(_: int) -> None:
-        with httpx.Client(base_url=container.url, timeout=60) as client:
-            while True:
-                try:
-                    status = client.post("/classify", content=picture).status_code
-                except httpx.ConnectError:
-                    return  # it no longer listens: nothing was sent
-                statuses.append(status)
-                if len(statuses) > 200:
-                    under_way.set()
-                if status != 200:
-                    return
-
-    with container, ThreadPoolExecutor(16) as threads:
-        asking = [threads.submit(ask, n) for n in range(16)]
-        assert under_way.wait(60)
+    with container, load_until_refused(container.url, picture, first=200) as statuses:
         started = time.monotonic()
         assert container.stop() == 0
         seconds = time.monotonic() - started
-        for asked in asking:
-            asked.result()
     assert set(statuses) <= {200, 503}
     counts = {status: statuses.count(status) for status in sorted(set(statuses))}
     print(f"drained in {seconds:.1f} s, exit status 0; answers by status: {counts}, none lost")

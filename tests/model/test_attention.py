@@ -6,6 +6,7 @@ from torch import Tensor, nn
 
 from model.attention import bias_cache, neighborhood_attention, neighborhood_attention_with_weights, tiled
 from model.errors import AttentionError
+from tests.model.definition import assert_equals_the_definition
 
 
 @st.composite
@@ -38,9 +39,8 @@ def test_tiled_in_half_precision_is_within_a_hundredth(dtype: torch.dtype, probl
     half = [x.to(dtype) for x in inputs]
     with torch.no_grad():
         tiles = neighborhood_attention(*half, kernel_size, dilation, backend="tiled")
-        definition = neighborhood_attention(*(x.double() for x in half), kernel_size, dilation, backend="reference")
-    assert tiles.dtype == dtype
-    assert (tiles.double() - definition).norm() <= 0.01 * definition.norm()
+    q, k, v, rpb = half
+    assert_equals_the_definition(tiles, q, k, v, rpb, kernel_size, dilation)
 
 
 @settings(deadline=None, max_examples=20)

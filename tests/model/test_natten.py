@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from model import AttentionError
 from model.attention import neighborhood_attention
+from tests.model.definition import assert_equals_the_definition
 
 natten = pytest.importorskip("natten", reason="natten is not installed")
 
@@ -50,13 +51,7 @@ def test_equals_the_definition(
     rpb = torch.randn(heads, side, side, generator=random) if with_rpb else None
     with torch.inference_mode():
         got = neighborhood_attention(q, k, v, rpb, kernel_size, dilation, backend="natten")
-        exact = [None if x is None else x.double() for x in (q, k, v, rpb)]
-        expected = neighborhood_attention(*exact, kernel_size, dilation, backend="reference")
-    assert got.dtype == dtype
-    if dtype == torch.float32:
-        torch.testing.assert_close(got, expected.float(), rtol=0, atol=1e-5)
-    else:
-        assert (got.double() - expected).norm() <= 0.01 * expected.norm()
+    assert_equals_the_definition(got, q, k, v, rpb, kernel_size, dilation)
 
 
 @pytest.mark.parametrize(("length", "kernel_size", "dilation"), [(7, 3, 1), (11, 3, 3), (23, 7, 3), (30, 11, 2)])
