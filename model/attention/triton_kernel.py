@@ -103,7 +103,8 @@ def attend(
             keys = keys.to(tl.float32)
         scores = tl.dot(queries, keys, input_precision=PRECISION) * scale_log2e
         from_y, from_x = key_y[None, :] - window_y[:, None], key_x[None, :] - window_x[:, None]
-        sees = is_key[None, :] & (from_y >= 0) & (from_y < KERNEL) & (from_x >= 0) & (from_x < KERNEL)
+        # A query beyond the map sees nothing: its place in the bias table would lie outside.
+        sees = is_query[:, None] & is_key[None, :] & (from_y >= 0) & (from_y < KERNEL) & (from_x >= 0) & (from_x < KERNEL)
         if HAS_RPB:
             place = (key_y * SIDE + key_x)[None, :] - (query_y * SIDE + query_x)[:, None] + (KERNEL - 1) * (SIDE + 1)
             scores += tl.load(rpb + head * SIDE * SIDE + place, mask=sees, other=0.0) * LOG2E

@@ -20,10 +20,7 @@ pytest.importorskip("triton", reason="triton is not installed")
 from model.attention import triton_kernel
 from model.attention.triton_kernel import Shape, fused_attention, launch
 
-pytestmark = [
-    pytest.mark.skipif(torch.cuda.is_available(), reason="tests/gpu runs the kernel itself"),
-    pytest.mark.filterwarnings("ignore::RuntimeWarning:triton.runtime.interpreter"),  # numpy's, of lanes that are masked
-]
+pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="tests/gpu runs the kernel itself")
 TOLERANCE = {torch.float32: 1e-6, torch.float16: 1e-2, torch.bfloat16: 1e-2}
 """Of the norm of what the definition gives in float64."""
 
