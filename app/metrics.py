@@ -9,7 +9,7 @@ from prometheus_client.gc_collector import GCCollector
 from prometheus_client.process_collector import ProcessCollector
 
 from app.engine.batcher import Job
-from app.engine.runtime import Answer, Runtime, devices
+from app.engine.runtime import Answer, LeftOut, Runtime, devices
 
 SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30)
 BATCHES = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
@@ -46,6 +46,9 @@ class Metrics:
         self._images = Counter("dinat_images_total", "Pictures answered, by outcome.", ["outcome"], registry=self.registry)
         for outcome in ("classified", "refused", "late", "failed"):
             self._images.labels(outcome)
+        self._left_out = Gauge(
+            "dinat_left_out", "1 for what was seen at start to fail or to compute wrongly.", ["what"], registry=self.registry
+        )
         Info("dinat_build", "Versions.", registry=self.registry).info(
             {"version": version("dinat-serve"), "torch": torch.__version__}
         )
@@ -54,8 +57,10 @@ class Metrics:
         """Ask this for the depth of the queue whenever the metrics are read."""
         self._queue.set_function(depth)
 
-    def loaded(self, model: str, runtimes: Sequence[Runtime]) -> None:
-        """Say what was loaded, and watch the memory of each device that has one of its own."""
+    def loaded(self, model: str, runtimes: Sequence[Runtime], left_out: Sequence[LeftOut] = ()) -> None:
+        """Say what was loaded and what was left out, and watch the memory of each device that has one of its own."""
+        for left in left_out:
+            self._left_out.labels(left.what).set(1)
         first = runtimes[0]
         Info("dinat_model", "What is being served.", registry=self.registry).info(
             {"model": model, "runtime": first.name, "device": devices(runtimes), "precision": first.precision}

@@ -33,6 +33,9 @@ class Settings(BaseSettings):
     attention: Literal["auto", "reference", "tiled", "natten", "triton"] = Field(
         "auto", description="attention backend; auto: on a GPU the fastest that is there, timed at start, else tiled"
     )
+    self_check: bool = Field(
+        True, description="at start a GPU shows right numbers before it serves; off starts sooner, and trusts it"
+    )
     max_batch: int | None = Field(
         None, ge=1, le=1024, description="pictures per batch; 64 on a GPU, on a CPU 8 or two a core if not set"
     )

@@ -1,13 +1,14 @@
 """Every attention backend, and the whole network, on a CUDA card: error, time, and share of the card's own ceilings.
 
-    python -m benchmarks.gpu [--json FILE] [--quick]
+    python -m benchmarks.gpu [--json FILE] [--quick] [--seconds 480]
 
-All in one run, by CUDA events, from warm caches rotated among several inputs. Ceilings are measured in the same run: a copy of
-1 GiB (bytes read and written) and a matrix product of side 8192 in bf16. `floor` of a layer is the larger of its bytes (q, k,
-v, output, once each) over the first and of its operations (4 * head_dim * kernel_size**2 a query and head) over the second;
-`share` is floor over time. `error` is of the norm of the definition in float64. The networks have random weights. torchvision's
-Swin stands beside them where torchvision is installed; last come pictures a second through HTTP, where the extra `bench` is.
-Writes benchmarks/results/gpu-CARD.json if no other file is named.
+All in one run, by CUDA events, from inputs that take turns; `us` and `ms` are those of a CUDA graph, as it is served. Ceilings
+are measured in the same run: a copy of 1 GiB (bytes read and written) and a matrix product of side 8192 in bf16. `floor` of a
+layer is the larger of its bytes (q, k, v, output, once each) over the first and of its operations (4 * head_dim *
+kernel_size**2 a query and head) over the second; `share` is floor over time. `error` is of the norm of the definition in
+float64. The networks have random weights. torchvision's Swin stands beside them where torchvision is installed; last come
+pictures a second through HTTP, where the extra `bench` is. Writes benchmarks/results/gpu-CARD.json if no other file is named.
+What --seconds leave no time for is named in it.
 """
 
 import argparse
@@ -15,6 +16,7 @@ import asyncio
 import json
 import re
 import tempfile
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
@@ -24,18 +26,26 @@ from typing import Any
 
 import torch
 
-from model import DinatConfig, DinatForImageClassification
-from model.attention import choice, neighborhood_attention
-from model.attention.choice import candidates
+from model import DinatConfig, DinatError, DinatForImageClassification
+from model.attention import bias_cache, by_name, choice
+from model.attention.choice import candidates, definition
 
 CUDA = torch.device("cuda")
 LAYERS = [(56, 2, 7, 1), (56, 2, 7, 8), (28, 4, 7, 1), (28, 4, 7, 4), (14, 8, 7, 1), (14, 8, 7, 2), (7, 16, 7, 1), (96, 6, 11, 1), (96, 6, 11, 8)]  # fmt: skip # noqa: E501
 """Map side, heads, kernel and dilation: Mini at 224, and the first stage of Large with kernel 11 at 384."""
-BACKENDS = ["reference", *candidates(CUDA)]
 NETWORKS = ["mini", "tiny", "small", "base", "large", "large-384", "large-11x11-384"]
 BATCHES = [1, 8, 64, 256]
 SWINS = ["swin_t", "swin_b"]
 SERVED_CONNECTIONS, SERVED_SECONDS = [1, 32, 256], 10
+SERVED_FLAGS = ["--device", "cuda:0", "--max-batch", "256", "--queue-limit", "1024"]
+
+NO_TIME = "no time was left"
+
+_ends_at = float("inf")
+
+
+def is_time_left() -> bool:
+    return time.monotonic() < _ends_at
 
 
 def seconds(runs: Sequence[Callable[[], object]], rounds: int = 20) -> float:
@@ -53,6 +63,11 @@ def seconds(runs: Sequence[Callable[[], object]], rounds: int = 20) -> float:
     return median(times)
 
 
+def captured_seconds(call: Callable[[torch.Tensor], object], inputs: Sequence[torch.Tensor]) -> float:
+    """Median seconds of a call as it is served, in a CUDA graph, over inputs that take turns."""
+    return choice.seconds_on_card(lambda: [call(x) for x in inputs], CUDA) / len(inputs)
+
+
 def ceilings() -> dict[str, float]:
     """Bytes per second of a copy, and bf16 operations per second of a matrix product."""
     source, target = torch.empty(2, 2**28, device=CUDA)
@@ -65,27 +80,38 @@ def ceilings() -> dict[str, float]:
 def layer_rows(ceiling: dict[str, float], batch: int, dtype: torch.dtype) -> list[dict[str, Any]]:
     rows = []
     for side, heads, kernel_size, dilation in LAYERS:
+        if not is_time_left():
+            rows.append({"map": side, "kernel": kernel_size, "dilation": dilation, "batch": batch, "failed": NO_TIME})
+            continue
         inputs = [torch.randn(batch, side, side, 3, heads, 32, device=CUDA).to(dtype) for _ in range(3)]
         rpb = torch.randn(heads, 2 * kernel_size - 1, 2 * kernel_size - 1, device=CUDA)
-        exact = neighborhood_attention(
-            *(x.double() for x in inputs[0][:2].unbind(3)), rpb.double(), kernel_size, dilation, backend="reference"
-        )
+        exact = definition(inputs[0][:2], rpb, kernel_size, dilation, 32**-0.5)
         moved = 4 * inputs[0].nbytes / 3
         operations = 4 * 32 * kernel_size**2 * batch * side * side * heads
         floor = max(moved / ceiling["bytes/s"], operations / ceiling["flop/s"])
-        for backend in BACKENDS:
+        for candidate in ["reference", *candidates(CUDA, dtype, 32)]:
 
-            def attend(x: torch.Tensor, backend: str = backend, k: int = kernel_size, d: int = dilation) -> torch.Tensor:
-                return neighborhood_attention(*x.unbind(3), rpb, k, d, backend=backend)  # noqa: B023
+            def attend(x: torch.Tensor) -> torch.Tensor:
+                return by_name(candidate, *x.unbind(3), rpb, kernel_size, dilation, 32**-0.5)  # noqa: B023
 
-            row = {"map": side, "heads": heads, "kernel": kernel_size, "dilation": dilation, "batch": batch, "backend": backend}
+            row = {
+                "map": side,
+                "heads": heads,
+                "kernel": kernel_size,
+                "dilation": dilation,
+                "batch": batch,
+                "backend": candidate,
+            }
             try:
                 error = float((attend(inputs[0][:2]).double() - exact).norm() / exact.norm())
-                taken = seconds([lambda x=x: attend(x) for x in inputs])
+                eager, taken = seconds([lambda x=x: attend(x) for x in inputs]), captured_seconds(attend, inputs)
             except Exception as failure:
                 rows.append(row | {"failed": " ".join(str(failure).split())[:200]})
             else:
-                rows.append(row | {"dtype": str(dtype), "error": error, "us": taken * 1e6, "share": floor / taken})
+                rows.append(
+                    row
+                    | {"dtype": str(dtype), "error": error, "us": taken * 1e6, "us eager": eager * 1e6, "share": floor / taken}
+                )
             print(rows[-1], flush=True)
     return rows
 
@@ -95,12 +121,18 @@ def network_rows(presets: Sequence[str], batches: Sequence[int]) -> list[dict[st
     for preset in presets:
         config = DinatConfig.preset(preset)
         side = getattr(config, "image_size", 224)
-        for attention in ("auto", *BACKENDS):
-            network = DinatForImageClassification(config, attention=attention).eval().to(CUDA, torch.bfloat16)
-            rows += [measured({"network": preset, "attention": attention}, network, side, batch) for batch in batches]
+        for attention in ("auto", "reference", "tiled", "triton", "natten"):
+            row = {"network": preset, "attention": attention}
+            try:
+                with CUDA:
+                    network = DinatForImageClassification(config, attention=attention).eval().to(torch.bfloat16)
+            except DinatError as failure:  # pragma: no cover
+                rows.append(row | {"failed": str(failure)})
+            else:
+                rows += [measured(row, network, side, batch) for batch in batches]
     try:
         import torchvision
-    except ImportError:
+    except ImportError:  # pragma: no cover
         return rows
     for name in SWINS:
         network = getattr(torchvision.models, name)().eval().to(CUDA, torch.bfloat16)
@@ -111,20 +143,16 @@ def network_rows(presets: Sequence[str], batches: Sequence[int]) -> list[dict[st
 def measured(row: dict[str, Any], network: torch.nn.Module, side: int, batch: int) -> dict[str, Any]:
     """Pictures per second of a network as a CUDA graph, as it is served."""
     row = row | {"batch": batch}
+    if not is_time_left():
+        return row | {"failed": NO_TIME}
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()
     try:
         pixels = torch.randn(batch, 3, side, side, device=CUDA, dtype=torch.bfloat16)
-        with choice.timing():
+        with choice.trying():
             network(pixels)
-        stream = torch.cuda.Stream()
-        with torch.cuda.stream(stream):
-            network(pixels)
-        torch.cuda.current_stream().wait_stream(stream)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            network(pixels)
-        taken = seconds([graph.replay])
+        bias_cache.forget()
+        taken = choice.seconds_on_card(lambda: network(pixels), CUDA)
     except Exception as failure:
         torch.cuda.empty_cache()
         row |= {"failed": " ".join(str(failure).split())[:200]}
@@ -138,20 +166,22 @@ def served_rows() -> list[dict[str, Any]]:
     """Pictures per second through HTTP, Mini in bf16, one picture a request, client and server on one machine."""
     try:
         from benchmarks import serving
-    except ImportError as missing:
+    except ImportError as missing:  # pragma: no cover
         return [{"failed": f"the extra bench is not installed: {missing}"}]
     rows = []
     with tempfile.TemporaryDirectory() as folder:
         serving.save_network(Path(folder))
         port = serving.free_port()
         url = f"http://127.0.0.1:{port}/classify"
-        flags = ["--device", "cuda:0", "--max-batch", "256", "--queue-limit", "1024"]
-        with serving.running([*serving.command("ours", folder, port), *flags], url):
-            for connections in SERVED_CONNECTIONS:
-                latencies, errors, taken = asyncio.run(serving.closed_loop(url, connections, SERVED_SECONDS))
-                row = {"connections": connections, "images/s": len(latencies) / taken, "p50 ms": median(latencies)}
-                rows.append(row | {"errors": errors})
-                print(rows[-1], flush=True)
+        try:
+            with serving.running([*serving.command("ours", folder, port), *SERVED_FLAGS], url):
+                for connections in SERVED_CONNECTIONS:
+                    latencies, errors, taken = asyncio.run(serving.closed_loop(url, connections, SERVED_SECONDS))
+                    row = {"connections": connections, "images/s": len(latencies) / taken, "p50 ms": median(latencies)}
+                    rows.append(row | {"errors": errors})
+                    print(rows[-1], flush=True)
+        except Exception as failure:
+            rows.append({"failed": " ".join(f"the service did not start: {failure}".split())[:200]})
     return rows
 
 
@@ -166,11 +196,14 @@ def versions() -> dict[str, str]:
 
 
 def main() -> None:
+    global _ends_at
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", type=Path)
     parser.add_argument("--quick", action="store_true", help="Mini alone, and batches of 1 and 64")
+    parser.add_argument("--seconds", type=float, default=480)
     arguments = parser.parse_args()
-    if not torch.cuda.is_available():
+    _ends_at = time.monotonic() + arguments.seconds
+    if not torch.cuda.is_available():  # pragma: no cover
         raise SystemExit("benchmarks.gpu measures a CUDA card, and PyTorch sees none: run it where nvidia-smi lists one")
     with torch.inference_mode():
         ceiling = ceilings()
@@ -185,7 +218,7 @@ def main() -> None:
             ],
             "networks": network_rows(NETWORKS[:1] if arguments.quick else NETWORKS, [1, 64] if arguments.quick else BATCHES),
         }
-    result["served"] = served_rows()
+    result["served"] = served_rows() if is_time_left() else [{"failed": NO_TIME}]
     result["chosen"] = [asdict(layer) | asdict(kept) for layer, kept in choice.chosen.items()]
     card = re.sub(r"\W+", "-", torch.cuda.get_device_name(CUDA)).strip("-").lower()
     path = arguments.json or Path(__file__).parent / "results" / f"gpu-{card}.json"
@@ -193,5 +226,5 @@ def main() -> None:
     print(f"written to {path}")
 
 
-if __name__ == "__main__":
+if __name__ == "__main__":  # pragma: no cover
     main()

@@ -1,16 +1,20 @@
-"""What the fused kernel takes of a card, compiled for it on any machine, with no GPU.
+"""What the fused kernel takes of a card and how much it executes, compiled for it on any machine, with no GPU.
 
-    python -m benchmarks.kernel_resources 80 90 100
+    python -m benchmarks.kernel_resources [80 86 89 90 100 120] [--all-dtypes]
 
-One line of JSON for each compute capability, dtype and kernel size, at head_dim 32: registers per thread, bytes they spill to
-local memory, and bytes of shared memory per program.
+One line of JSON for each compute capability, dtype, cut and layer, at head_dim 32: registers per thread, bytes they spill,
+bytes of shared memory per program, warps resident on a multiprocessor out of those that it can hold, keys read for a query, and
+instructions (of a thread) for each query-key pair of the definition, kernel_size**2 a query. They are counted in the machine
+code: what stands outside the loop over blocks of keys once, what stands in it as often as it runs.
 """
 
+import argparse
 import json
 import re
 import subprocess
-import sys
 import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -18,51 +22,121 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from model.attention.triton_kernel import attend, constants, shape_for
+from model.attention.triton_kernel import Cut, Tables, attend, constants, cuts, tables
 
-DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
-STRIDES = [f"{tensor}_{axis}" for tensor in "qkv" for axis in ("batch", "row", "column", "head")]
-
-
-def ptxas(ptx: str, capability: int) -> str:
-    """What NVIDIA's assembler, which comes with Triton, says of a kernel."""
-    tool = triton.knobs.nvidia.ptxas_blackwell if capability >= 100 else triton.knobs.nvidia.ptxas
-    architecture = re.search(r"\.target (sm_\w+)", ptx)
-    assert architecture is not None
-    with tempfile.TemporaryDirectory() as folder:
-        source = Path(folder) / "kernel.ptx"
-        source.write_text(ptx)
-        command = [tool.path, "-v", f"--gpu-name={architecture[1]}", str(source), "-o", str(source.with_suffix(".cubin"))]
-        return subprocess.run(command, capture_output=True, text=True, check=True).stderr
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp16": torch.float16}
+LAYERS = {"56x56 k7 d1": (56, 7, 1), "56x56 k7 d8": (56, 7, 8), "96x96 k11 d1": (96, 11, 1)}
+"""Map side, kernel and dilation: the first stage of Mini, not dilated and dilated, and of Large with kernel 11 at 384."""
+HEADS = 2
+SHORTEST_LOOP = 24
+"""Instructions; a shorter loop waits for a barrier."""
 
 
-def resources(capability: int, dtype: str, kernel_size: int, head_dim: int = 32) -> dict[str, object]:
-    shape = shape_for(DTYPES[dtype], head_dim)
-    fixed = constants(DTYPES[dtype], kernel_size, head_dim, True, shape)
-    signature = {name: f"*{dtype}" for name in ("q", "k", "v", "out")} | {"rpb": "*fp32"}
-    signature |= dict.fromkeys([*STRIDES, "height", "width", "heads", "dilation", "tiles_x"], "i32")
-    signature |= {"scale_log2e": "fp32"} | dict.fromkeys(fixed, "constexpr")
-    ordered = {name: signature[name] for name in attend.arg_names}
-    compiled = triton.compile(
-        ASTSource(attend, ordered, fixed),
+@dataclass(frozen=True)
+class Multiprocessor:
+    """What one holds at once: threads, programs, bytes of shared memory; 65,536 registers each (CUDA C++ Programming Guide)."""
+
+    threads: int
+    programs: int
+    shared: int
+
+
+CARDS = {
+    80: Multiprocessor(2048, 32, 164 * 1024),
+    86: Multiprocessor(1536, 16, 100 * 1024),
+    89: Multiprocessor(1536, 24, 100 * 1024),
+    90: Multiprocessor(2048, 32, 228 * 1024),
+    100: Multiprocessor(2048, 32, 228 * 1024),
+    120: Multiprocessor(1536, 24, 100 * 1024),
+}
+
+
+def compiled(capability: int, dtype: str, cut: Cut, table: Tables, head_dim: int) -> triton.compiler.CompiledKernel:
+    fixed = constants(DTYPES[dtype], head_dim, table.queries.shape[1], table.keys.shape[1], cut)
+    types = dict.fromkeys(["q", "k", "v", "out", "bias"], f"*{dtype}") | dict.fromkeys(["queries", "keys", "kinds"], "*i32")
+    types |= dict.fromkeys(fixed, "constexpr") | {"scale": "fp32", "heads": "i32"}
+    strides = [name for name in attend.arg_names if name not in types]
+    types |= dict.fromkeys(strides, "i32")
+    # Strides are multiples of 16, as those of the published networks are: so the launcher finds them too.
+    multiples = {name for name, kind in types.items() if kind.startswith("*")} | set(strides)
+    aligned = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(attend.arg_names) if name in multiples}
+    return triton.compile(
+        ASTSource(attend, {name: types[name] for name in attend.arg_names}, fixed, aligned),
         target=GPUTarget("cuda", capability, 32),
-        options={"num_warps": shape.warps, "num_stages": shape.stages},
+        options={"num_warps": cut.warps, "num_stages": cut.stages},
     )
-    said = ptxas(compiled.asm["ptx"], capability)
-    used, spilled = re.search(r"Used (\d+) registers", said), re.search(r"(\d+) bytes spill stores", said)
-    assert used is not None and spilled is not None, said
+
+
+def tool(name: str, *arguments: str | Path) -> str:
+    """What one of NVIDIA's tools, which come with Triton, prints."""
+    path = getattr(triton.knobs.nvidia, name).path
+    return subprocess.run([path, *arguments], capture_output=True, text=True, check=True).stdout
+
+
+def executed(assembly: str, trips: int) -> int:
+    """Instructions that a warp executes, by the disassembly of a kernel whose one loop runs so many times."""
+    labels: dict[str, int] = {}
+    instructions: list[str] = []
+    for line in assembly.splitlines():
+        if label := re.match(r"\s*(\.L_\w+):", line):
+            labels[label[1]] = len(instructions)
+        elif instruction := re.match(r"\s*/\*[0-9a-f]{4,}\*/\s+(.*?);", line):
+            instructions.append(instruction[1])
+    length = 1 + max(i for i, text in enumerate(instructions) if "EXIT" in text)
+    back = [
+        (labels[target[1]], i + 1)
+        for i, text in enumerate(instructions[:length])
+        if (target := re.search(r"BRA.*`\((\.L_\w+)\)", text)) and labels.get(target[1], length) < i
+    ]
+    loops = [end - start for start, end in back if end - start >= SHORTEST_LOOP]
+    assert len(loops) <= 1, f"one loop is understood, there are {len(loops)}"
+    return length + sum(body * (trips - 1) for body in loops)
+
+
+def resources(capability: int, dtype: str, cut: Cut, layer: str, head_dim: int = 32) -> dict[str, object]:
+    side, kernel_size, dilation = LAYERS[layer]
+    table = tables(side, side, kernel_size, dilation, cut, torch.device("cpu"))
+    kernel = compiled(capability, dtype, cut, table, head_dim)
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(kernel.asm["cubin"])
+        file.flush()
+        used = re.search(r"REG:(\d+) STACK:(\d+)", tool("cuobjdump", "--dump-resource-usage", file.name))
+        assembly = tool("nvdisasm", "-c", file.name)
+    assert used is not None
+    card, shared = CARDS[capability], kernel.metadata.shared
+    per_warp = -(-int(used[1]) * 32 // 256) * 256
+    by_registers, by_threads = 65536 // (per_warp * cut.warps), card.threads // (32 * cut.warps)
+    programs = min(card.programs, by_registers, by_threads, card.shared // (shared + 1024))
+    tiles, keys = table.keys.shape
+    threads = executed(assembly, keys // cut.keys) * 32 * cut.warps * tiles
     return {
         "capability": capability,
         "dtype": dtype,
-        "kernel_size": kernel_size,
+        "cut": str(cut),
+        "layer": layer,
         "registers": int(used[1]),
-        "spilled": int(spilled[1]),
-        "shared": compiled.metadata.shared,
+        "spilled": int(used[2]),
+        "shared": shared,
+        "warps": f"{programs * cut.warps}/{card.threads // 32}",
+        "keys/query": round(tiles * keys / side**2, 2),
+        "instructions/pair": round(threads / (side**2 * kernel_size**2), 1),
     }
 
 
+def rows(capabilities: list[int], dtypes: list[str], layers: list[str]) -> Iterator[dict[str, object]]:
+    for capability in capabilities:
+        for dtype in dtypes:
+            for cut in cuts(DTYPES[dtype], 32):
+                for layer in layers:
+                    yield resources(capability, dtype, cut, layer)
+
+
 if __name__ == "__main__":
-    for capability in map(int, sys.argv[1:] or ["80", "90", "100"]):
-        for dtype in DTYPES:
-            for kernel_size in (7, 11):
-                print(json.dumps(resources(capability, dtype, kernel_size)), flush=True)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("capabilities", type=int, nargs="*", help=f"of {', '.join(map(str, CARDS))}; all if none is named")
+    parser.add_argument("--all-dtypes", action="store_true", help="fp16 too, which is bf16's code but for its conversions")
+    arguments = parser.parse_args()
+    if not set(arguments.capabilities) <= set(CARDS):
+        parser.error(f"a capability is one of {', '.join(map(str, CARDS))}")
+    for row in rows(arguments.capabilities or list(CARDS), list(DTYPES)[: 3 if arguments.all_dtypes else 2], list(LAYERS)):
+        print(json.dumps(row), flush=True)

@@ -499,7 +499,7 @@ class DinatForImageClassification(PreTrainedModel):
         After the last stage all is float32: it costs next to nothing, and logits keep digits that bf16 and fp16 have not.
         """
         encoded = self.dinat.encode(pixel_values)
-        pooled = _in_float32(self.dinat.layernorm, encoded.after[-1]).mean(dim=(1, 2))
+        pooled = _norm_in_float32(self.dinat.layernorm, encoded.after[-1]).mean(dim=(1, 2))
         maps: dict[str, Tensor | list[Tensor]] = {}
         for name in features:
             if name == "pooled":
@@ -509,7 +509,9 @@ class DinatForImageClassification(PreTrainedModel):
             else:
                 stage = encoded.before[self.config.stage_names.index(name)]
                 maps[name] = F.layer_norm(stage, stage.shape[-1:]).permute(0, 3, 1, 2)
-        return _in_float32(self.classifier, pooled), maps
+        if isinstance(self.classifier, nn.Identity):
+            return pooled, maps
+        return F.linear(pooled, self.classifier.weight.float(), self.classifier.bias.float()), maps
 
     def forward(
         self,
@@ -539,10 +541,9 @@ class DinatForImageClassification(PreTrainedModel):
         return output if _choose(return_dict, self.config.return_dict) else output.to_tuple()
 
 
-def _in_float32(module: nn.Module, x: Tensor) -> Tensor:
-    """module(x) in float32, whatever its parameters are kept in."""
-    halves = {name: value.float() for name, value in module.named_parameters() if value.dtype != torch.float32}
-    return torch.func.functional_call(module, halves, x.float()) if halves else module(x.float())
+def _norm_in_float32(norm: nn.LayerNorm, x: Tensor) -> Tensor:
+    """norm(x) in float32, whatever its parameters are kept in."""
+    return F.layer_norm(x.float(), norm.normalized_shape, norm.weight.float(), norm.bias.float(), norm.eps)
 
 
 def classification_loss(logits: Tensor, labels: Tensor, config: DinatConfig) -> Tensor:

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from model.checkpoint import PROCESSOR, Checkpoint, open_checkpoint
 from model.errors import ImageError
+from model.kept import kept
 
 Picture = Image.Image | npt.NDArray[np.uint8] | Tensor
 """A Pillow image of any mode, or uint8 as (H, W), (H, W, 1), (H, W, 3) array or (1, H, W), (3, H, W) tensor."""
@@ -155,20 +156,28 @@ class DinatImageProcessor:
 
         Each channel has but 256 values: they are computed once, in transformers' order and precision, and looked up.
         """
-        table = self._table().to(pixels.device)
+        table = _table(
+            self.rescale_factor if self.do_rescale else None,
+            (tuple(self.image_mean), tuple(self.image_std)) if self.do_normalize else None,
+            pixels.device,
+        )
         channels = [table[c].index_select(0, pixels[..., c].flatten().int()) for c in range(3)]
         return torch.stack(channels, dim=-1).view(pixels.shape).permute(0, 3, 1, 2)
 
-    def _table(self) -> Tensor:
-        """(3, 256) float32: what each value of each channel becomes."""
-        values = np.arange(256, dtype=np.float64)
-        if self.do_rescale:
-            values = values * self.rescale_factor
-        table = np.repeat(values.astype(np.float32)[None], 3, axis=0)
-        if self.do_normalize:
-            mean, std = (np.asarray(numbers, dtype=np.float32)[:, None] for numbers in (self.image_mean, self.image_std))
-            table = (table - mean) / std
-        return torch.from_numpy(table)
+
+@kept(64)
+def _table(
+    rescale: float | None, mean_and_std: tuple[tuple[float, ...], tuple[float, ...]] | None, device: torch.device
+) -> Tensor:
+    """(3, 256) float32: what each value of each channel becomes. Kept on the device: a CUDA graph cannot copy it there."""
+    values = np.arange(256, dtype=np.float64)
+    if rescale is not None:
+        values = values * rescale
+    table = np.repeat(values.astype(np.float32)[None], 3, axis=0)
+    if mean_and_std is not None:
+        mean, std = (np.asarray(numbers, dtype=np.float32)[:, None] for numbers in mean_and_std)
+        table = (table - mean) / std
+    return torch.from_numpy(table).to(device)
 
 
 _IMAGENET_MEAN = (0.485, 0.456, 0.406)

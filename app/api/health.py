@@ -6,7 +6,7 @@ from fastapi import APIRouter, Request, Response
 from fastapi.responses import PlainTextResponse
 from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4
 
-from app.api.schemas import PROBLEMS, Health, ModelCard
+from app.api.schemas import PROBLEMS, Health, LeftOut, ModelCard
 from app.engine.engine import Engine, State
 from app.engine.runtime import devices
 
@@ -50,6 +50,7 @@ async def model(request: Request) -> ModelCard:
         device=devices(engine.runtimes),
         precision=runtime.precision,
         attention=runtime.attention(),
+        left_out=[LeftOut(what=left.what, why=left.why) for left in engine.left_out],
         features=config.feature_names,
     )
 

@@ -76,6 +76,13 @@ class Health(BaseModel):
     model: str
 
 
+class LeftOut(BaseModel):
+    """What does not serve, since at start it was seen to fail or to compute wrongly."""
+
+    what: str = Field(examples=["attention natten"])
+    why: str
+
+
 class ModelCard(BaseModel):
     """What is being served."""
 
@@ -87,6 +94,7 @@ class ModelCard(BaseModel):
     device: str
     precision: str
     attention: dict[str, str] = Field(description="attention backend of each stage")
+    left_out: list[LeftOut]
     features: list[str] = Field(description="what the parameter features may name")
 
 

@@ -8,11 +8,10 @@ from concurrent.futures import ThreadPoolExecutor
 from enum import StrEnum
 from typing import TypeVar
 
-import numpy as np
 import structlog
 
 from app.engine.batcher import Batcher, Job
-from app.engine.runtime import Answer, Runtime, Wanted, devices
+from app.engine.runtime import Answer, DeviceLost, LeftOut, Runtime, Unfit, Wanted, devices
 from app.engine.runtimes import load_runtimes
 from app.errors import DeadlinePassed, ServiceError, TooLarge, Unavailable
 from app.images import decode
@@ -43,6 +42,7 @@ class Engine:
         self.settings = settings
         self.state = State.LOADING
         self.failure: BaseException | None = None
+        self.left_out: Sequence[LeftOut] = ()
         self.on_started: Callable[[], object] = lambda: None
         self.metrics = Metrics()
         self.metrics.watch_queue(lambda: self.waiting)
@@ -94,14 +94,11 @@ class Engine:
         self._loop = asyncio.get_running_loop()
         started = time.monotonic()
         try:
-            self._runtimes = await _in_own_thread(self.load)
+            self._runtimes, max_batch = await self._warmed(await _in_own_thread(self.load))
             first = self._runtimes[0]
             size = first.processor.output_size
             if self.settings.decode == "draft" and size is not None:
                 self._draft = 2 * size[1], 2 * size[0]  # never below twice what is wanted: the resize still smooths
-            max_batch = self.settings.max_batch or first.default_batch
-            for runtime in self._runtimes:
-                await _in_own_thread(self.warm, runtime, max_batch)
             self._batcher = Batcher(
                 self._runtimes,
                 max_batch,
@@ -111,13 +108,15 @@ class Engine:
                 on_death=self._thread_died,
             )
             self._batcher.start()
-        except Exception as error:
+        except (Exception, DeviceLost) as error:
             self.state, self.failure = State.FAILED, error
             log.error("the model could not be loaded", model=self.settings.model, reason=str(error))
         else:
             if self.state is State.LOADING:
                 self.state = State.READY
-            self.metrics.loaded(self.settings.model, self._runtimes)
+            self.metrics.loaded(self.settings.model, self._runtimes, self.left_out)
+            if self.left_out:
+                log.warning("left out", **{left.what: left.why for left in self.left_out})
             log.info(
                 "ready",
                 model=self.settings.model,
@@ -133,11 +132,28 @@ class Engine:
         """Read the checkpoint. Raises CheckpointError, ConfigError, ExportError. Runs in a thread."""
         return load_runtimes(self.settings)
 
-    def warm(self, runtime: Runtime, max_batch: int) -> None:
-        """Run the network at every batch size for which something is made once. Runs in a thread."""
-        example = runtime.processor.resize(np.zeros((480, 640, 3), dtype=np.uint8))
-        for count in runtime.batch_sizes(max_batch):
-            runtime.run([example] * count, [Wanted(top_k=1)] * count)
+    def warm(self, runtime: Runtime, max_batch: int) -> int:
+        """Runtime.warm. Runs in a thread."""
+        return runtime.warm(max_batch)
+
+    async def _warmed(self, runtimes: Sequence[Runtime]) -> tuple[Sequence[Runtime], int]:
+        """The runtimes that compute rightly, and the largest batch that fits all. Where no GPU does, the processor computes."""
+        max_batch = self.settings.max_batch or runtimes[0].default_batch
+        fit: list[Runtime] = []
+        unfit: list[LeftOut] = []
+        for runtime in runtimes:
+            try:
+                max_batch = min(max_batch, await _in_own_thread(self.warm, runtime, max_batch))
+            except (Unfit, DeviceLost) as why:
+                unfit.append(LeftOut(f"device {runtime.device}", str(why)))
+            else:
+                fit.append(runtime)
+        if not fit:
+            on_cpu = {"device": "cpu", "runtime": "auto", "precision": "auto", "attention": "auto"}
+            fit = list(await _in_own_thread(load_runtimes, self.settings.model_copy(update=on_cpu)))
+            max_batch = min(max_batch, await _in_own_thread(self.warm, fit[0], self.settings.max_batch or fit[0].default_batch))
+        self.left_out = list(dict.fromkeys([*unfit, *(left for runtime in fit for left in runtime.left_out)]))
+        return fit, max_batch
 
     async def drain(self) -> None:
         """Take no more work, and wait, DRAIN_SECONDS at most, until all that was taken is answered."""
@@ -265,7 +281,7 @@ class Engine:
         assert self._batcher is not None
         try:
             await _in_own_thread(self.warm, runtime, self._batcher.max_batch)
-        except Exception as error:
+        except (Exception, DeviceLost) as error:
             self._batcher.close(Unavailable(f"{self.failure}; it could not be started again: {error}"))
             return
         self._batcher.start()

@@ -8,7 +8,7 @@ import structlog
 import torch
 
 from app.engine.artefacts import artefact, digest, digest_of, in_own_process
-from app.engine.runtime import Answer, Array, Wanted, rank
+from app.engine.runtime import Answer, Array, LeftOut, Wanted, examples, rank
 from model import ConfigError, DinatForImageClassification, DinatImageProcessor
 from model.checkpoint import open_checkpoint
 from model.export import FORMATS, export, output_names
@@ -31,6 +31,7 @@ class ExportedRuntime:
     device = "cpu"
     precision: str
     lanes = 1
+    left_out: Sequence[LeftOut] = ()
     default_batch = 8
 
     def __init__(self, source: str, revision: str | None, cache: Path) -> None:
@@ -90,9 +91,11 @@ class ExportedRuntime:
         """See Runtime."""
         return dict.fromkeys(self.config.stage_names[1:], "tiled")
 
-    def batch_sizes(self, max_batch: int) -> Sequence[int]:
+    def warm(self, max_batch: int) -> int:
         """See Runtime."""
-        return sorted({1, max_batch})
+        for count in sorted({1, max_batch}):
+            self.run(examples(self.processor, count), [Wanted(top_k=1)] * count)
+        return max_batch
 
     def memory(self) -> int | None:
         """See Runtime."""

@@ -35,6 +35,25 @@ class Answer:
     features: dict[str, Array | list[Array]]
 
 
+@dataclass(frozen=True)
+class LeftOut:
+    """What was meant to serve, was seen to fail or to give wrong numbers, and does not serve.
+
+    what: such as "attention natten", "precision bf16", "CUDA graphs" or "device cuda:1".  why: a sentence.
+    """
+
+    what: str
+    why: str
+
+
+class Unfit(Exception):
+    """On this device no way of computing gives right numbers."""
+
+
+class DeviceLost(BaseException):
+    """The device answers nothing any more. Not an Exception: no smaller batch helps."""
+
+
 class Runtime(Protocol):
     """A loaded classifier, on one device."""
 
@@ -48,20 +67,34 @@ class Runtime(Protocol):
     lanes: int
     """Calls of run that may overlap: 1, or more where one batch uploads while another computes."""
 
+    @property
+    def left_out(self) -> Sequence[LeftOut]:
+        """What warm has found that does not serve."""
+
     def run(self, pixels: Sequence[Pixels], wanted: Sequence[Wanted]) -> list[Answer]:
         """Classify a batch. pixels: (H, W, 3) uint8 each, all of one size, as processor.resize gives them."""
 
     def attention(self) -> dict[str, str]:
         """The attention backend of each stage."""
 
-    def batch_sizes(self, max_batch: int) -> Sequence[int]:
-        """The batch sizes to run once before the first request, for what is made or compiled per size."""
+    def warm(self, max_batch: int) -> int:
+        """Make what is made once, and see that it computes rightly. The largest batch that fits, at most max_batch.
+
+        Raises Unfit.
+        """
 
     def memory(self) -> int | None:
         """Bytes in use on the device, or None where that is the process's own memory."""
 
     def is_out_of_memory(self, error: Exception) -> bool:
         """Whether an error of run says that the batch was too large; frees what can be freed."""
+
+
+def examples(processor: DinatImageProcessor, count: int) -> list[Pixels]:
+    """Pictures of noise, as processor.resize gives them."""
+    random = np.random.default_rng(0)
+    height, width, channels = processor.resize(random.integers(0, 256, (480, 640, 3), dtype=np.uint8)).shape
+    return list(random.integers(0, 256, (count, height, width, channels), dtype=np.uint8))
 
 
 def devices(runtimes: Sequence[Runtime]) -> str:

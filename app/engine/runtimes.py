@@ -27,7 +27,15 @@ def load_runtimes(settings: Settings) -> Sequence[Runtime]:
         name = "openvino" if exported and find_spec("openvino") is not None and fixed_size() else "torch"
     if name == "torch":
         return [
-            TorchRuntime(settings.model, settings.revision, device, settings.precision, settings.attention)
+            TorchRuntime(
+                settings.model,
+                settings.revision,
+                device,
+                settings.precision,
+                settings.attention,
+                settings.cache_dir,
+                settings.self_check,
+            )
             for device in devices
         ]
     if not on_cpu:

@@ -1,22 +1,26 @@
-"""The network in PyTorch: eager on a CPU, as CUDA graphs on a GPU."""
+"""The network in PyTorch: eager on a CPU; on a GPU as CUDA graphs, by whatever a card has shown to be right and fast."""
 
-import threading
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from queue import SimpleQueue
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from app.engine.runtime import Answer, Array, Wanted, rank
-from model import ConfigError, DinatForImageClassification, DinatImageProcessor
-from model.attention.choice import candidates, chosen, timing
+from app.engine.artefacts import digest
+from app.engine.cuda_graphs import LANES, CapturedComputation
+from app.engine.runtime import Answer, Array, DeviceLost, LeftOut, Unfit, Wanted, examples, rank
+from model import ConfigError, DinatForImageClassification, DinatImageProcessor, attention
+from model.attention import bias_cache
+from model.attention.choice import candidates, chosen, reason, trying
 from model.image_processor import Pixels
 
-CUDA_LANES = 2
-"""Batches on a card at once: one computes, the next uploads."""
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+LIMITS = {"fp32": 1e-4, "bf16": 5e-2, "fp16": 5e-2}
+"""How far logits on a card may be from float32 on the processor, of their norm. Half precision is 0.1 to 1.1 % off."""
 
 
 def resolve_devices(device: str) -> list[torch.device]:
@@ -48,34 +52,53 @@ class TorchRuntime:
 
     name = "torch"
 
-    def __init__(self, source: str, revision: str | None, device: torch.device, precision: str, attention: str) -> None:
-        """Load the checkpoint. Raises CheckpointError, ConfigError."""
+    def __init__(
+        self,
+        source: str,
+        revision: str | None,
+        device: torch.device,
+        precision: str,
+        attention: str,
+        cache: Path | None = None,
+        self_check: bool = True,
+    ) -> None:
+        """Load the checkpoint. Raises CheckpointError, ConfigError.
+
+        cache: where it is remembered which attention is the fastest on a card.  self_check: whether a card has to show right
+        numbers before it serves.
+        """
+        self._source, self._revision = source, revision
         self._device = device
         self.device = str(device)
-        self.lanes = CUDA_LANES if device.type == "cuda" else 1
-        self.precision = self._precision(precision)
-        self.default_batch = 64 if self._device.type == "cuda" else 8
+        self.lanes = LANES if device.type == "cuda" else 1
+        self.default_batch = 64 if device.type == "cuda" else 8
+        self.left_out: list[LeftOut] = []
         self._attention = attention
-        self._dtype = PRECISIONS[self.precision]
-        self._network = DinatForImageClassification.from_pretrained(
-            source, attention=attention, device=self._device, dtype=self._dtype, revision=revision
-        )
+        self._cache, self._self_check = cache, self_check
+        self._captured: CapturedComputation | None = None
+        self._largest = 0
+        if device.type == "cuda":  # TF32, which PyTorch's defaults or NVIDIA's containers turn on, is not fp32: 1e-3 off
+            torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
+        self.processor = DinatImageProcessor.from_pretrained(source, revision=revision)
+        self._load(self._precision(precision))
         self.config = self._network.config
         if self.config.num_labels == 0:
             raise ConfigError(f"{source} has no classifier: it cannot be served")
-        self.processor = DinatImageProcessor.from_pretrained(source, revision=revision)
-        self._graphs: dict[int, CapturedGraph] = {}
+
+    def _load(self, precision: str) -> None:
+        self.precision, self._dtype = precision, PRECISIONS[precision]
+        self._network = DinatForImageClassification.from_pretrained(
+            self._source, self._attention, self._device, self._dtype, revision=self._revision
+        )
 
     def run(self, pixels: Sequence[Pixels], wanted: Sequence[Wanted]) -> list[Answer]:
         """See Runtime."""
-        if self._device.type == "cuda":
-            torch.cuda.set_device(self._device)  # of this thread: Triton launches on the current one
-        with torch.inference_mode():
+        with self._computing():
             batch = torch.from_numpy(np.stack(pixels))
             names = frozenset().union(*(want.features for want in wanted))
             maps: dict[str, Tensor | list[Tensor]] = {}
-            if self._device.type == "cuda" and not names:
-                scores, classes = self._captured(batch)
+            if self._captured is not None and not names and self._captured.takes(batch.shape):
+                scores, classes = self._captured.run(batch)
             else:
                 logits, maps = self._network.classify(self._prepare(batch.to(self._device)), names)
                 scores, classes = rank(logits, self.config)
@@ -87,49 +110,142 @@ class TorchRuntime:
                 answers.append(Answer(top_classes[i, : want.top_k], top_scores[i, : want.top_k], features))
             return answers
 
+    @contextmanager
+    def _computing(self) -> Iterator[None]:
+        """Inference on this device. Raises DeviceLost where an error has left the card useless."""
+        if self._device.type == "cuda":
+            torch.cuda.set_device(self._device)  # of this thread: Triton launches on the current one
+        with torch.inference_mode():
+            try:
+                yield
+            except Exception as error:
+                self._check_alive(error)
+                raise
+
+    def _check_alive(self, error: Exception) -> None:
+        """Raise DeviceLost if the card does not even wait for its work any more, as after an access outside its memory."""
+        if self._device.type != "cuda":
+            return
+        try:
+            torch.cuda.synchronize(self._device)
+        except Exception:
+            raise DeviceLost(f"{self.device} answers nothing any more: {reason(error)}") from error
+
     def _prepare(self, pixels: Tensor) -> Tensor:
         """(B, H, W, 3) uint8 on the device -> what the network takes."""
         return self.processor.normalize(pixels).to(self._dtype)
 
-    def _captured(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
-        """Scores and classes on the host, by the CUDA graph of the smallest size that holds the batch; captured when first met.
+    def _compute(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
+        """(B, H, W, 3) uint8 on the device -> scores and classes, as `rank` has them. What is captured."""
+        return rank(self._network.classify(self._prepare(pixels))[0], self.config)
 
-        Before that the network runs once as it is, and each layer that it has not met has its attention chosen by the clock.
+    def warm(self, max_batch: int) -> int:
+        """See Runtime. On a GPU attention is chosen for each layer, precision checked, graphs captured and checked.
+
+        What fails is left out, and something slower that is exact takes its place. Raises Unfit where not even float32 on this
+        card is what it is on the processor.
         """
-        size = 1 << (pixels.shape[0] - 1).bit_length()
-        if size not in self._graphs:
+        if self._device.type == "cuda" and not self._largest:
+            self._largest = self._settle(max_batch)
+        largest = self._largest or max_batch
+        for count in sorted({1, largest}):
+            self.run(examples(self.processor, count), [Wanted(top_k=1)] * count)
+        return largest
 
-            def compute(static: Tensor) -> tuple[Tensor, Tensor]:
-                return rank(self._network.classify(self._prepare(static))[0], self.config)
+    def _settle(self, max_batch: int) -> int:
+        """Settle what computes on this card, for the largest batch up to max_batch that fits. Returns it."""
+        size = 1 << (max_batch - 1).bit_length()
+        batch = torch.from_numpy(np.stack(examples(self.processor, size)))
+        with self._computing():
+            while True:
+                try:
+                    self._settle_precision(batch[:size])
+                    self._settle_graphs(batch[:size])
+                    break
+                except torch.OutOfMemoryError:
+                    if size == 1:
+                        raise
+                    size //= 2
+                    torch.cuda.empty_cache()
+        if size < max_batch:
+            self.left_out.append(LeftOut(f"batches over {size}", f"they do not fit into the memory of {self.device}"))
+        self.left_out += self._attention_left_out()
+        return min(size, max_batch)
 
-            example = torch.zeros(size, *pixels.shape[1:], dtype=torch.uint8, device=self._device)
-            with timing():
-                compute(example)
-            self._graphs[size] = CapturedGraph(compute, example)
-        return self._graphs[size].run(pixels)
+    def _settle_precision(self, batch: Tensor) -> None:
+        """Choose every layer's attention, and float32 in the place of a precision that is off. batch: uint8, on the host."""
+        few = batch[:2]
+        exact: Tensor | None = None
+        if self._self_check:
+            reference = DinatForImageClassification.from_pretrained(self._source, "tiled", revision=self._revision)
+            exact = reference.classify(self.processor.normalize(few))[0]
+        memory = None if self._cache is None else self._cache / "attention" / f"{_card(self._device)}.json"
+        while True:
+            with trying(self._self_check, memory):
+                self._network.classify(self._prepare(batch.to(self._device)))
+            bias_cache.forget()  # what was made for those that were only tried
+            if exact is None:
+                return
+            logits = self._network.classify(self._prepare(few.to(self._device)))[0].cpu()
+            why = _fault(logits, exact, LIMITS[self.precision], "float32 on the processor")
+            if why is None:
+                return
+            if self.precision == "fp32":
+                raise Unfit(why)
+            self.left_out.append(LeftOut(f"precision {self.precision}", why))
+            self._load("fp32")
+
+    def _settle_graphs(self, batch: Tensor) -> None:
+        """Capture the network for batches up to this one's size, and see what that gives. batch: uint8, on the host."""
+        if self.processor.output_size is None:
+            return  # every picture comes at a size of its own
+        try:
+            captured = CapturedComputation(self._compute, batch.to(self._device))
+            why = self._graphs_fault(captured, batch) if self._self_check else None
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:
+            self._check_alive(error)
+            why = reason(error)
+        if why is None:
+            self._captured = captured
+        else:
+            self.left_out.append(LeftOut("CUDA graphs", why))
+
+    def _graphs_fault(self, captured: CapturedComputation, batch: Tensor) -> str | None:
+        """What is wrong with the graphs, of every size; None if they give what the network gives without them."""
+        size = batch.shape[0]
+        while size:
+            expected = _by_class(*(output.cpu() for output in self._compute(batch[:size].to(self._device))))
+            why = _fault(_by_class(*captured.run(batch[:size])), expected, LIMITS[self.precision], "the same without a graph")
+            if why is not None:
+                return f"batches of {size}: {why}"
+            size //= 2
+        return None
+
+    def _attention_left_out(self) -> list[LeftOut]:
+        layers = defaultdict(list)
+        for layer, choice in chosen.items():
+            if (layer.device, layer.dtype) == (self.device, self._dtype):
+                for name, why in choice.left_out.items():
+                    layers[name].append(f"{layer}: {why}")
+        return [
+            LeftOut(f"attention {name}", whys[0] if len(whys) == 1 else f"{whys[0]}; and for {len(whys) - 1} layers more")
+            for name, whys in layers.items()
+        ]
 
     def attention(self) -> dict[str, str]:
         """See Runtime. Where layers of a stage differ, the names of both."""
-        if self._attention != "auto":
-            return dict.fromkeys(self.config.stage_names[1:], self._attention)
-        used = {
-            heads: sorted(
-                {choice.backend for layer, choice in chosen.items() if (layer.device, layer.heads) == (self.device, heads)}
-            )
-            for heads in self.config.num_heads
-        }
-        default = candidates(self._device)[0]
+        mine = [
+            (layer.heads, choice.backend)
+            for layer, choice in chosen.items()
+            if (layer.device, layer.dtype, layer.asked) == (self.device, self._dtype, self._attention)
+        ]
+        used = {heads: sorted({name for those, name in mine if those == heads}) for heads in self.config.num_heads}
+        head_dim = self.config.embed_dim // self.config.num_heads[0]
+        default = candidates(self._device, self._dtype, head_dim, self._attention)[0]
         names = self.config.stage_names[1:]
         return {name: " and ".join(used[heads]) or default for name, heads in zip(names, self.config.num_heads, strict=True)}
-
-    def batch_sizes(self, max_batch: int) -> Sequence[int]:
-        """See Runtime. On a GPU the sizes that are captured, the largest first, which decides on attention backends.
-
-        Eager PyTorch makes nothing per batch size: the ends of the range are enough.
-        """
-        if self._device.type == "cuda":
-            return [1 << power for power in reversed(range((max_batch - 1).bit_length() + 1))]
-        return sorted({1, max_batch})
 
     def memory(self) -> int | None:
         """See Runtime."""
@@ -151,62 +267,28 @@ class TorchRuntime:
         return "bf16" if torch.cuda.get_device_capability(self._device) >= (8, 0) else "fp16"
 
 
-@dataclass(frozen=True)
-class Slot:
-    """Where one batch passes: from pinned memory to the card on its own way there, and its outputs back to pinned memory."""
-
-    pinned: Tensor
-    uploaded: Tensor
-    outputs: tuple[Tensor, Tensor]
+def _fault(got: Tensor, expected: Tensor, limit: float, of: str) -> str | None:
+    """What is wrong with numbers, if anything is. Both on the host, of one shape."""
+    error = float((got.double() - expected.double()).norm() / expected.double().norm())
+    return None if error <= limit else f"its numbers are {error:.2g} off {of}, {limit:g} is allowed"
 
 
-class CapturedGraph:
-    """A computation as a CUDA graph: no launch waits for Python.
+def _by_class(scores: Tensor, classes: Tensor) -> Tensor:
+    """Ranked scores in the order of their classes."""
+    return torch.empty_like(scores).scatter_(1, classes, scores)
 
-    run may be called from CUDA_LANES threads at once: what the others bring uploads while one computes.
-    """
 
-    def __init__(self, compute: Callable[[Tensor], tuple[Tensor, Tensor]], example: Tensor) -> None:
-        """Capture compute(example), which has run before. example: on the device, its first axis the batch."""
-        self._input = example
-        self._graph = torch.cuda.CUDAGraph()
-        stream = torch.cuda.Stream(example.device)  # type: ignore[no-untyped-call]
-        stream.wait_stream(torch.cuda.current_stream(example.device))
-        with torch.cuda.stream(stream):
-            compute(example)
-        torch.cuda.current_stream(example.device).wait_stream(stream)
-        with torch.cuda.graph(self._graph):
-            self._outputs = compute(example)
-        self._uploads = stream
-        self._turn = threading.Lock()
-        self._slots: SimpleQueue[Slot] = SimpleQueue()
-        for _ in range(CUDA_LANES):
-            first, second = (torch.empty_like(output, device="cpu", pin_memory=True) for output in self._outputs)
-            pinned = torch.empty_like(example, device="cpu", pin_memory=True)
-            self._slots.put(Slot(pinned, torch.empty_like(example), (first, second)))
-
-    def run(self, batch: Tensor) -> tuple[Tensor, Tensor]:
-        """The outputs, on the host, for a batch on the host that is no larger than the example."""
-        count = batch.shape[0]
-        slot = self._slots.get()
+def _card(device: torch.device) -> str:
+    """A name for what decides on the speed of attention: the card, what computes on it, and this project's code."""
+    versions = []
+    for package in ("torch", "triton", "natten"):
         try:
-            slot.pinned[:count].copy_(batch)
-            with torch.cuda.stream(self._uploads):
-                slot.uploaded[:count].copy_(slot.pinned[:count], non_blocking=True)
-                uploaded = self._uploads.record_event()
-            with self._turn:
-                computing = torch.cuda.current_stream(self._input.device)
-                computing.wait_event(uploaded)
-                self._input[:count].copy_(slot.uploaded[:count])
-                self._graph.replay()
-                for output, host in zip(self._outputs, slot.outputs, strict=True):
-                    host[:count].copy_(output[:count], non_blocking=True)
-                done = computing.record_event()
-            done.synchronize()
-            first, second = slot.outputs
-            return first[:count].clone(), second[:count].clone()
-        finally:
-            self._slots.put(slot)
+            versions.append(f"{package} {version(package)}")
+        except PackageNotFoundError:
+            versions.append(f"no {package}")
+    code = [path.read_bytes() for path in sorted(Path(attention.__file__).parent.glob("*.py"))]
+    card = torch.cuda.get_device_name(device), torch.cuda.get_device_capability(device), str(torch.version.cuda)
+    return digest(*card, *versions, *code)
 
 
 def _host(maps: Tensor | list[Tensor], i: int) -> Array | list[Array]:

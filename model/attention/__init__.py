@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from importlib.util import find_spec
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,29 +15,23 @@ from model.errors import AttentionError
 
 __all__ = ["BACKENDS", "check_backend", "neighborhood_attention", "neighborhood_attention_with_weights"]
 
-Backend = Callable[[Tensor, Tensor, Tensor, Tensor | None, int, int, float, float], Tensor]
+Backend = Callable[..., Tensor]
 
 
-def _reference(
-    q: Tensor, k: Tensor, v: Tensor, rpb: Tensor | None, kernel_size: int, dilation: int, scale: float, dropout: float
-) -> Tensor:
-    return reference_attention(q, k, v, rpb, kernel_size, dilation, scale, dropout)[0]
+def _reference(*arguments: Any) -> Tensor:
+    return reference_attention(*arguments)[0]
 
 
-def _natten(
-    q: Tensor, k: Tensor, v: Tensor, rpb: Tensor | None, kernel_size: int, dilation: int, scale: float, dropout: float
-) -> Tensor:
+def _natten(*arguments: Any) -> Tensor:
     from model.attention.natten_backend import natten_attention
 
-    return natten_attention(q, k, v, rpb, kernel_size, dilation, scale, dropout)
+    return natten_attention(*arguments)
 
 
-def _triton(
-    q: Tensor, k: Tensor, v: Tensor, rpb: Tensor | None, kernel_size: int, dilation: int, scale: float, dropout: float
-) -> Tensor:
+def _triton(*arguments: Any, **settings: Any) -> Tensor:
     from model.attention.triton_kernel import triton_attention
 
-    return triton_attention(q, k, v, rpb, kernel_size, dilation, scale, dropout)
+    return triton_attention(*arguments, **settings)
 
 
 BACKENDS: dict[str, Backend] = {
@@ -45,7 +40,8 @@ BACKENDS: dict[str, Backend] = {
     "natten": _natten,
     "triton": _triton,
 }
-"""Every backend by name. "auto" takes the fastest that is there (model/attention/choice.py)."""
+"""Every backend by name: (q, k, v, rpb, kernel_size, dilation, scale, dropout) to the output; triton takes a `cut` besides.
+"auto" takes the fastest that is there (model/attention/choice.py)."""
 
 
 def check_backend(backend: str) -> None:
@@ -54,6 +50,23 @@ def check_backend(backend: str) -> None:
         raise AttentionError(f"attention backend {backend!r} is not known: take one of auto, {', '.join(BACKENDS)}")
     if backend in ("natten", "triton") and find_spec(backend) is None:
         raise AttentionError(f"attention {backend} needs the package {backend}: pip install {backend}, or take attention auto")
+
+
+def by_name(
+    name: str,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    rpb: Tensor | None,
+    kernel_size: int,
+    dilation: int,
+    scale: float,
+    dropout: float = 0.0,
+) -> Tensor:
+    """What neighborhood_attention gives, by one of choice.candidates: a backend, or "triton" and the name of a cut."""
+    kind, _, cut = name.partition(" ")
+    settings = {"cut": cut} if cut else {}
+    return BACKENDS[kind](q, k, v, rpb, kernel_size, dilation, scale, dropout, **settings)
 
 
 def neighborhood_attention(
@@ -80,15 +93,18 @@ def neighborhood_attention(
     check_backend(backend)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
 
-    def run(name: str) -> Tensor:
-        return BACKENDS[name](q, k, v, rpb, kernel_size, dilation, scale, dropout)
+    def attend(name: str, q: Tensor, k: Tensor, v: Tensor, rpb: Tensor | None) -> Tensor:
+        return by_name(name, q, k, v, rpb, kernel_size, dilation, scale, dropout)
 
-    if backend == "auto":
-        # Only the tiled form has dropout, and every dtype.
-        plain = dropout == 0 and q.dtype in (torch.float16, torch.bfloat16, torch.float32)
-        names = candidates(q.device) if plain else ["tiled"]
-        backend = names[0] if len(names) == 1 else choose(Layer.of(q, kernel_size, dilation), names, run)
-    return run(backend)
+    if dropout and backend == "auto":
+        backend = "tiled"  # which alone has it
+    elif q.device.type == "cuda" and backend != "reference" and not torch.compiler.is_compiling():
+        layer = Layer.of(q, kernel_size, dilation, scale, rpb is not None, backend)
+        names = candidates(q.device, q.dtype, q.shape[-1], backend)
+        backend = choose(layer, names, attend, q, k, v, rpb)
+    elif backend == "auto":
+        backend = candidates(q.device, q.dtype, q.shape[-1])[0]
+    return attend(backend, q, k, v, rpb)
 
 
 def neighborhood_attention_with_weights(

@@ -10,7 +10,7 @@ Source: NATTEN, arXiv 2204.07143 and 2209.15001; the residues are this project's
 
 import inspect
 from dataclasses import dataclass
-from functools import cache, lru_cache
+from functools import cache
 from typing import Any
 
 import torch
@@ -20,6 +20,7 @@ from torch import Tensor
 from model.attention.bias_cache import made_from
 from model.attention.geometry import neighbors
 from model.errors import AttentionError
+from model.kept import kept
 
 
 def natten_attention(
@@ -64,8 +65,7 @@ def _rpb_index_of_residues(length: int, kernel_size: int, dilation: int) -> Tens
     return rpb_index.gather(1, residues.argsort(dim=1))
 
 
-@lru_cache(maxsize=64)
-@torch.inference_mode(False)
+@kept(64)
 def key_channels(height: int, width: int, kernel_size: int, dilation: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     """One-hot of the residues of each position's member numbers: (H, W, 1, kernel_size**2)."""
     rows, columns = (torch.arange(length) // dilation % kernel_size for length in (height, width))

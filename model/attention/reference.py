@@ -5,6 +5,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from model.attention.geometry import neighbors
+from model.kept import kept
 
 
 def attention_weights(q: Tensor, k: Tensor, rpb: Tensor | None, kernel_size: int, dilation: int, scale: float) -> Tensor:
@@ -31,15 +32,20 @@ def reference_attention(
 
 def gather(x: Tensor, kernel_size: int, dilation: int) -> Tensor:
     """Each query's window of x: (B, H, W, heads, head_dim) -> (B, H, W, kernel_size**2, heads, head_dim)."""
-    rows, _ = neighbors(x.shape[1], kernel_size, dilation)
-    columns, _ = neighbors(x.shape[2], kernel_size, dilation)
-    rows, columns = rows.to(x.device), columns.to(x.device)
+    rows, _ = _neighbors(x.shape[1], kernel_size, dilation, x.device)
+    columns, _ = _neighbors(x.shape[2], kernel_size, dilation, x.device)
     return x[:, rows[:, None, :, None], columns[None, :, None, :]].flatten(3, 4)
 
 
 def window_bias(rpb: Tensor, height: int, width: int, kernel_size: int, dilation: int) -> Tensor:
     """The bias of each query's window: (heads, 2k-1, 2k-1) -> (H, W, heads, kernel_size**2)."""
-    _, rows = neighbors(height, kernel_size, dilation)
-    _, columns = neighbors(width, kernel_size, dilation)
-    rows, columns = rows.to(rpb.device), columns.to(rpb.device)
+    _, rows = _neighbors(height, kernel_size, dilation, rpb.device)
+    _, columns = _neighbors(width, kernel_size, dilation, rpb.device)
     return rpb[:, rows[:, None, :, None], columns[None, :, None, :]].flatten(3).permute(1, 2, 0, 3)
+
+
+@kept(256)
+def _neighbors(length: int, kernel_size: int, dilation: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """geometry.neighbors, on a device."""
+    keys, rpb_index = neighbors(length, kernel_size, dilation)
+    return keys.to(device), rpb_index.to(device)

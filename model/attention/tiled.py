@@ -6,7 +6,6 @@ attention. Tiles that lie alike (all inner ones, say) share one bias and run as 
 """
 
 from dataclasses import dataclass
-from functools import lru_cache
 from itertools import product
 from typing import Any
 
@@ -16,11 +15,10 @@ from torch import Tensor
 
 from model.attention.bias_cache import made_from
 from model.attention.geometry import axis_tiles
+from model.kept import kept
 
 CACHE_BYTES = 2 * 2**20
 """Keys gathered at once on a CPU: about its second-level cache."""
-CACHED_MAP_SIZES = 8
-"""Biases kept where there is no table."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -35,6 +33,11 @@ class Tiles:
     keys: Tensor
     rows: Tensor
     columns: Tensor
+
+    @property
+    def count(self) -> int:
+        """The T of the class's docstring."""
+        return self.queries.shape[0] // self.queries_per_tile
 
     @property
     def queries_per_tile(self) -> int:
@@ -65,8 +68,7 @@ class Plan:
     slots: Tensor
 
 
-@lru_cache(maxsize=256)
-@torch.inference_mode(False)
+@kept(256)
 def plan(height: int, width: int, kernel_size: int, dilation: int, tile: tuple[int, int], device: torch.device) -> Plan:
     """Cut a height x width map into tiles of about `tile` queries."""
     tiles = []
@@ -161,18 +163,19 @@ def _(
 
 
 def complete(operator: Any) -> None:
-    """Tell PyTorch what an operator with tiled_operator's arguments gives, and that attention_backward is its backward."""
+    """Tell PyTorch what an operator gives, and its backward. It takes tiled_operator's arguments, and perhaps others after."""
 
     def shape(q: Tensor, *_: Any) -> Tensor:
         return q.new_empty(q.shape)
 
     def keep(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        *tensors, ctx.kernel_size, ctx.dilation, ctx.scale = inputs
-        ctx.save_for_backward(*tensors)
+        ctx.arguments = len(inputs)
+        ctx.kernel_size, ctx.dilation, ctx.scale = inputs[4:7]
+        ctx.save_for_backward(*inputs[:4])
 
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         found = attention_backward(gradient, *ctx.saved_tensors, ctx.kernel_size, ctx.dilation, ctx.scale)
-        return (*found, *[None] * (7 - len(found)))
+        return (*found, *[None] * (ctx.arguments - len(found)))
 
     operator.register_fake(shape)
     operator.register_autograd(backward, setup_context=keep)
@@ -202,14 +205,4 @@ def _images_at_once(cut: Plan, k: Tensor) -> int | None:
 
 def biases(cut: Plan, rpb: Tensor | None, dtype: torch.dtype) -> list[Tensor]:
     """The bias of each of the plan's tiles, in order."""
-    if rpb is not None:
-        return made_from(rpb, (cut, dtype), lambda: [same.bias(rpb, dtype) for same in cut.tiles])
-    if torch.compiler.is_compiling():
-        return [same.bias(None, dtype) for same in cut.tiles]
-    return _plain_biases(cut, dtype)
-
-
-@lru_cache(maxsize=CACHED_MAP_SIZES)
-@torch.inference_mode(False)
-def _plain_biases(cut: Plan, dtype: torch.dtype) -> list[Tensor]:
-    return [same.bias(None, dtype) for same in cut.tiles]
+    return made_from(rpb, (cut, dtype), lambda: [same.bias(rpb, dtype) for same in cut.tiles])

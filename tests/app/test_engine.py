@@ -51,11 +51,12 @@ class Gated(Engine):
         runtime.run = run  # type: ignore[method-assign]
         return [runtime]
 
-    def warm(self, runtime: Runtime, max_batch: int) -> None:
+    def warm(self, runtime: Runtime, max_batch: int) -> int:
         assert self.may_warm.wait(30)
         self.warmed = False
-        super().warm(runtime, max_batch)
+        largest = super().warm(runtime, max_batch)
         self.warmed = True
+        return largest
 
     def ask(self, digit: int = 7, wanted: Wanted = ONE, deadline_ms: int | None = None) -> "asyncio.Task[list[Any]]":
         picture = (DIGITS / f"{digit}-1.png").read_bytes()

@@ -1,64 +1,141 @@
-"""The choice of a backend by the clock, on whatever this machine has."""
+"""The choice of a backend by its numbers and by the clock, on whatever this machine has."""
 
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
+from torch import Tensor
 
+from model import AttentionError
 from model.attention import BACKENDS, choice
-from model.attention.choice import Choice, Layer, candidates, choose, timing
+from model.attention.choice import Choice, Layer, candidates, choose, definition, trying
 
-Q, K, V = torch.randn(3, 1, 21, 21, 1, 8)
-LAYER = Layer.of(Q, 7, 1)
+QKV = torch.randn(1, 21, 21, 3, 1, 8)
+Q, K, V = QKV.unbind(3)
+LAYER = Layer.of(Q, 7, 1, 1.0, has_rpb=False)
+CPU = torch.device("cpu")
 
 
 @pytest.fixture(autouse=True)
 def nothing_chosen() -> Iterator[None]:
     kept = dict(choice.chosen)
     choice.chosen.clear()
+    choice._distrusted.clear()
     yield
     choice.chosen.clear()
+    choice._distrusted.clear()
     choice.chosen.update(kept)
 
 
-def run(name: str) -> torch.Tensor:
-    return BACKENDS[name](Q, K, V, None, 7, 1, 1.0, 0.0)
+def attend(name: str, q: Tensor, k: Tensor, v: Tensor, rpb: Tensor | None) -> Tensor:
+    """A backend by name; some that there are not."""
+    if name == "slow":
+        for _ in range(20):
+            attend("reference", q, k, v, rpb)
+        return attend("reference", q, k, v, rpb)
+    if name == "lying":
+        return attend("tiled", q, k, v, rpb) * 1.05
+    if name == "unable":
+        raise AttentionError("there is no kernel for this")
+    return BACKENDS[name](q, k, v, rpb, 7, 1, 1.0, 0.0)
+
+
+def chosen_of(*names: str, file: Path | None = None, check: bool = True) -> Choice:
+    with trying(check, file):
+        assert choose(LAYER, names, attend, Q, K, V, None) == choice.chosen[LAYER].backend
+    return choice.chosen[LAYER]
 
 
 def test_a_cpu_has_one_choice() -> None:
-    assert candidates(torch.device("cpu")) == ["tiled"]
+    assert candidates(CPU, torch.float32, 32) == ["tiled"]
+    assert candidates(CPU, torch.float64, 32, "tiled") == ["tiled"]
 
 
-def test_untimed_the_first_name_wins() -> None:
-    assert choose(LAYER, ["reference", "tiled"], run) == "reference"
+def test_a_card_has_every_cut_of_the_kernel_and_for_float64_what_is_exact_for_it() -> None:
+    pytest.importorskip("triton")
+    names = candidates(torch.device("cuda"), torch.bfloat16, 32)
+    assert names[0] == "triton 8x4/32/1/2"
+    assert names[-1] == "tiled"
+    assert len(names) == len(set(names)) >= 5
+    assert candidates(torch.device("cuda"), torch.float64, 32) == ["tiled"]
+    assert candidates(torch.device("cuda"), torch.float32, 32, "tiled") == ["tiled"]
+    assert len(candidates(torch.device("cuda"), torch.bfloat16, 128, "triton")) == 1
+
+
+def test_untried_the_first_name_wins() -> None:
+    assert choose(LAYER, ["reference", "tiled"], attend, Q, K, V, None) == "reference"
     assert choice.chosen == {}
 
 
-def test_timed_once_the_fastest_is_kept() -> None:
-    calls: list[str] = []
-
-    def counted(name: str) -> object:
-        calls.append(name)
-        return [run("reference") for _ in range(20)] if name == "slow" else run(name)
-
-    with timing():
-        assert choose(LAYER, ["slow", "tiled"], counted) == "tiled"
-        timed = len(calls)
-        assert choose(LAYER, ["slow", "tiled"], counted) == "tiled"
-    assert choose(LAYER, ["slow", "tiled"], counted) == "tiled"
-    assert len(calls) == timed
-    kept = choice.chosen[LAYER]
+def test_of_those_that_are_right_the_fastest_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    kept = chosen_of("slow", "tiled")
+    assert kept.backend == "tiled"
     assert kept.seconds["tiled"] < kept.seconds["slow"]
+    assert all(error < 1e-6 for error in kept.errors.values())
+    monkeypatch.setattr(choice, "_timed", lambda *_: pytest.fail("timed again"))
+    assert chosen_of("slow", "tiled") == kept
+    assert choose(LAYER, ["slow", "tiled"], attend, Q, K, V, None) == "tiled"
 
 
-def test_a_backend_that_cannot_run_is_left_out() -> None:
-    with timing():
-        assert choose(LAYER, ["absent", "tiled"], run) == "tiled"
-    assert choice.chosen[LAYER] == Choice("tiled", choice.chosen[LAYER].seconds)
-    assert choice.chosen[LAYER].seconds["absent"] == float("inf")
+def test_what_raises_or_lies_is_left_out_and_not_trusted_elsewhere() -> None:
+    kept = chosen_of("absent", "lying", "tiled")
+    assert kept.backend == "tiled"
+    assert kept.left_out.keys() == {"absent", "lying"}
+    assert kept.left_out["absent"] == "KeyError: 'absent'"
+    assert "its numbers are 0.05 off the definition, 1e-05 is allowed" in kept.left_out["lying"]
+    other = Layer.of(Q, 7, 3, 1.0)
+    assert choose(other, ["lying", "absent", "tiled"], attend, Q, K, V, None) == "tiled"
+
+
+def test_what_says_itself_that_it_cannot_is_no_fault_unless_it_was_asked_for() -> None:
+    assert chosen_of("unable", "tiled").left_out == {}
+    asked = Layer.of(Q, 7, 1, 1.0, asked="unable")
+    with trying():
+        assert choose(asked, ["unable"], attend, Q, K, V, None) == "tiled"
+    assert choice.chosen[asked].left_out == {"unable": "AttentionError: there is no kernel for this"}
+
+
+def test_where_all_is_left_out_the_tiles_serve() -> None:
+    assert chosen_of("absent", "lying").backend == "tiled"
+
+
+def test_unchecked_a_liar_may_win() -> None:
+    assert chosen_of("lying", check=False) == Choice("lying", choice.chosen[LAYER].seconds)
+
+
+def test_choices_are_remembered_and_only_the_kept_one_is_looked_at_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kept = chosen_of("slow", "tiled", file=tmp_path / "a" / "choices.json")
+    choice.chosen.clear()
+    monkeypatch.setattr(choice, "_timed", lambda *_: pytest.fail("timed again"))
+    assert chosen_of("slow", "tiled", file=tmp_path / "a" / "choices.json") == kept
+    assert [path.name for path in (tmp_path / "a").iterdir()] == ["choices.json"]
+
+
+def test_a_remembered_choice_that_has_become_wrong_is_made_anew(tmp_path: Path) -> None:
+    file = tmp_path / "choices.json"
+    assert chosen_of("lying", file=file, check=False).backend == "lying"
+    choice.chosen.clear()
+    assert chosen_of("lying", "tiled", file=file).backend == "tiled"
+
+
+@pytest.mark.parametrize("content", ["", "[]", '{"x": 1}', '{"x": {"unknown": 1}}'])
+def test_a_file_that_cannot_be_read_is_as_none(content: str, tmp_path: Path) -> None:
+    file = tmp_path / "choices.json"
+    file.write_text(content)
+    assert chosen_of("tiled", file=file).backend == "tiled"
+    assert choice._read(file).keys() == {LAYER.key}
 
 
 def test_another_shape_is_another_choice() -> None:
-    assert Layer.of(Q, 7, 1) == LAYER
-    assert Layer.of(Q, 7, 3) != LAYER
-    assert Layer.of(Q.half(), 7, 1) != LAYER
+    assert Layer.of(Q, 7, 1, 1.0, has_rpb=False) == LAYER
+    assert Layer.of(Q, 7, 3, 1.0, has_rpb=False) != LAYER
+    assert Layer.of(Q.half(), 7, 1, 1.0, has_rpb=False) != LAYER
+
+
+def test_the_definition_head_by_head_is_the_definition() -> None:
+    qkv, rpb = torch.randn(2, 9, 8, 3, 3, 4), torch.randn(3, 5, 5)
+    expected = BACKENDS["reference"](*(x.double() for x in qkv.unbind(3)), rpb.double(), 3, 2, 0.5, 0.0)
+    torch.testing.assert_close(definition(qkv, rpb, 3, 2, 0.5), expected)

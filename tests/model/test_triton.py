@@ -18,7 +18,7 @@ from model.attention import neighborhood_attention
 pytest.importorskip("triton", reason="triton is not installed")
 
 from model.attention import triton_kernel
-from model.attention.triton_kernel import Shape, fused_attention, launch
+from model.attention.triton_kernel import FLOAT_CUTS, HALF_CUTS, Cut, fused_attention, launch
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="tests/gpu runs the kernel itself")
 TOLERANCE = {torch.float32: 1e-6, torch.float16: 1e-2, torch.bfloat16: 1e-2}
@@ -38,7 +38,7 @@ def error(got: torch.Tensor, expected: torch.Tensor) -> float:
     head_dim=st.sampled_from([16, 24, 32, 64, 128]),
     dtype=st.sampled_from([torch.float32, torch.float16, torch.bfloat16]),
     with_rpb=st.booleans(),
-    tile=st.sampled_from([(8, 8), (4, 8), (16, 4)]),
+    cut=st.sampled_from([*HALF_CUTS, *FLOAT_CUTS, Cut(16, 4, 32, 4, 1), Cut(5, 3, 16, 1, 1)]),
     seed=st.integers(0, 99),
 )
 def test_equals_the_definition(
@@ -49,7 +49,7 @@ def test_equals_the_definition(
     head_dim: int,
     dtype: torch.dtype,
     with_rpb: bool,
-    tile: tuple[int, int],
+    cut: Cut,
     seed: int,
 ) -> None:
     dilation = min(dilation, 28 // kernel_size)  # the interpreter is slow
@@ -59,7 +59,7 @@ def test_equals_the_definition(
     q, k, v = qkv.unbind(3)
     side = 2 * kernel_size - 1
     rpb = torch.randn(heads, side, side, generator=random) if with_rpb else None
-    got = launch(q, k, v, rpb, kernel_size, dilation, head_dim**-0.5, Shape(*tile, keys=32))
+    got = launch(q, k, v, rpb, kernel_size, dilation, head_dim**-0.5, cut)
     exact = [None if x is None else x.double() for x in (q, k, v, rpb)]
     expected = neighborhood_attention(*exact, kernel_size, dilation, backend="reference")
     assert got.dtype == dtype
@@ -118,12 +118,14 @@ def test_off_a_gpu_the_kernel_says_where_it_runs(monkeypatch: pytest.MonkeyPatch
         neighborhood_attention(q, q, q, None, 3, backend="triton")
 
 
-LIMITS = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
-"""Bytes of shared memory that a program may take, by compute capability."""
+LIMITS = {80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 120: 99}
+"""KiB of shared memory that a program may take, by compute capability."""
 
 
 @pytest.mark.parametrize("capability", LIMITS)
-def test_the_kernel_compiles_for_the_cards_it_is_for(capability: int, record_property: Callable[[str, object], None]) -> None:
+def test_no_cut_spills_or_asks_for_too_much_on_the_cards_it_is_for(
+    capability: int, record_property: Callable[[str, object], None]
+) -> None:
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     command = [sys.executable, "-m", "benchmarks.kernel_resources", str(capability)]
     done = subprocess.run(
@@ -131,13 +133,11 @@ def test_the_kernel_compiles_for_the_cards_it_is_for(capability: int, record_pro
     )
     assert done.returncode == 0, done.stderr
     rows = [json.loads(line) for line in done.stdout.splitlines()]
-    assert {(row["dtype"], row["kernel_size"]) for row in rows} == {
-        (dtype, k) for dtype in ("fp16", "bf16", "fp32") for k in (7, 11)
-    }
+    assert {row["cut"] for row in rows} == {str(cut) for cut in (*HALF_CUTS, *FLOAT_CUTS)}
     for row in rows:
-        record_property(
-            f"sm_{capability} {row['dtype']} k{row['kernel_size']}", f"{row['registers']} registers, {row['shared']} B"
-        )
-        assert 0 < row["registers"] <= 255
-        assert row["spilled"] == 0
-        assert 0 < row["shared"] <= LIMITS[capability]
+        record_property(f"sm_{capability} {row['dtype']} {row['cut']} {row['layer']}", json.dumps(row))
+        assert row["spilled"] == 0, row
+        assert 0 < row["registers"] <= 255, row
+        assert 0 < row["shared"] <= LIMITS[capability] * 1024, row
+        # Of a pair, for half precision and float32: what the kernel without a plan took, on sm_90, was 280 and 723.
+        assert row["instructions/pair"] < (100 if row["dtype"] == "bf16" else 300), row

@@ -1,0 +1,53 @@
+"""Every published network can be captured as a CUDA graph, by every attention and in every precision: nothing that it does
+once a batch copies between host and card, waits, or reads a value on the host."""
+
+import pytest
+import torch
+
+from app.engine.cuda_graphs import CapturedComputation
+from app.engine.runtime import rank
+from model import DinatConfig, DinatForImageClassification, DinatImageProcessor
+from model.config import PRESETS
+from tests.rehearsal import card
+
+CUDA = torch.device("cuda", 0)
+PROCESSOR = DinatImageProcessor()
+
+
+def capture(config: DinatConfig, attention: str, dtype: torch.dtype, height: int, width: int, batch: int = 1) -> torch.Size:
+    """The shape of the scores that a captured network gives."""
+    with card.shapes_only(), torch.inference_mode():
+        with torch.device("meta"):
+            network = DinatForImageClassification(config, attention=attention).eval()
+        network = network.to_empty(device=CUDA).to(dtype)
+
+        def compute(pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+            return rank(network.classify(PROCESSOR.normalize(pixels).to(dtype))[0], config)
+
+        captured = CapturedComputation(compute, torch.zeros(batch, height, width, 3, dtype=torch.uint8, device=CUDA))
+        scores, classes = captured.run(torch.zeros(batch, height, width, 3, dtype=torch.uint8))
+        assert (scores.dtype, classes.dtype) == (torch.float32, torch.int64)
+        return scores.shape
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("attention", ["tiled", "triton", "natten"])
+@pytest.mark.parametrize("preset", PRESETS)
+def test_every_published_network_can_be_captured(preset: str, attention: str, dtype: torch.dtype) -> None:
+    config = DinatConfig.preset(preset)
+    side = getattr(config, "image_size", 224)
+    assert capture(config, attention, dtype, side, side) == (1, config.num_labels)
+
+
+@pytest.mark.parametrize("layer_scale", [0.0, 1e-5])
+@pytest.mark.parametrize(("height", "width"), [(224, 224), (160, 200), (96, 256)])
+@pytest.mark.parametrize("attention", ["tiled", "triton", "natten"])
+def test_pictures_of_any_size_and_batches_can_be_captured(attention: str, height: int, width: int, layer_scale: float) -> None:
+    config = DinatConfig.preset("mini", layer_scale_init_value=layer_scale)
+    assert capture(config, attention, torch.bfloat16, height, width, batch=4) == (4, 1000)
+
+
+@pytest.mark.parametrize("problem_type", ["regression", "multi_label_classification", "single_label_classification"])
+def test_every_kind_of_score_can_be_captured(problem_type: str) -> None:
+    config = DinatConfig(depths=[1], num_heads=[2], dilations=[[1]], num_labels=3, problem_type=problem_type)
+    assert capture(config, "tiled", torch.float32, 64, 64) == (1, 3)
