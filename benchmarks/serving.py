@@ -33,6 +33,7 @@ import psutil
 import torch
 from PIL import Image
 
+from app.doctor import photograph as picture
 from benchmarks.timing import report, take_turns
 from model import DinatConfig, DinatForImageClassification, DinatImageProcessor
 
@@ -42,16 +43,6 @@ OURS = {"ours, torch fp32": ["--runtime", "torch"], "ours": []}
 SLICES = 6
 DIRECT_ROUNDS = 5
 DEADLINE_SECONDS = 20
-
-
-def picture() -> bytes:
-    """A 500x375 JPEG of about 60 kB."""
-    random = np.random.default_rng(0)
-    coarse = Image.fromarray(random.integers(0, 256, (47, 63, 3), dtype=np.uint8)).resize((500, 375), Image.Resampling.BICUBIC)
-    noisy = np.asarray(coarse).astype(int) + random.integers(-20, 21, (375, 500, 3))
-    buffer = io.BytesIO()
-    Image.fromarray(noisy.clip(0, 255).astype(np.uint8)).save(buffer, "JPEG", quality=78)
-    return buffer.getvalue()
 
 
 def save_network(folder: Path) -> None:
