@@ -5,10 +5,12 @@
 #
 # What is heavy and seldom changes comes first: a change of the code makes one small layer anew.
 
-# PyTorch brings CUDA's libraries along. Only NATTEN wants the compiler, and leaves it behind. Both of one distribution.
+# PyTorch brings CUDA's libraries along. Only compiling NATTEN (NATTEN=source) wants BUILD_IMAGE. Both of one distribution.
 ARG BASE_IMAGE=nvidia/cuda:13.0.2-base-ubuntu24.04
 ARG BUILD_IMAGE=nvidia/cuda:13.0.2-devel-ubuntu24.04
 ARG VARIANT=gpu
+# wheel: a published one for this very PyTorch and CUDA, if there is one; source: compiled, which takes hours; none
+ARG NATTEN=wheel
 
 # hadolint ignore=DL3006
 FROM ${BASE_IMAGE} AS packages
@@ -36,10 +38,18 @@ FROM packages AS variant-cpu
 ARG PIP_INDEX_URL PIP_EXTRA_INDEX_URL PIP_FIND_LINKS PIP_NO_INDEX
 RUN pip install --no-cache-dir --constraint constraints.txt openvino
 
-# NATTEN's wheel: a published one where NATTEN_WHEELS, a page or folder of them, has one for this PyTorch; else compiled.
-FROM ${BUILD_IMAGE} AS natten
+FROM packages AS natten-none
+RUN mkdir /wheels
+
+FROM packages AS natten-wheel
 ARG PIP_INDEX_URL PIP_EXTRA_INDEX_URL PIP_FIND_LINKS PIP_NO_INDEX
-ARG NATTEN_WHEELS
+# a page, or a folder, that lists wheels, if not NATTEN's own; and what CUDA they are for, if not PyTorch's own
+ARG NATTEN_WHEELS NATTEN_CUDA
+COPY app/natten_wheel.py ./
+RUN mkdir /wheels && python natten_wheel.py /wheels
+
+FROM ${BUILD_IMAGE} AS natten-source
+ARG PIP_INDEX_URL PIP_EXTRA_INDEX_URL PIP_FIND_LINKS PIP_NO_INDEX
 ARG NATTEN_CUDA_ARCH="8.0;9.0;10.0"
 ARG NATTEN_N_WORKERS=8
 ENV PATH=/opt/venv/bin:$PATH
@@ -49,13 +59,11 @@ RUN apt-get update \
     && python3 -m venv /opt/venv
 WORKDIR /build
 COPY constraints.txt ./
-RUN pip install --no-cache-dir --constraint constraints.txt torch setuptools wheel ninja cmake
-RUN mkdir /wheels \
-    && if [ -n "$NATTEN_WHEELS" ]; then \
-        pip download --no-deps --dest /wheels --only-binary natten --find-links "$NATTEN_WHEELS" --constraint constraints.txt natten; \
-    else \
-        pip wheel --no-deps --no-build-isolation --wheel-dir /wheels --constraint constraints.txt natten; \
-    fi
+RUN pip install --no-cache-dir --constraint constraints.txt torch setuptools wheel ninja cmake \
+    && pip wheel --no-cache-dir --no-deps --no-build-isolation --wheel-dir /wheels --constraint constraints.txt natten
+
+# hadolint ignore=DL3006
+FROM natten-${NATTEN} AS natten
 
 FROM packages AS variant-gpu
 # Triton compiles a small launcher for each kernel when it first runs.
@@ -63,7 +71,7 @@ RUN apt-get update \
     && DEBIAN_FRONTEND=noninteractive apt-get install --yes --no-install-recommends gcc libc6-dev python3-dev \
     && apt-get clean && rm -rf /var/lib/apt/lists/*
 COPY --from=natten /wheels /wheels
-RUN pip install --no-cache-dir --no-deps /wheels/*.whl
+RUN find /wheels -name '*.whl' -exec pip install --no-cache-dir --no-deps {} + && rm -rf /wheels
 ENV NVIDIA_VISIBLE_DEVICES=all \
     NVIDIA_DRIVER_CAPABILITIES=compute,utility
 

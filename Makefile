@@ -1,7 +1,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: install serve test lint soak image-test bench bench-serving digits clean
+.PHONY: install serve test lint gpu soak image-test bench bench-serving digits clean
 
 install: .venv/installed
 
@@ -28,6 +28,10 @@ lint: .venv/tested
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+
+# On a machine with a CUDA card: tests, doctor and benchmark, at most 9 minutes each; leaves its results in benchmarks/results.
+gpu: .venv/tested
+	PYTHON=$(abspath $(BIN))/python benchmarks/on_card.sh
 
 soak: install
 	DINAT_SOAK=1 $(BIN)/python -m pytest -s tests/e2e/test_soak.py

@@ -33,6 +33,7 @@ from torch import Tensor
 
 from app.engine.runtime import Runtime, Wanted, examples
 from app.engine.torch_runtime import TorchRuntime, resolve_devices
+from app.natten_wheel import PAGE, requirement
 from model import DinatConfig, DinatForImageClassification, DinatImageProcessor, attention
 from model.attention import choice
 
@@ -161,13 +162,20 @@ def faults(device: torch.device, versions: dict[str, str]) -> tuple[list[str], l
         build = "has no CUDA" if torch.version.cuda is None else f"is for CUDA {torch.version.cuda}, which wants a newer driver"
         wrong.append(f"NVIDIA's driver {driver()} is here, and PyTorch sees no card: this PyTorch {build}")
         missing.append(
-            {"what": "a PyTorch that sees the card", "command": f"pip install --force-reinstall torch=={_public('torch')}"}
+            {
+                "what": "a PyTorch that sees the card",
+                "command": f"pip install --force-reinstall torch=={_version('torch').partition('+')[0]}",
+            }
         )
     if device.type == "cuda":
         if versions["triton"] == ABSENT:
             missing.append({"what": "triton, the fused kernel", "command": "pip install triton"})
         if versions["natten"] == ABSENT:
-            missing.append({"what": "natten, one more backend", "command": natten_command()})
+            wheel = requirement(versions["torch"], torch.version.cuda)
+            command = (
+                f"pip install --no-deps '{wheel}' --find-links {PAGE}" if wheel else "pip install --no-build-isolation natten"
+            )
+            missing.append({"what": "natten, one more backend", "command": command})
     elif versions["openvino"] == ABSENT:
         missing.append({"what": "openvino, the fastest on a processor", "command": "pip install 'dinat-serve[cpu]'"})
     return wrong, missing
@@ -181,17 +189,6 @@ def _version(package: str) -> str:
         return version(package)
     except PackageNotFoundError:
         return ABSENT
-
-
-def _public(package: str) -> str:
-    return _version(package).partition("+")[0]
-
-
-def natten_command() -> str:
-    """How NATTEN's wheel for this PyTorch and CUDA is installed."""
-    build = f"torch{_public('torch').replace('.', '')}cu{(torch.version.cuda or '').replace('.', '')}"
-    release = "0.21.7" if _public("torch").startswith(("2.12", "2.13")) else "0.21.6"
-    return f"pip install --no-deps natten=={release}+{build} --find-links https://whl.natten.org"
 
 
 def precisions(device: torch.device) -> list[torch.dtype]:

@@ -24,9 +24,8 @@ class Buildah:
 
     def __call__(self, *arguments: str | Path, **options: Any) -> str:
         """Run a command to its end; what it printed on standard output."""
-        done = subprocess.run(
-            self.command(*arguments), env=self._environment, text=True, stdout=subprocess.PIPE, check=True, **options
-        )
+        done = subprocess.run(self.command(*arguments), env=self._environment, text=True, stdout=subprocess.PIPE, **options)
+        assert done.returncode == 0, f"buildah ended with {done.returncode}: {done.stdout[-3000:]}"
         return done.stdout.strip()
 
     def clear(self) -> None:

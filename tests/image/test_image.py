@@ -1,4 +1,7 @@
-"""`make image-test`: the Dockerfile's CPU variant, built, run, asked, watched by Prometheus, stopped. As root on Debian 12."""
+"""`make image-test`: the Dockerfile's CPU variant, built, run, asked, watched by Prometheus, stopped. As root on Debian 12.
+
+Of the GPU variant what can be built without CUDA's own images: all but the compilation of NATTEN, on Debian.
+"""
 
 import json
 import os
@@ -10,6 +13,7 @@ import sys
 import tempfile
 import threading
 import time
+import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -275,3 +279,45 @@ def test_a_model_can_be_baked_in(buildah: Buildah, image: str, arguments: list[s
         card = httpx.get(f"{container.url}/model").json()
         assert (card["model"], len(card["labels"])) == ("someone/network", 4)
         assert container.stop() == 0
+
+
+def write_wheel(folder: Path, release: str) -> None:
+    """A stand-in for one of NATTEN's wheels, which pip takes for it."""
+    about = f"natten-{release}.dist-info"
+    files = {
+        "natten/__init__.py": f'__version__ = "{release}"\n',
+        f"{about}/METADATA": f"Metadata-Version: 2.1\nName: natten\nVersion: {release}\n",
+        f"{about}/WHEEL": "Wheel-Version: 1.0\nGenerator: test\nRoot-Is-Purelib: true\nTag: py3-none-any\n",
+    }
+    record = "".join(f"{name},,\n" for name in [*files, f"{about}/RECORD"])
+    with zipfile.ZipFile(folder / f"natten-{release}-py3-none-any.whl", "w") as wheel:
+        for name, text in {**files, f"{about}/RECORD": record}.items():
+            wheel.writestr(name, text)
+
+
+@pytest.mark.parametrize("published", ["0.21.7+torch2130cu130", None])
+def test_the_gpu_variant_takes_the_wheel_for_its_pytorch_where_there_is_one(
+    published: str | None, buildah: Buildah, arguments: list[str | Path], folder: Path
+) -> None:
+    page = folder / f"page-{published}"
+    page.mkdir()
+    write_wheel(page, "0.21.6+torch2110cu130")  # for another PyTorch
+    if published is not None:
+        write_wheel(page, published)
+    name = f"localhost/dinat-serve:gpu-{'with' if published else 'without'}"
+    words: list[str | Path] = [word for word in arguments if word != "--quiet"]
+    words += ["--build-arg", "VARIANT=gpu", "--build-arg", "NATTEN_CUDA=cu130", "--build-arg", f"NATTEN_WHEELS={page}"]
+    started = time.monotonic()
+    said = buildah(*words, "--volume", f"{page}:{page}:ro", "--tag", name, ROOT, stderr=subprocess.STDOUT)
+    print(f"\nGPU variant, {published or 'no wheel'}: {time.monotonic() - started:.0f} s")
+    wanted = "natten==0.21.7+torch2130cu130"
+    assert (
+        f"NATTEN: {wanted} " + (f"from {page}" if published else f"is not at {page}: triton and tiled attention serve") in said
+    )
+    container = buildah("from", name)
+    code = "import importlib.util as u, shutil; print(u.find_spec('natten') is not None, shutil.which('gcc') is not None)"
+    ran = buildah.start(container, {}, ["python", "-c", code], stdout=subprocess.PIPE)
+    assert ran.communicate(timeout=60)[0].split() == [str(published is not None), "True"]
+    refused = buildah.start(container, {}, ["dinat", "serve", "--device", "cuda"], stderr=subprocess.PIPE)
+    assert "dinat: digits cannot be served: device 'cuda' is not there" in refused.communicate(timeout=60)[1]
+    assert refused.returncode == 1

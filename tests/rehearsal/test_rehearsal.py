@@ -42,6 +42,12 @@ def run_suite(tests: str) -> str:
     return run("-m", "pytest", "-q", "-p", "tests.rehearsal.plugin", "--tb=short", tests, cards=cards)
 
 
+def run_bare() -> str:
+    """Some of tests/gpu with none of the service's own packages."""
+    chosen = ["-k", "fp32_is_fp32 or auto_keeps or keep_their_aspect", "tests/gpu"]
+    return run("-m", "pytest", "-q", "-p", "tests.rehearsal.bare", "-p", "tests.rehearsal.plugin", "--tb=short", *chosen)
+
+
 def run_benchmark(folder: Path) -> None:
     data = f"--data-file={folder / 'coverage'}"
     run("-m", "coverage", "run", data, "--include=benchmarks/gpu.py", "-m", "tests.rehearsal.benchmark", folder / "gpu.json")
@@ -58,7 +64,7 @@ def runs(folder: Path) -> Iterator[dict[str, Future[Any]]]:
     """All of them, two at a time."""
     with ThreadPoolExecutor(2) as threads:
         suites = {tests: threads.submit(run_suite, tests) for tests in SUITES}
-        yield suites | {"benchmark": threads.submit(run_benchmark, folder)}
+        yield suites | {"benchmark": threads.submit(run_benchmark, folder), "bare": threads.submit(run_bare)}
 
 
 @pytest.mark.parametrize("tests", SUITES)
@@ -66,6 +72,10 @@ def test_what_is_for_a_card_passes_on_a_stand_in(tests: str, runs: dict[str, Fut
     printed = runs[tests].result()
     assert re.search(r"^\d+ passed", printed, re.MULTILINE), printed
     assert "skipped" not in printed
+
+
+def test_a_card_needs_nothing_of_the_services_own_packages(runs: dict[str, Future[Any]]) -> None:
+    assert re.search(r"^3 passed", runs["bare"].result(), re.MULTILINE)
 
 
 def test_the_benchmark_runs_from_its_first_line_to_its_last(folder: Path, runs: dict[str, Future[Any]]) -> None:

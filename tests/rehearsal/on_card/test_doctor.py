@@ -45,6 +45,18 @@ def test_a_card_is_examined_and_found_sound(capsys: pytest.CaptureFixture[str]) 
     assert [row["pictures/s"] > 0 for row in report["rates"]] == [True] * 3
 
 
+def test_where_the_service_is_not_installed_the_rest_is_examined(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("uvicorn", "structlog", "rich"):
+        monkeypatch.setitem(sys.modules, name, None)
+    with clocks.one_host():
+        assert main(["doctor", "--json"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert len(report["rates"]) == 2
+    assert report["missing"][-1] == {"what": "the service (uvicorn is not installed)", "command": "pip install dinat-serve"}
+
+
 def test_a_card_that_lies_ends_in_status_1(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     true = attention.BACKENDS["triton"]
     monkeypatch.setitem(attention.BACKENDS, "triton", lambda *args, **kwargs: true(*args, **kwargs) * 1.05)
