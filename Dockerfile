@@ -5,12 +5,11 @@
 #
 # What is heavy and seldom changes comes first: a change of the code makes one small layer anew.
 
-# PyTorch brings CUDA's libraries along. Only compiling NATTEN (NATTEN=source) wants BUILD_IMAGE. Both of one distribution.
+# PyTorch brings CUDA's libraries along. Only compiling NATTEN wants BUILD_IMAGE. Both of one distribution.
 ARG BASE_IMAGE=nvidia/cuda:13.0.2-base-ubuntu24.04
 ARG BUILD_IMAGE=nvidia/cuda:13.0.2-devel-ubuntu24.04
+# cpu; gpu, with NATTEN's published wheel for this PyTorch and CUDA, if there is one; gpu-source, with NATTEN compiled: hours
 ARG VARIANT=gpu
-# wheel: a published one for this very PyTorch and CUDA, if there is one; source: compiled, which takes hours; none
-ARG NATTEN=wheel
 
 # hadolint ignore=DL3006
 FROM ${BASE_IMAGE} AS packages
@@ -38,16 +37,6 @@ FROM packages AS variant-cpu
 ARG PIP_INDEX_URL PIP_EXTRA_INDEX_URL PIP_FIND_LINKS PIP_NO_INDEX
 RUN pip install --no-cache-dir --constraint constraints.txt openvino
 
-FROM packages AS natten-none
-RUN mkdir /wheels
-
-FROM packages AS natten-wheel
-ARG PIP_INDEX_URL PIP_EXTRA_INDEX_URL PIP_FIND_LINKS PIP_NO_INDEX
-# a page, or a folder, that lists wheels, if not NATTEN's own; and what CUDA they are for, if not PyTorch's own
-ARG NATTEN_WHEELS NATTEN_CUDA
-COPY app/natten_wheel.py ./
-RUN mkdir /wheels && python natten_wheel.py /wheels
-
 FROM ${BUILD_IMAGE} AS natten-source
 ARG PIP_INDEX_URL PIP_EXTRA_INDEX_URL PIP_FIND_LINKS PIP_NO_INDEX
 ARG NATTEN_CUDA_ARCH="8.0;9.0;10.0"
@@ -62,18 +51,27 @@ COPY constraints.txt ./
 RUN pip install --no-cache-dir --constraint constraints.txt torch setuptools wheel ninja cmake \
     && pip wheel --no-cache-dir --no-deps --no-build-isolation --wheel-dir /wheels --constraint constraints.txt natten
 
-# hadolint ignore=DL3006
-FROM natten-${NATTEN} AS natten
-
-FROM packages AS variant-gpu
+FROM packages AS gpu
 # Triton compiles a small launcher for each kernel when it first runs.
 RUN apt-get update \
     && DEBIAN_FRONTEND=noninteractive apt-get install --yes --no-install-recommends gcc libc6-dev python3-dev \
     && apt-get clean && rm -rf /var/lib/apt/lists/*
-COPY --from=natten /wheels /wheels
-RUN find /wheels -name '*.whl' -exec pip install --no-cache-dir --no-deps {} + && rm -rf /wheels
 ENV NVIDIA_VISIBLE_DEVICES=all \
     NVIDIA_DRIVER_CAPABILITIES=compute,utility
+
+FROM gpu AS variant-gpu
+ARG PIP_INDEX_URL PIP_EXTRA_INDEX_URL PIP_FIND_LINKS PIP_NO_INDEX
+# a page, or a folder, that lists wheels, if not NATTEN's own; and what CUDA they are for, if not PyTorch's own
+ARG NATTEN_WHEELS NATTEN_CUDA
+COPY app/natten_wheel.py ./
+RUN mkdir /wheels \
+    && python natten_wheel.py /wheels \
+    && find /wheels -name '*.whl' -exec pip install --no-cache-dir --no-deps {} + \
+    && rm -rf /wheels
+
+FROM gpu AS variant-gpu-source
+COPY --from=natten-source /wheels /wheels
+RUN pip install --no-cache-dir --no-deps /wheels/*.whl
 
 # hadolint ignore=DL3006
 FROM packages AS project
