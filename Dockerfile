@@ -64,10 +64,10 @@ ARG PIP_INDEX_URL PIP_EXTRA_INDEX_URL PIP_FIND_LINKS PIP_NO_INDEX
 # a page, or a folder, that lists wheels, if not NATTEN's own; and what CUDA they are for, if not PyTorch's own
 ARG NATTEN_WHEELS NATTEN_CUDA
 COPY app/natten_wheel.py ./
-RUN mkdir /wheels \
-    && python natten_wheel.py /wheels \
-    && find /wheels -name '*.whl' -exec pip install --no-cache-dir --no-deps {} + \
-    && rm -rf /wheels
+RUN mkdir /natten \
+    && python natten_wheel.py /natten \
+    && find /natten -name '*.whl' -exec pip install --no-cache-dir --no-deps {} + \
+    && rm -rf /natten
 
 FROM gpu AS variant-gpu-source
 COPY --from=natten-source /wheels /wheels
