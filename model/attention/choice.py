@@ -8,7 +8,7 @@ left out, with the reason. What was found can be written to a file and remembere
 import json
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from functools import cache
 from importlib.util import find_spec
@@ -82,16 +82,16 @@ def candidates(device: torch.device, dtype: torch.dtype, head_dim: int, asked: s
     """What may compute a layer, the one that is taken untried first. "triton" has a name for each of its cuts."""
     if asked == "auto" and device.type != "cuda":
         return ["tiled"]
-    names = [*_libraries(), "tiled"] if asked == "auto" else [asked]
-    if dtype not in LIMITS:
-        return ["tiled"] if asked == "auto" else names
-    return [cut for name in names for cut in (_cuts(dtype, head_dim) if name == "triton" else [name])]
+    names = [asked]
+    if asked == "auto":
+        names = [*_libraries(), "tiled"] if dtype in LIMITS else ["tiled"]
+    return [cut for name in names for cut in (_cuts(dtype, head_dim, asked) if name == "triton" else [name])]
 
 
-def _cuts(dtype: torch.dtype, head_dim: int) -> list[str]:
-    from model.attention.triton_kernel import cuts
+def _cuts(dtype: torch.dtype, head_dim: int, asked: str) -> list[str]:
+    from model.attention.triton_kernel import HEAD_DIMS, cuts
 
-    return [f"triton {cut}" for cut in cuts(dtype, head_dim)]
+    return [f"triton {cut}" for cut in cuts(dtype, head_dim)] if head_dim in HEAD_DIMS or asked == "triton" else []
 
 
 @cache
@@ -111,7 +111,8 @@ def trying(check: bool = True, file: Path | None = None) -> Iterator[None]:
     try:
         yield
         if file is not None:
-            _write(file)
+            with suppress(OSError):  # what cannot be remembered is found again
+                _write(file)
     finally:
         _trial = None
 

@@ -25,6 +25,7 @@ from model.kept import kept
 
 INTERPRETED = bool(triton.knobs.runtime.interpret)
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+HEAD_DIMS = range(8, 129)
 
 
 @triton.jit
@@ -246,7 +247,7 @@ def triton_attention(
         raise AttentionError(f"the triton kernel runs on a CUDA device, q is on {q.device}: take attention tiled")
     if q.dtype not in DTYPES:
         raise AttentionError(f"the triton kernel computes in float16, bfloat16 or float32, got {q.dtype}")
-    if not 8 <= q.shape[-1] <= 128:
+    if q.shape[-1] not in HEAD_DIMS:
         raise AttentionError(f"the triton kernel takes a head_dim of 8 to 128, got {q.shape[-1]}: take attention tiled")
     if dropout:
         raise AttentionError(f"the triton kernel has no dropout, asked for {dropout}: take attention tiled")

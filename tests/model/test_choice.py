@@ -61,6 +61,7 @@ def test_a_card_has_every_cut_of_the_kernel_and_for_float64_what_is_exact_for_it
     assert candidates(torch.device("cuda"), torch.float64, 32) == ["tiled"]
     assert candidates(torch.device("cuda"), torch.float32, 32, "tiled") == ["tiled"]
     assert len(candidates(torch.device("cuda"), torch.bfloat16, 128, "triton")) == 1
+    assert not any(name.startswith("triton") for name in candidates(torch.device("cuda"), torch.bfloat16, 4))
 
 
 def test_untried_the_first_name_wins() -> None:
@@ -127,6 +128,11 @@ def test_a_file_that_cannot_be_read_is_as_none(content: str, tmp_path: Path) -> 
     file.write_text(content)
     assert chosen_of("tiled", file=file).backend == "tiled"
     assert choice._read(file).keys() == {LAYER.key}
+
+
+def test_a_file_that_cannot_be_written_costs_nothing_but_memory(tmp_path: Path) -> None:
+    (tmp_path / "no folder").write_text("")
+    assert chosen_of("tiled", file=tmp_path / "no folder" / "choices.json").backend == "tiled"
 
 
 def test_another_shape_is_another_choice() -> None:

@@ -215,21 +215,20 @@ def _written(func: Any, args: Any, kwargs: Any) -> list[CardTensor]:
     return [x for x in tree_flatten(operands)[0] if isinstance(x, CardTensor)]
 
 
-def _wrapped(out: Any, mine: list[CardTensor], device: torch.device) -> Any:
-    """Results as tensors of the device; a view shares its base's memory."""
+def _wrapped(out: Any, mine: list[CardTensor], device: torch.device | None) -> Any:
+    """Results as tensors of ours: a view shares its base's memory, what is new is on the device, or plain if that is None."""
 
     def wrap(x: Any) -> Any:
         if not isinstance(x, torch.Tensor):
             return x
-        for one in mine:
-            if x is one.held:
-                return one
         where = x.untyped_storage()._cdata
         base = next((one for one in mine if one.held.untyped_storage()._cdata == where), None)
         if base is None:
-            return CardTensor(x, None, device)
+            return x if device is None else CardTensor(x, None, device)
+        if x is base.held:
+            return base
         with torch.inference_mode(base.is_inference()):  # a view is as its base is
-            return CardTensor(x, base.memory, device)
+            return CardTensor(x, base.memory, base.device)
 
     return tree_map(wrap, out)
 
@@ -257,31 +256,13 @@ def _tf32(func: Any) -> Callable[..., Any]:
 
 
 def _on_host(func: Any, args: Any, kwargs: Any, mine: list[CardTensor]) -> Any:
-    """An operator on pinned memory: the host's own doing."""
-    thread = this_thread()
+    """An operator on pinned memory: the host's own doing. Copies are plain."""
     written = _written(func, args, kwargs)
-    out = _wrapped_host(func(*tree_map(_held, args), **tree_map(_held, kwargs)), mine)
-    views = [x for x in tree_flatten(out)[0] if isinstance(x, CardTensor)]
-    if written or not views:
+    out = _wrapped(func(*tree_map(_held, args), **tree_map(_held, kwargs)), mine, None)
+    is_view = any(isinstance(x, CardTensor) for x in tree_flatten(out)[0])
+    if written or not is_view:
         _host_access(str(func), [x.memory for x in mine if x not in written], [x.memory for x in written])
-    del thread
     return out
-
-
-def _wrapped_host(out: Any, mine: list[CardTensor]) -> Any:
-    """Results of an operator on pinned memory: views are pinned too, copies are plain."""
-
-    def wrap(x: Any) -> Any:
-        if not isinstance(x, torch.Tensor):
-            return x
-        for one in mine:
-            if x is one.held:
-                return one
-            if x.untyped_storage()._cdata == one.held.untyped_storage()._cdata:
-                return CardTensor(x, one.memory, torch.device("cpu"))
-        return x
-
-    return tree_map(wrap, out)
 
 
 def _host_access(what: str, reads: list[Memory], writes: list[Memory]) -> None:
