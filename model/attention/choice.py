@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from functools import cache
+from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 from statistics import median
@@ -96,7 +97,17 @@ def _cuts(dtype: torch.dtype, head_dim: int, asked: str) -> list[str]:
 
 @cache
 def _libraries() -> list[str]:
-    return [name for name in ("triton", "natten") if find_spec(name) is not None]
+    """Those that are installed, and new enough to be imported."""
+    modules = {"triton": "model.attention.triton_kernel", "natten": "natten"}
+    return [name for name, module in modules.items() if find_spec(name) is not None and _is_importable(module)]
+
+
+def _is_importable(module: str) -> bool:
+    try:
+        import_module(module)
+    except Exception:
+        return False
+    return True
 
 
 @contextmanager

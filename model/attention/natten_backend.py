@@ -102,8 +102,9 @@ def choose(width: int, value_width: int, dtype: torch.dtype, device: torch.devic
         Call("blackwell-fna", eighth, eighth),
         Call("hopper-fna", power, power),
         Call("cutlass-fna", eighth, -(-value_width // 8) * 8),
-        Call("flex-fna", power, power),
     ]
+    if device.type != "cuda":  # on a card Flex as natten calls it holds every score, and is slower than the tiles
+        candidates.append(Call("flex-fna", power, power))
     for call in candidates:
         q = torch.empty(1, 3, 3, 1, call.width, dtype=dtype, device=device, requires_grad=gradients)
         v = torch.empty(1, 3, 3, 1, call.value_width, dtype=dtype, device=device, requires_grad=gradients)

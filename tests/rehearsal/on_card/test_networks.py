@@ -6,7 +6,7 @@ import torch
 
 from app.engine.cuda_graphs import CapturedComputation
 from app.engine.runtime import rank
-from model import DinatConfig, DinatForImageClassification, DinatImageProcessor
+from model import AttentionError, DinatConfig, DinatForImageClassification, DinatImageProcessor
 from model.config import PRESETS
 from tests.rehearsal import card
 
@@ -51,3 +51,13 @@ def test_pictures_of_any_size_and_batches_can_be_captured(attention: str, height
 def test_every_kind_of_score_can_be_captured(problem_type: str) -> None:
     config = DinatConfig(depths=[1], num_heads=[2], dilations=[[1]], num_labels=3, problem_type=problem_type)
     assert capture(config, "tiled", torch.float32, 64, 64) == (1, 3)
+
+
+def test_natten_without_kernels_for_the_card_is_no_candidate(monkeypatch: pytest.MonkeyPatch) -> None:
+    from natten import backends
+
+    from model.attention import natten_backend
+
+    monkeypatch.setattr(backends, "get_compatible_backends", lambda *_, **__: ["flex-fna"])
+    with pytest.raises(AttentionError, match=r"natten has no kernel for torch\.bfloat16 heads of 81 channels"):
+        natten_backend.choose.__wrapped__(81, 32, torch.bfloat16, CUDA, False)
