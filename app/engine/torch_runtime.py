@@ -1,5 +1,6 @@
 """The network in PyTorch: eager on a CPU; on a GPU as CUDA graphs, by whatever a card has shown to be right and fast."""
 
+import warnings
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -77,8 +78,8 @@ class TorchRuntime:
         self._cache, self._self_check = cache, self_check
         self._captured: CapturedComputation | None = None
         self._largest = 0
-        if device.type == "cuda":  # TF32, which PyTorch's defaults or NVIDIA's containers turn on, is not fp32: 1e-3 off
-            torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
+        if device.type == "cuda":
+            _let_float32_be_float32()
         self.processor = DinatImageProcessor.from_pretrained(source, revision=revision)
         self._load(self._precision(precision))
         self.config = self._network.config
@@ -265,6 +266,16 @@ class TorchRuntime:
         if self._device.type != "cuda":
             return "fp32"
         return "bf16" if torch.cuda.get_device_capability(self._device) >= (8, 0) else "fp16"
+
+
+def _let_float32_be_float32() -> None:
+    """Turn TF32 off, which PyTorch's defaults turn on for convolutions, and NVIDIA's containers for products: it is 1e-3 off.
+
+    By the old flags: PyTorch 2.9 to 2.11 warn that there are new ones, but where those are set the old cannot even be read.
+    """
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)
+        torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
 
 
 def _fault(got: Tensor, expected: Tensor, limit: float, of: str) -> str | None:
