@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from model.attention import choice
 from model.attention.choice import Layer, candidates, choose
 from model.attention.geometry import check_geometry
 from model.attention.reference import reference_attention
@@ -103,7 +104,9 @@ def neighborhood_attention(
         names = candidates(q.device, q.dtype, q.shape[-1], backend)
         backend = choose(layer, names, attend, q, k, v, rpb)
     elif backend == "auto":
-        backend = candidates(q.device, q.dtype, q.shape[-1])[0]
+        # A compiler cannot look for what is installed; its own code for a card is Triton's, so that is there.
+        fits = q.device.type == "cuda" and q.dtype in choice.LIMITS and 8 <= q.shape[-1] <= 128
+        backend = "triton" if fits else "tiled"
     return attend(backend, q, k, v, rpb)
 
 

@@ -17,7 +17,11 @@ from model.attention import by_name, choice, neighborhood_attention
 from model.attention.choice import candidates, trying
 from tests.model.definition import assert_equals_the_definition
 
-pytestmark = [pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA card"), pytest.mark.timeout(300)]
+pytestmark = [
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA card"),
+    pytest.mark.timeout(300),
+    pytest.mark.filterwarnings("default"),  # what PyTorch has to say of a card is not known here
+]
 
 CUDA = torch.device("cuda")
 REHEARSED = torch.cuda.is_available() and torch.cuda.get_device_name() == "stand-in card"

@@ -6,7 +6,7 @@ import torch
 
 from app.engine.cuda_graphs import CapturedComputation
 from app.engine.runtime import rank
-from model import AttentionError, DinatConfig, DinatForImageClassification, DinatImageProcessor
+from model import AttentionError, DinatConfig, DinatForImageClassification, DinatImageProcessor, attention
 from model.config import PRESETS
 from tests.rehearsal import card
 
@@ -61,3 +61,15 @@ def test_natten_without_kernels_for_the_card_is_no_candidate(monkeypatch: pytest
     monkeypatch.setattr(backends, "get_compatible_backends", lambda *_, **__: ["flex-fna"])
     with pytest.raises(AttentionError, match=r"natten has no kernel for torch\.bfloat16 heads of 81 channels"):
         natten_backend.choose.__wrapped__(81, 32, torch.bfloat16, CUDA, False)
+
+
+def test_a_compiler_is_given_the_kernel_without_a_look_at_what_is_installed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    monkeypatch.setattr(attention, "candidates", lambda *_: pytest.fail("looked"))
+    called: list[str] = []
+    for name in ("triton", "tiled"):
+        monkeypatch.setitem(attention.BACKENDS, name, lambda q, *_, name=name: called.append(name) or q)
+    for dtype, head_dim in ((torch.bfloat16, 32), (torch.float64, 32), (torch.bfloat16, 4)):
+        x = torch.zeros(1, 7, 7, 1, head_dim, device=CUDA, dtype=dtype)
+        attention.neighborhood_attention(x, x, x)
+    assert called == ["triton", "tiled", "tiled"]
