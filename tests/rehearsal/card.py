@@ -149,13 +149,27 @@ def _run(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         return _wrapped(func(*tree_map(_held, args), **tree_map(_held, kwargs)), mine, mine[0].device)
     if not any(_on_card(x) for x in mine):
         return _on_host(func, args, kwargs, mine)
-    device = next(x.device for x in mine if _on_card(x))
-    for x in flat:
+    _check_devices(func, flat, next(x.device for x in mine if _on_card(x)))
+    return _compute(func, args, kwargs, mine)
+
+
+INDEXING = (aten.index.Tensor, aten.index_put_.default, aten.index_put.default)
+
+
+def _check_devices(func: Any, tensors: list[torch.Tensor], device: torch.device) -> None:
+    """Raise unless all are on the device, but for numbers, and for an index of the host's, which is copied."""
+    for x in tensors:
         if x.device != device and (x.dim() > 0 or isinstance(x, CardTensor)):
-            if func in (aten.index.Tensor, aten.index_put_.default, aten.index_put.default) and x.device.type == "cpu":
-                _wait_for_host(f"{func} copies an index of the host's to the card")
-                continue
-            raise RuntimeError(f"Expected all tensors to be on the same device, but found {device} and {x.device} in {func}")
+            if func not in INDEXING or x.device.type != "cpu":
+                raise RuntimeError(
+                    f"Expected all tensors to be on the same device, but found {device} and {x.device} in {func}"
+                )
+            _wait_for_host(f"{func} copies an index of the host's to the card")
+
+
+def _compute(func: Any, args: Any, kwargs: dict[str, Any], mine: list[CardTensor]) -> Any:
+    """An operator on a card: on what its operands hold, and noted as launched."""
+    device = next(x.device for x in mine if _on_card(x))
     kwargs = {
         name: ("meta" if mine[0].held.is_meta else "cpu") if name == "device" and value else value
         for name, value in kwargs.items()
@@ -234,7 +248,7 @@ def _wrapped(out: Any, mine: list[CardTensor], device: torch.device | None) -> A
 
 
 def _has_mask(func: Any, args: Any) -> bool:
-    if func not in (aten.index.Tensor, aten.index_put_.default, aten.index_put.default):
+    if func not in INDEXING:
         return False
     return any(isinstance(x, torch.Tensor) and x.dtype in (torch.bool, torch.uint8) for x in args[1])
 
@@ -379,6 +393,9 @@ class Event:
         return max(1e-3, 1e3 * (end.at - self.at))
 
 
+_all_streams: "weakref.WeakSet[Stream]" = weakref.WeakSet()
+
+
 class Stream:
     """A stream of a card; by default a new one."""
 
@@ -388,6 +405,7 @@ class Stream:
         self.device = _indexed(device)
         self.number = next(self._numbers) if number is None else number
         self.timeline = Timeline(f"stream {self.number} of {self.device}")
+        _all_streams.add(self)
 
     def wait_event(self, event: Event) -> None:
         self.timeline.learn(this_thread().knows)
@@ -413,7 +431,6 @@ class Stream:
 
 
 _default_streams: dict[int, Stream] = {}
-_all_streams: "weakref.WeakSet[Stream]" = weakref.WeakSet()
 
 
 def default_stream(device: Any = None) -> Stream:
@@ -627,17 +644,6 @@ def synchronize(device: Any = None) -> None:
     thread = this_thread()
     for stream in list(_all_streams):
         thread.learn(stream.timeline.knows)
-
-
-_stream_init = Stream.__init__
-
-
-def _remembering_init(self: Stream, *args: Any, **kwargs: Any) -> None:
-    _stream_init(self, *args, **kwargs)
-    _all_streams.add(self)
-
-
-Stream.__init__ = _remembering_init  # type: ignore[method-assign]
 
 
 def _pinned_empty(*size: Any, **kwargs: Any) -> torch.Tensor:
