@@ -32,7 +32,7 @@ from PIL import Image
 from torch import Tensor
 
 from app.engine.runtime import Runtime, Wanted, examples
-from app.engine.torch_runtime import TorchRuntime, resolve_devices
+from app.engine.torch_runtime import PRECISIONS, TorchRuntime, half_precision, resolve_devices
 from app.natten_wheel import PAGE, requirement
 from model import DinatConfig, DinatForImageClassification, DinatImageProcessor, attention
 from model.attention import choice
@@ -76,15 +76,15 @@ def examine(preset: str, device: str, cache: Path, say: Callable[[str], None]) -
     report.ceilings = ceilings(first)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        processor = save(preset, folder)
+        image_processor = save(preset, folder)
         say("attention")
         config = DinatConfig.preset(preset)
         for dtype in precisions(first):
-            rows, left_out = attention_rows(config, processor, first, dtype)
+            rows, left_out = attention_rows(config, image_processor, first, dtype)
             report.attention += rows
             report.wrong += left_out
         say("decoding")
-        report.rates.append(decode_rate(processor))
+        report.rates.append(decode_rate(image_processor))
         for runtime_name, load in runtimes(folder, first, cache):
             say(f"forward by {runtime_name}")
             try:
@@ -107,14 +107,19 @@ def examine(preset: str, device: str, cache: Path, say: Callable[[str], None]) -
     return report
 
 
-def machine() -> Row:
-    """Processor, cores that this process may use, memory, system."""
+def processor() -> str:
+    """Its name."""
     lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
     models = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return models[0] if models else platform.processor()
+
+
+def machine() -> Row:
+    """Processor, cores that this process may use, memory, system."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     pages = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") if hasattr(os, "sysconf") else 0
     return {
-        "processor": models[0] if models else platform.processor(),
+        "processor": processor(),
         "instructions": torch.backends.cpu.get_cpu_capability(),
         "cores": cores,
         "memory GB": round(pages / 1e9, 1),
@@ -194,8 +199,7 @@ def _version(package: str) -> str:
 def precisions(device: torch.device) -> list[torch.dtype]:
     """Those that are served there."""
     if device.type == "cuda":
-        half = torch.bfloat16 if torch.cuda.get_device_capability(device) >= (8, 0) else torch.float16
-        return [half, torch.float32]
+        return [PRECISIONS[half_precision(device)], torch.float32]
     return [torch.float32]
 
 
@@ -203,29 +207,17 @@ def ceilings(device: torch.device) -> list[Row]:
     """What a copy and a matrix product reach there."""
     source, target = torch.empty(2, COPIED[device.type], device=device)
     source.normal_()
-    rows = [{"what": "copy", "GB/s": 2 * source.nbytes / _seconds(lambda: target.copy_(source), device) / 1e9}]
+    rows = [{"what": "copy", "GB/s": 2 * source.nbytes / choice.seconds(lambda: target.copy_(source), device) / 1e9}]
     side = SIDE[device.type]
     for dtype in (torch.bfloat16, torch.float32):
         a, b = torch.randn(2, side, side, device=device).to(dtype)
-        taken = _seconds(partial(torch.matmul, a, b), device)
+        taken = choice.seconds(partial(torch.matmul, a, b), device)
         rows.append({"what": f"{side}x{side} product, {_name(dtype)}", "TFLOP/s": 2 * side**3 / taken / 1e12})
     return rows
 
 
 def _name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
-
-
-def _seconds(run: Callable[[], object], device: torch.device, rounds: int = 5) -> float:
-    """Median seconds of a call, after one that is not counted."""
-    times = []
-    for _ in range(1 + rounds):
-        started = time.perf_counter()
-        run()
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        times.append(time.perf_counter() - started)
-    return median(times[1:])
 
 
 def save(preset: str, folder: Path) -> DinatImageProcessor:

@@ -7,6 +7,8 @@ from typing import Annotated, Literal
 from pydantic import BeforeValidator, Field, SecretStr, ValidationError
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
+from app.engine.artefacts import default_cache
+
 
 def _split(value: object) -> object:
     return tuple(part.strip() for part in value.split(",") if part.strip()) if isinstance(value, str) else value
@@ -40,7 +42,7 @@ class Settings(BaseSettings):
         None, ge=1, le=1024, description="pictures per batch; 64 on a GPU, on a CPU 8 or two a core if not set"
     )
     cache_dir: Path = Field(
-        default_factory=lambda: Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "dinat-serve",
+        default_factory=default_cache,
         description="where graphs and compiled graphs are kept; ~/.cache/dinat-serve if not set",
     )
     max_wait_ms: float = Field(0, ge=0, description="longest an idle engine waits for a batch to fill; 0 for not at all")

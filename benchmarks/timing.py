@@ -10,6 +10,8 @@ from typing import Any
 
 import torch
 
+from app.doctor import processor
+
 MATRIX = 2048
 
 
@@ -39,10 +41,8 @@ def ceiling(seconds: float) -> float:
 
 def machine() -> dict[str, Any]:
     """What a result was measured on."""
-    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
-    models = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
     return {
-        "processor": models[0] if models else platform.processor(),
+        "processor": processor(),
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
         "python": platform.python_version(),

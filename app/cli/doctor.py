@@ -12,6 +12,7 @@ from typing import Any
 
 from app.allocator import keep_freed_memory
 from app.doctor import Report, Row, examine
+from app.engine.artefacts import default_cache
 from model.config import PRESETS
 
 
@@ -30,8 +31,7 @@ def run(parsed: argparse.Namespace) -> int:
         from app.logs import configure_logs
 
         configure_logs("console")
-    base = os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")
-    cache = Path(os.environ.get("DINAT_CACHE_DIR", Path(base) / "dinat-serve"))
+    cache = Path(os.environ.get("DINAT_CACHE_DIR") or default_cache())
     report = examine(parsed.preset, parsed.device, cache, lambda what: print(f"measuring {what} ...", file=sys.stderr))
     if parsed.json:
         print(json.dumps(asdict(report), indent=2))
@@ -80,10 +80,6 @@ def _text(value: Any) -> str:
         return "*" if value else ""
     if value is None:
         return ""
-    return (
-        f"{value:.3g}"
-        if isinstance(value, float) and value < 1000
-        else f"{value:.0f}"
-        if isinstance(value, float)
-        else str(value)
-    )
+    if isinstance(value, float):
+        return f"{value:.3g}" if value < 1000 else f"{value:.0f}"
+    return str(value)

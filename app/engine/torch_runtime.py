@@ -265,7 +265,12 @@ class TorchRuntime:
             return asked
         if self._device.type != "cuda":
             return "fp32"
-        return "bf16" if torch.cuda.get_device_capability(self._device) >= (8, 0) else "fp16"
+        return half_precision(self._device)
+
+
+def half_precision(device: torch.device) -> str:
+    """The half precision that a card is fast at."""
+    return "bf16" if torch.cuda.get_device_capability(device) >= (8, 0) else "fp16"
 
 
 def _let_float32_be_float32() -> None:

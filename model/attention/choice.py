@@ -181,9 +181,9 @@ def _decide(
         return remembered
     for group in (names, *([fallback] for fallback in FALLBACKS)):
         right = [name for name in group if name not in left_out and is_right(name)]
-        seconds, failed = _timed(right, attend, inputs)
-        if seconds:
-            return Choice(min(seconds, key=lambda name: seconds[name]), seconds, errors, left_out | failed)
+        taken, failed = _timed(right, attend, inputs)
+        if taken:
+            return Choice(min(taken, key=lambda name: taken[name]), taken, errors, left_out | failed)
         left_out |= failed
     return Choice(FALLBACKS[-1], {}, errors, left_out)
 
@@ -194,16 +194,16 @@ def _timed(
     """Seconds of each, and what kept the others from it. Where none can be captured, as calls of their own."""
     q, k, v, rpb = inputs
     failed: dict[str, str] = {}
-    clocks: list[Callable[[Callable[[], object], torch.device], float]] = [_seconds]
+    clocks: list[Callable[[Callable[[], object], torch.device], float]] = [seconds]
     for clock in [seconds_on_card, *clocks] if q.device.type == "cuda" else clocks:
-        seconds: dict[str, float] = {}
+        taken: dict[str, float] = {}
         for name in names:
             try:
-                seconds[name] = clock(lambda: attend(name, q, k, v, rpb), q.device)  # noqa: B023
+                taken[name] = clock(lambda: attend(name, q, k, v, rpb), q.device)  # noqa: B023
             except Exception as error:
                 failed[name] = reason(error)
-        if seconds:
-            return seconds, {name: why for name, why in failed.items() if name not in seconds}
+        if taken:
+            return taken, {name: why for name, why in failed.items() if name not in taken}
     return {}, failed
 
 
@@ -246,7 +246,7 @@ def reason(error: Exception) -> str:
     return " ".join(f"{type(error).__name__}: {error}".split())[:200]
 
 
-def _seconds(run: Callable[[], object], device: torch.device) -> float:
+def seconds(run: Callable[[], object], device: torch.device) -> float:
     """Median seconds of a call."""
 
     def now() -> float:

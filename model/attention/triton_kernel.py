@@ -19,7 +19,7 @@ import triton.language as tl
 from torch import Tensor
 
 from model.attention.bias_cache import made_from
-from model.attention.tiled import Plan, Tiles, complete, plan
+from model.attention.tiled import Plan, complete, plan
 from model.errors import AttentionError
 from model.kept import kept
 
@@ -157,13 +157,13 @@ def tables(height: int, width: int, kernel_size: int, dilation: int, cut: Cut, d
     queries = max(16, triton.next_power_of_2(max(same.queries_per_tile for same in planned.tiles)))
     keys = triton.cdiv(max(same.keys_per_tile for same in planned.tiles), cut.keys) * cut.keys
 
-    def filled(places: Tensor, tiles: Tiles, per_tile: int, size: int, value: int) -> Tensor:
+    def filled(places: Tensor, per_tile: int, size: int, value: int) -> Tensor:
         return F.pad(places.view(-1, per_tile), (0, size - per_tile), value=value)
 
     return Tables(
         planned,
-        torch.cat([filled(same.queries, same, same.queries_per_tile, queries, -1) for same in planned.tiles]).int(),
-        torch.cat([filled(same.keys, same, same.keys_per_tile, keys, 0) for same in planned.tiles]).int(),
+        torch.cat([filled(same.queries, same.queries_per_tile, queries, -1) for same in planned.tiles]).int(),
+        torch.cat([filled(same.keys, same.keys_per_tile, keys, 0) for same in planned.tiles]).int(),
         torch.cat([same.rows.new_full([same.count], kind) for kind, same in enumerate(planned.tiles)]).int(),
     )
 
