@@ -4,10 +4,10 @@ from collections.abc import Mapping
 from http import HTTPStatus
 from typing import Any
 
+import orjson
 import structlog
 from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 
@@ -77,37 +77,42 @@ class Unavailable(ServiceError):
     status = HTTPStatus.SERVICE_UNAVAILABLE
 
 
-def problem(request: Request, status: int, detail: str, headers: Mapping[str, str] | None = None) -> JSONResponse:
-    """The answer to a request that failed. The type is about:blank: the status says it all."""
-    headers = {"X-Request-ID": request.state.request_id} | dict(headers or {})
-    return JSONResponse(problem_fields(request, status, detail), status, headers, media_type=PROBLEM)
-
-
-def problem_fields(request: Request, status: int, detail: str) -> dict[str, str | int]:
-    """What RFC 9457 has a problem say."""
+def problem_fields(request_id: str, status: int, detail: str) -> dict[str, str | int]:
+    """What RFC 9457 has a problem say. The type is about:blank: the status says it all."""
     title = HTTPStatus(status).phrase
-    request_id: str = request.state.request_id
     return {"type": "about:blank", "title": title, "status": int(status), "detail": detail, "request_id": request_id}
+
+
+def problem_body(error: ServiceError, request_id: str) -> tuple[bytes, list[tuple[bytes, bytes]]]:
+    """The body of an answer to a request that failed, and its headers as ASGI has them."""
+    body = orjson.dumps(problem_fields(request_id, error.status, error.detail))
+    headers = {"content-type": PROBLEM, "content-length": str(len(body)), **(error.headers or {})}
+    return body, [(name.lower().encode(), value.encode()) for name, value in headers.items()]
 
 
 def add_error_handlers(app: FastAPI) -> None:
     """Answer every exception that leaves a route with a problem."""
 
-    async def on_service_error(request: Request, error: Any) -> JSONResponse:
+    def problem(request: Request, status: int, detail: str, headers: Mapping[str, str] | None = None) -> Response:
+        fields = problem_fields(request.state.request_id, status, detail)
+        return Response(orjson.dumps(fields), status, headers, media_type=PROBLEM)
+
+    async def on_service_error(request: Request, error: Any) -> Response:
         return problem(request, error.status, error.detail, error.headers)
 
-    async def on_invalid_request(request: Request, error: Any) -> JSONResponse:
+    async def on_invalid_request(request: Request, error: Any) -> Response:
         faults = [f"{'.'.join(map(str, fault['loc'][1:])) or fault['loc'][0]}: {fault['msg']}" for fault in error.errors()]
         return problem(request, HTTPStatus.UNPROCESSABLE_ENTITY, "; ".join(faults))
 
-    async def on_http_exception(request: Request, error: Any) -> JSONResponse:
+    async def on_http_exception(request: Request, error: Any) -> Response:
         detail = f"{request.method} {request.url.path}: {error.detail}"
         return problem(request, error.status_code, detail, error.headers)
 
-    async def on_anything_else(request: Request, error: Exception) -> JSONResponse:
+    async def on_anything_else(request: Request, error: Exception) -> Response:
         log.error("a request failed", path=request.url.path, exc_info=error)
         detail = "something went wrong on this side; the log has it under this request_id"
-        return problem(request, HTTPStatus.INTERNAL_SERVER_ERROR, detail)
+        headers = {"X-Request-ID": request.state.request_id}  # Starlette answers this one outside of all middleware
+        return problem(request, HTTPStatus.INTERNAL_SERVER_ERROR, detail, headers)
 
     async def on_client_gone(request: Request, error: Any) -> Response:
         return Response(status_code=CLIENT_GONE)

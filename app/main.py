@@ -13,7 +13,7 @@ from PIL import Image
 from app.api import classify, health
 from app.engine.engine import Engine
 from app.errors import add_error_handlers
-from app.middleware import ApiKeys, RequestContext
+from app.middleware import RequestContext
 from app.settings import Settings
 from app.tracing import trace_requests
 
@@ -43,8 +43,7 @@ def create_app(settings: Settings | None = None, engine: Engine | None = None) -
         lifespan=lifespan,
     )
     app.state.engine = engine
-    if settings.api_keys:
-        app.add_middleware(ApiKeys, settings=settings)
+    app.add_middleware(RequestContext, engine=engine, doors=classify.DOORS)
     if settings.cors_origins:
         app.add_middleware(
             CORSMiddleware,
@@ -53,7 +52,6 @@ def create_app(settings: Settings | None = None, engine: Engine | None = None) -
             allow_headers=["*"],
             expose_headers=["X-Request-ID", "Retry-After"],
         )
-    app.add_middleware(RequestContext, settings=settings, metrics=engine.metrics)
     if settings.otlp_endpoint:
         trace_requests(app, settings.otlp_endpoint)
     add_error_handlers(app)

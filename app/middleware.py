@@ -1,54 +1,67 @@
-"""What every request goes through: an id, limits to its body, a key where one is wanted, and a line in the log."""
+"""What every request goes through: an id, a key where one is wanted, room, limits to its body, and a line in the log."""
 
 import asyncio
 import hmac
 import re
 import time
-import uuid
+from collections.abc import Collection
+from random import getrandbits
 
 import structlog
-from starlette.datastructures import Headers, MutableHeaders
-from starlette.requests import Request
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from app.errors import ServiceError, TooLarge, Unauthorized, UploadTooSlow, problem
-from app.metrics import Metrics
+from app.engine.core import State
+from app.engine.engine import Engine
+from app.errors import ServiceError, TooLarge, Unauthorized, Unavailable, UploadTooSlow, problem_body
 from app.settings import Settings
 
 log = structlog.get_logger("dinat")
 
-SECURITY_HEADERS = {
-    "X-Content-Type-Options": "nosniff",
-    "X-Frame-Options": "DENY",
-    "Referrer-Policy": "no-referrer",
-}
+SECURITY_HEADERS = [
+    (b"x-content-type-options", b"nosniff"),
+    (b"x-frame-options", b"DENY"),
+    (b"referrer-policy", b"no-referrer"),
+]
 
-_REQUEST_ID = re.compile(r"[\x21-\x7e]{1,128}")
+REFUSALS_PER_SECOND = 1000
+"""How many requests a process refuses a second for want of room; more wait for their turn. Each costs it about 0.1 ms.
+
+Clients that come back at once would otherwise take all of its time, and what was accepted would have none.
+"""
+
+_REQUEST_ID = re.compile(rb"[\x21-\x7e]{1,128}")
 
 
 class RequestContext:
-    """The outermost layer.
+    """One layer around the application.
 
     Puts request_id into the request's state, the log and the X-Request-ID header of the answer: the client's own, or a new one.
-    Refuses a body over MAX_UPLOAD_BYTES, by its Content-Length or else as soon as that many bytes have come, and one that takes
-    longer than UPLOAD_SECONDS. Counts and logs every request.
+    Wants one of API_KEYS, but at the keyless doors. Refuses, before anything is read or routed, what there is no room for, and
+    what has waited in this process until its deadline. Refuses a body over MAX_UPLOAD_BYTES, by its Content-Length or else as
+    soon as that many bytes have come, and one that takes longer than UPLOAD_SECONDS. Counts and logs every request.
+
+    doors: paths whose POST is work for the engine.
     """
 
-    def __init__(self, app: ASGIApp, settings: Settings, metrics: Metrics) -> None:
+    def __init__(self, app: ASGIApp, engine: Engine, doors: Collection[str]) -> None:
         self._app = app
-        self._settings = settings
-        self._metrics = metrics
+        self._engine = engine
+        self._settings = engine.settings
+        self._doors = frozenset(doors)
+        self._keys = _Keys(engine.settings)
+        self._refusals = _Pace(REFUSALS_PER_SECOND)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Handle a request, as ASGI calls it."""
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        started = time.monotonic()
-        headers = Headers(scope=scope)
-        given = headers.get("x-request-id", "")
-        request_id = given if _REQUEST_ID.fullmatch(given) else uuid.uuid4().hex
-        scope.setdefault("state", {})["request_id"] = request_id
+        state = scope.setdefault("state", {})
+        arrived = state.setdefault("arrived", time.monotonic())
+        headers = dict(scope["headers"])
+        given = headers.get(b"x-request-id", b"")
+        request_id = given.decode() if _REQUEST_ID.fullmatch(given) else new_request_id()
+        state["request_id"] = request_id
         structlog.contextvars.bind_contextvars(request_id=request_id)
         status = 500
 
@@ -56,27 +69,46 @@ class RequestContext:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
-                answer = MutableHeaders(scope=message)
-                answer["X-Request-ID"] = request_id
-                for name, value in SECURITY_HEADERS.items():
-                    answer.setdefault(name, value)
+                answer = [*message.get("headers", ()), (b"x-request-id", request_id.encode()), *SECURITY_HEADERS]
+                if self._engine.state is State.DRAINING:
+                    answer.append((b"connection", b"close"))
+                message["headers"] = answer
             await send(message)
 
         try:
-            await self._app(scope, self._limited(receive, headers), send_with_headers)
+            refusal = self._keys.refusal(scope["path"], headers) or await self._refusal(scope, arrived)
+            if refusal is None:
+                await self._app(scope, self._limited(receive, scope, headers.get(b"content-length", b"")), send_with_headers)
+            else:
+                await _answer(refusal, request_id, send_with_headers)
         finally:
-            seconds = time.monotonic() - started
-            route = getattr(scope.get("route"), "path", "none")
-            self._metrics.request(route, status, seconds)
-            log.info("request", method=scope["method"], path=scope["path"], status=status, milliseconds=round(seconds * 1e3, 1))
+            seconds = time.monotonic() - arrived
+            matched, path = scope.get("route"), scope["path"]
+            route = matched.path if matched is not None else path if path in self._doors else "none"
+            self._engine.metrics.request(route, status, seconds)
+            log.info("request", method=scope["method"], path=path, status=status, milliseconds=round(seconds * 1e3, 1))
             structlog.contextvars.unbind_contextvars("request_id")
 
-    def _limited(self, receive: Receive, headers: Headers) -> Receive:
+    async def _refusal(self, scope: Scope, arrived: float) -> ServiceError | None:
+        """Why work cannot be taken now, if it cannot. Waits where too many were refused just before."""
+        if scope["path"] not in self._doors or scope["method"] != "POST":
+            return None
+        try:
+            self._engine.check_room()
+            return self._engine.late(arrived)
+        except Unavailable:
+            await self._refusals.turn()
+        try:  # there may be room by now
+            self._engine.check_room()
+            return self._engine.late(arrived)
+        except Unavailable as refusal:
+            return refusal
+
+    def _limited(self, receive: Receive, scope: Scope, announced: bytes) -> Receive:
         """`receive`, within the limits of size and time."""
         limit, seconds = self._settings.max_upload_bytes, self._settings.upload_seconds
-        announced = headers.get("content-length", "")
-        received = int(announced) if announced.isdecimal() and int(announced) > limit else 0
-        until = time.monotonic() + seconds
+        received = int(announced) if announced.isdigit() and int(announced) > limit else 0
+        until = scope["state"]["arrived"] + seconds
         complete = False
 
         async def limited() -> Message:
@@ -84,11 +116,15 @@ class RequestContext:
             if complete:
                 return await receive()
             if received <= limit:
-                try:
-                    async with asyncio.timeout(until - time.monotonic()):
-                        message = await receive()
-                except TimeoutError:
-                    raise UploadTooSlow(f"the upload took longer than {seconds:g} s", headers={"Connection": "close"}) from None
+                if scope["state"].get("body_is_here"):
+                    message = await receive()
+                else:
+                    try:
+                        async with asyncio.timeout(until - time.monotonic()):
+                            message = await receive()
+                    except TimeoutError:
+                        why = f"the upload took longer than {seconds:g} s"
+                        raise UploadTooSlow(why, headers={"Connection": "close"}) from None
                 received += len(message.get("body", b""))
                 complete = not message.get("more_body", False)
             if received > limit:
@@ -98,33 +134,48 @@ class RequestContext:
         return limited
 
 
-class ApiKeys:
+def new_request_id() -> str:
+    """32 hexadecimal digits. Of random numbers that are no secret: these need none."""
+    return f"{getrandbits(128):032x}"
+
+
+class _Keys:
     """Wants one of API_KEYS, as `Authorization: Bearer KEY` or `X-API-Key: KEY`, but at the keyless doors."""
 
-    def __init__(self, app: ASGIApp, settings: Settings) -> None:
-        self._app = app
+    def __init__(self, settings: Settings) -> None:
         self._keys = [key.get_secret_value().encode() for key in settings.api_keys]
         self._keyless = tuple(f"/{name}" for name in settings.keyless)
 
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Handle a request, as ASGI calls it."""
-        if scope["type"] == "http" and not self._is_let_in(scope):
-            await self._refuse(scope, receive, send)
-        else:
-            await self._app(scope, receive, send)
-
-    def _is_let_in(self, scope: Scope) -> bool:
-        path = scope["path"]
-        if any(path == prefix or path.startswith(f"{prefix}/") for prefix in self._keyless):
-            return True
-        headers = Headers(scope=scope)
-        scheme, _, token = headers.get("authorization", "").partition(" ")
-        given = (token.strip() if scheme.lower() == "bearer" else headers.get("x-api-key", "")).encode()
-        matches = [hmac.compare_digest(given, key) for key in self._keys]
-        return any(matches)
-
-    async def _refuse(self, scope: Scope, receive: Receive, send: Send) -> None:
-        error: ServiceError = Unauthorized(
+    def refusal(self, path: str, headers: dict[bytes, bytes]) -> ServiceError | None:
+        """Why a request may not pass, if it may not."""
+        if not self._keys or any(path == prefix or path.startswith(f"{prefix}/") for prefix in self._keyless):
+            return None
+        scheme, _, token = headers.get(b"authorization", b"").partition(b" ")
+        given = token.strip() if scheme.lower() == b"bearer" else headers.get(b"x-api-key", b"")
+        if any([hmac.compare_digest(given, key) for key in self._keys]):  # a list: every key is compared, whichever matches
+            return None
+        return Unauthorized(
             "an API key is wanted: send it as Authorization: Bearer KEY or X-API-Key: KEY", {"WWW-Authenticate": "Bearer"}
         )
-        await problem(Request(scope), error.status, error.detail, error.headers)(scope, receive, send)
+
+
+class _Pace:
+    """Lets so many through a second, in order; a tenth of that at once."""
+
+    def __init__(self, per_second: float) -> None:
+        self._interval = 1 / per_second
+        self._next = 0.0
+
+    async def turn(self) -> None:
+        """Wait for one's turn."""
+        now = time.monotonic()
+        self._next = max(self._next + self._interval, now - 0.1)
+        if self._next > now:
+            await asyncio.sleep(self._next - now)
+
+
+async def _answer(error: ServiceError, request_id: str, send: Send) -> None:
+    """An error as a problem, with nothing between it and the socket."""
+    body, headers = problem_body(error, request_id)
+    await send({"type": "http.response.start", "status": int(error.status), "headers": headers})
+    await send({"type": "http.response.body", "body": body})

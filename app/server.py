@@ -1,21 +1,44 @@
-"""uvicorn, stopping without losing a request."""
+"""uvicorn: limits to its connections, requests timed from their first byte, and stopping without losing one."""
 
 import asyncio
+import time
 from types import FrameType
 
 import uvicorn
+from fastapi import FastAPI
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from app.engine.engine import Engine
+from app.errors import Unavailable, problem_body
+from app.middleware import new_request_id
+
+LINGER_SECONDS = 2
+"""How long a connection that is one too many may take to send its request and read that it is refused."""
 
 
 class Server(uvicorn.Server):
-    """On a signal, drains the engine while still answering (503 to new work), then closes; on a second one, closes at once."""
+    """On a signal, takes work for LAME_DUCK_SECONDS more, drains the engine while still answering, then closes.
 
-    def __init__(self, config: uvicorn.Config, engine: Engine) -> None:
+    Work that comes while it drains gets 503. On a second signal it closes at once.
+    """
+
+    def __init__(self, app: FastAPI, engine: Engine) -> None:
+        settings = engine.settings
+        config = uvicorn.Config(
+            app,
+            host=settings.host,
+            port=settings.port,
+            http=_protocol(engine),
+            ws="none",
+            backlog=settings.max_connections,
+            server_header=False,
+            log_config=None,
+            access_log=False,
+            timeout_graceful_shutdown=5,
+        )
         super().__init__(config)
         self._engine = engine
         self._draining: asyncio.Task[None] | None = None
-        engine.on_started = self._stop_if_failed
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """See uvicorn, whose own handler raises the signal again when all is over; here the exit status is the command's."""
@@ -27,9 +50,64 @@ class Server(uvicorn.Server):
             self.should_exit = self.force_exit = True
 
     async def _drain_then_exit(self) -> None:
-        await self._engine.drain()
+        await self._engine.drain(self._engine.settings.lame_duck_seconds)
         self.should_exit = True
 
-    def _stop_if_failed(self) -> None:
-        if self._engine.failure is not None:
-            self.should_exit = True
+
+def _protocol(engine: Engine) -> type[asyncio.Protocol]:
+    """Uvicorn's protocol for the doors of this engine."""
+    most = engine.settings.max_connections
+
+    class Door(HttpToolsProtocol):
+        """One connection."""
+
+        def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+            """Turn away a connection that is one too many."""
+            if len(self.connections) >= most:
+                transport.set_protocol(_TurnedAway(transport, engine))
+            else:
+                super().connection_made(transport)
+
+        def on_message_begin(self) -> None:
+            """Note when a request begins: its deadline counts from here."""
+            super().on_message_begin()
+            self.scope["state"]["arrived"] = time.monotonic()
+
+        def on_message_complete(self) -> None:
+            """Note that the body is here: nothing need be waited for, nor timed."""
+            super().on_message_complete()
+            self.scope["state"]["body_is_here"] = True
+
+    return Door
+
+
+class _TurnedAway(asyncio.Protocol):
+    """A connection that is one too many: 503 to its first request, read by nobody, and an end that the client can see.
+
+    To close at once would reset the connection under a client that is still sending, and the 503 would be lost.
+    """
+
+    def __init__(self, transport: asyncio.Transport, engine: Engine) -> None:
+        self._transport = transport
+        self._engine = engine
+        self._answered = False
+        self._end = asyncio.get_running_loop().call_later(LINGER_SECONDS, transport.abort)
+
+    def data_received(self, data: bytes) -> None:
+        """The first bytes of its request, or more of it, which nobody wants."""
+        if self._answered:
+            return
+        self._answered = True
+        self._engine.metrics.request("none", Unavailable.status, 0)
+        most = self._engine.settings.max_connections
+        error = Unavailable(
+            f"{most} connections are open, more are not taken: come back later", {"Retry-After": "1", "Connection": "close"}
+        )
+        body, headers = problem_body(error, new_request_id())
+        lines = [b"HTTP/1.1 503 Service Unavailable", *(b"%b: %b" % header for header in headers), b"", body]
+        self._transport.write(b"\r\n".join(lines))
+        self._transport.write_eof()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """The client has gone."""
+        self._end.cancel()

@@ -50,7 +50,11 @@ class Settings(BaseSettings):
     deadline_ms: int = Field(
         30_000, ge=1, description="longest a request may take; X-Deadline-Ms asks for less; beyond it, 504"
     )
+    lame_duck_seconds: float = Field(
+        1, ge=0, description="how long new work is still taken after SIGTERM, while /health/ready says 503 already"
+    )
     drain_seconds: float = Field(30, ge=0, description="longest that work already taken may go on after SIGTERM")
+    max_connections: int = Field(1024, ge=1, description="connections at once; further ones get 503 and are closed")
     upload_seconds: float = Field(30, gt=0, description="longest the upload of a request may take; beyond it, 408")
     max_upload_bytes: int = Field(20 * 2**20, ge=1, description="largest request body, in bytes")
     max_pixels: int = Field(50_000_000, ge=1, description="largest picture, width times height")

@@ -1,8 +1,8 @@
 """The bytes of the picture in a request, whichever of the three forms it came in."""
 
-import json
 from typing import Any
 
+import orjson
 from fastapi import Request
 from starlette.datastructures import UploadFile
 from starlette.exceptions import HTTPException
@@ -121,7 +121,7 @@ async def _files(request: Request) -> list[bytes]:
 
 async def _json(request: Request) -> dict[str, Any]:
     try:
-        body = json.loads(await request.body())
+        body = orjson.loads(await request.body())
     except ValueError as error:
         raise NoImage(f"the body is not JSON: {error}") from None
     return body if isinstance(body, dict) else {}

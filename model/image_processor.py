@@ -7,6 +7,7 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -107,7 +108,7 @@ class DinatImageProcessor:
         Path(folder).mkdir(parents=True, exist_ok=True)
         (Path(folder) / PROCESSOR).write_text(json.dumps(self.to_dict(), indent=2) + "\n")
 
-    @property
+    @cached_property
     def output_size(self) -> tuple[int, int] | None:
         """(height, width) that every picture comes out at, in pixels; None where that depends on the picture."""
         if self.do_center_crop and self.crop_pct is None:

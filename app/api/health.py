@@ -7,8 +7,8 @@ from fastapi.responses import PlainTextResponse
 from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4
 
 from app.api.schemas import PROBLEMS, Health, LeftOut, ModelCard
-from app.engine.engine import Engine, State
-from app.engine.runtime import devices
+from app.engine.core import State
+from app.engine.engine import Engine
 
 router = APIRouter(tags=["health"])
 
@@ -39,18 +39,18 @@ def _health(request: Request, response: Response, healthy: bool) -> Health:
 async def model(request: Request) -> ModelCard:
     """What is being served: labels, configuration, input, precision and who computes."""
     engine: Engine = request.app.state.engine
-    runtime = engine.runtime
-    config = runtime.config
+    loaded = engine.loaded
+    config = loaded.config
     return ModelCard(
         model=engine.settings.model,
         labels=[config.id2label[i] for i in range(config.num_labels)],
         config={name: value for name, value in config.to_dict().items() if name not in ("id2label", "label2id")},
-        input_size=runtime.processor.to_dict(),
-        runtime=runtime.name,
-        device=devices(engine.runtimes),
-        precision=runtime.precision,
-        attention=runtime.attention(),
-        left_out=[LeftOut(what=left.what, why=left.why) for left in engine.left_out],
+        input_size=loaded.processor.to_dict(),
+        runtime=loaded.runtime,
+        device=loaded.device,
+        precision=loaded.precision,
+        attention=loaded.attention,
+        left_out=[LeftOut(what=left.what, why=left.why) for left in loaded.left_out],
         features=config.feature_names,
     )
 

@@ -5,12 +5,13 @@ batch that it runs already, a runtime is given only full ones.
 """
 
 import bisect
-import itertools
 import threading
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+
+import numpy as np
 
 from app.engine.runtime import Answer, Runtime, Wanted
 from model.image_processor import Pixels
@@ -23,16 +24,13 @@ RATE_BATCHES = 32
 class Job:
     """One picture on its way through the engine.
 
-    deadline, arrived, decoded, started: seconds of time.monotonic.  done: called with the answer or an error, from any thread.
-    dropped: set when nobody waits any more; a dropped job is not computed.  number: order of arrival.
+    arrived, deadline, decoded, started: seconds of time.monotonic, which all processes of a machine share.  pixels: (H, W, 3)
+    uint8, until they are copied into their batch.  dropped: set when nobody waits any more; a dropped job is not computed.
     """
 
-    data: bytes
     wanted: Wanted
+    arrived: float
     deadline: float
-    done: Callable[[Answer | Exception], object]
-    arrived: float = field(default_factory=time.monotonic)
-    number: int = field(default_factory=itertools.count().__next__)
     pixels: Pixels | None = None
     decoded: float = 0.0
     started: float = 0.0
@@ -44,12 +42,16 @@ class Job:
         return not self.dropped and time.monotonic() < self.deadline
 
 
+Answered = Callable[[Sequence[Job], Sequence[Answer | Exception]], object]
+"""Told of jobs and what became of each. Called from any thread."""
+
+
 class Batcher:
     """The engine's threads and the pictures that wait for them.
 
-    on_start: called in a thread with the jobs of each batch before they run.  on_batch: then with their number and the
-    seconds they took.  on_death: called in the thread, as it ends, with what ended it, its runtime and the jobs that it had
-    under way.
+    answered: told of every job that was put.  on_start: called in a thread with the jobs of each batch before they run, when
+    their pixels are copied.  on_batch: then with their number and the seconds they took.  on_death: called in the thread, as it
+    ends, with what ended it, its runtime and the jobs that it had under way.
     """
 
     def __init__(
@@ -57,12 +59,14 @@ class Batcher:
         runtimes: Sequence[Runtime],
         max_batch: int,
         max_wait: float,
-        on_start: Callable[[list[Job]], None],
-        on_batch: Callable[[int, float], None],
-        on_death: Callable[[BaseException, Runtime, list[Job]], None],
+        answered: Answered,
+        on_start: Callable[[list[Job]], object],
+        on_batch: Callable[[int, float], object],
+        on_death: Callable[[BaseException, Runtime, list[Job]], object],
     ) -> None:
         self.max_batch = max_batch
         self._max_wait = max_wait
+        self._answered = answered
         self._on_start, self._on_batch, self._on_death = on_start, on_batch, on_death
         self._waiting: list[Job] = []
         self._changed = threading.Condition()
@@ -84,18 +88,17 @@ class Batcher:
         """Let a job with its pixels wait, before all that arrived after it. Safe from every thread."""
         with self._changed:
             if self._closed is None:
-                bisect.insort(self._waiting, job, key=lambda waiting: waiting.number)
+                bisect.insort(self._waiting, job, key=lambda waiting: waiting.arrived)
                 self._changed.notify_all()
                 return
-        job.done(self._closed)
+        self._answered([job], [self._closed])
 
     def close(self, error: Exception) -> None:
         """Answer every job that waits, and those that will be put from now on, with an error."""
         with self._changed:
             self._closed = error
             jobs, self._waiting = self._waiting, []
-        for job in jobs:
-            job.done(error)
+        self._answered(jobs, [error] * len(jobs))
 
     def stop(self) -> None:
         """End the threads once nothing waits, and wait for them."""
@@ -155,32 +158,44 @@ class Batcher:
             self._changed.notify_all()
 
     def _run_batch(self, runtime: Runtime, batch: list[Job]) -> None:
+        try:
+            pixels = np.stack([job.pixels for job in batch if job.pixels is not None])
+        except MemoryError as error:
+            if len(batch) == 1:
+                self._answered(batch, [error])
+                return
+            self._shrink(len(batch))
+            self._run_batch(runtime, batch[: self.max_batch])
+            self._run_batch(runtime, batch[self.max_batch :])
+            return
         started = time.monotonic()
         for job in batch:
-            job.started = started
+            job.started, job.pixels = started, None
         self._on_start(batch)
-        answers = self._answers(runtime, batch)
+        answers = self._answers(runtime, pixels, [job.wanted for job in batch])
         taken = time.monotonic() - started
         self._rate.append((len(batch), taken))
         self._on_batch(len(batch), taken)
-        for job, answer in zip(batch, answers, strict=True):
-            job.done(answer)
+        self._answered(batch, answers)
 
-    def _answers(self, runtime: Runtime, batch: list[Job]) -> list[Answer | Exception]:
+    def _answers(self, runtime: Runtime, pixels: Pixels, wanted: Sequence[Wanted]) -> Sequence[Answer | Exception]:
         """Run a batch. One that fails is halved, down to the pictures that are the cause: the others are answered.
 
         One that needs too much memory is halved too, and the size that fits is kept as the largest from then on.
         """
         try:
-            pixels = [job.pixels for job in batch if job.pixels is not None]
-            return list(runtime.run(pixels, [job.wanted for job in batch]))
+            return runtime.run(pixels, wanted)
         except Exception as error:
-            if len(batch) == 1:
+            if len(wanted) == 1:
                 return [error]
-            half = (len(batch) + 1) // 2
+            half = (len(wanted) + 1) // 2
             if runtime.is_out_of_memory(error):
-                self.max_batch = min(self.max_batch, half)
-        return self._answers(runtime, batch[:half]) + self._answers(runtime, batch[half:])
+                self._shrink(len(wanted))
+        return [*self._answers(runtime, pixels[:half], wanted[:half]), *self._answers(runtime, pixels[half:], wanted[half:])]
+
+    def _shrink(self, size: int) -> None:
+        """No batch as large as that from now on, but half of it."""
+        self.max_batch = min(self.max_batch, (size + 1) // 2)
 
 
 def _shape(job: Job) -> tuple[int, ...]:

@@ -1,18 +1,17 @@
-"""The one call through which every door reaches the network, and the network's life: load, warm, run, drain, stop."""
+"""The one call through which every door reaches the network."""
 
 import asyncio
 import math
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from enum import StrEnum
-from typing import TypeVar
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 
 import structlog
 
-from app.engine.batcher import Batcher, Job
-from app.engine.runtime import Answer, DeviceLost, LeftOut, Runtime, Unfit, Wanted, devices
-from app.engine.runtimes import load_runtimes
+from app.engine.batcher import Answered, Job
+from app.engine.core import Core, EngineCore, State
+from app.engine.runtime import Answer, Loaded, Wanted
 from app.errors import DeadlinePassed, ServiceError, TooLarge, Unavailable
 from app.images import decode
 from app.metrics import Metrics
@@ -20,66 +19,69 @@ from app.settings import Settings
 
 log = structlog.get_logger("dinat")
 
-T = TypeVar("T")
-
-RESTARTS = 1
-"""How often an engine's thread that died is started again."""
+MakeCore = Callable[[Settings, Metrics, Answered], Core]
 
 
-class State(StrEnum):
-    """Where the engine is in its life."""
+@dataclass(eq=False, kw_only=True)
+class Picture(Job):
+    """A job and who waits for it. data: the bytes of a picture's file, until they are decoded."""
 
-    LOADING = "loading"
-    READY = "ready"
-    DRAINING = "draining"
-    FAILED = "failed"
+    data: bytes
+    answer: "asyncio.Future[Answer | Exception]"
 
 
 class Engine:
-    """Decodes pictures in threads, batches them, and answers. Every method is for the event loop's thread."""
+    """Decodes pictures in threads, has them computed, and answers. Every method is for the event loop's thread.
 
-    def __init__(self, settings: Settings) -> None:
+    make_core: whoever computes; this process, if nothing is said.
+    """
+
+    def __init__(self, settings: Settings, make_core: MakeCore = EngineCore, metrics: Metrics | None = None) -> None:
         self.settings = settings
-        self.state = State.LOADING
-        self.failure: BaseException | None = None
-        self.left_out: Sequence[LeftOut] = ()
+        self.metrics = metrics or Metrics()
+        self.core = make_core(settings, self.metrics, self._answered)
+        self.metrics.show(settings.model, lambda: self.core.waiting, lambda: self.core.loaded)
         self.on_started: Callable[[], object] = lambda: None
-        self.metrics = Metrics()
-        self.metrics.watch_queue(lambda: self.waiting)
-        self._waiting: set[Job] = set()
-        self._restarts = 0
+        self._draining = False
+        self._closes = math.inf
         self._drain_until = math.inf
         self._under_way = 0
         self._idle = asyncio.Event()
         self._idle.set()
         self._decoders = ThreadPoolExecutor(settings.decode_threads, thread_name_prefix="decode")
-        self._runtimes: Sequence[Runtime] = ()
-        self._batcher: Batcher | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
-        self._restarting: asyncio.Task[None] | None = None
-        self._draft: tuple[int, int] | None = None
 
     @property
-    def runtimes(self) -> Sequence[Runtime]:
-        """The loaded network, once a device. Raises Unavailable, saying why, before the engine is ready and afterwards."""
-        if self.state is not State.READY:
+    def state(self) -> State:
+        """Where the service is in its life. It may take work while it is draining: see drain."""
+        draining = self._draining and self.core.state is not State.FAILED
+        return State.DRAINING if draining else self.core.state
+
+    @property
+    def failure(self) -> BaseException | None:
+        """Why it has failed, if it has."""
+        return self.core.failure
+
+    @property
+    def loaded(self) -> Loaded:
+        """What serves. Raises Unavailable, saying why, when nothing can be taken."""
+        if self.core.loaded is None or not self._takes_work:
             raise Unavailable(self.why_not_ready(), headers={"Retry-After": "1"})
-        return self._runtimes
-
-    @property
-    def runtime(self) -> Runtime:
-        """The first of them: all have the same checkpoint."""
-        return self.runtimes[0]
+        return self.core.loaded
 
     @property
     def waiting(self) -> int:
         """Pictures taken and not yet running; those being decoded count."""
-        return len(self._waiting)
+        return self.core.waiting
+
+    @property
+    def _takes_work(self) -> bool:
+        return self.core.state is State.READY and time.monotonic() < self._closes
 
     def why_not_ready(self) -> str:
         """One sentence."""
-        if self.state is State.FAILED:
-            return str(self.failure)
+        if self.core.failure is not None:
+            return str(self.core.failure)
         return {
             State.LOADING: f"the model {self.settings.model} is loading: try again soon",
             State.DRAINING: "the service is stopping: ask another instance",
@@ -87,79 +89,24 @@ class Engine:
         }[self.state]
 
     async def start(self) -> None:
-        """Load the checkpoint and warm it up. A failure is kept in `failure`, not raised.
+        """Load the network and warm it up. A failure is kept in `failure`, not raised.
 
         Calls on_started when it is over, either way.
         """
         self._loop = asyncio.get_running_loop()
-        started = time.monotonic()
-        try:
-            self._runtimes, max_batch = await self._warmed(await _in_own_thread(self.load))
-            first = self._runtimes[0]
-            size = first.processor.output_size
-            if self.settings.decode == "draft" and size is not None:
-                self._draft = 2 * size[1], 2 * size[0]  # never below twice what is wanted: the resize still smooths
-            self._batcher = Batcher(
-                self._runtimes,
-                max_batch,
-                self.settings.max_wait_ms / 1000,
-                on_start=self._batch_started,
-                on_batch=self.metrics.batch,
-                on_death=self._thread_died,
-            )
-            self._batcher.start()
-        except (Exception, DeviceLost) as error:
-            self.state, self.failure = State.FAILED, error
-            log.error("the model could not be loaded", model=self.settings.model, reason=str(error))
-        else:
-            if self.state is State.LOADING:
-                self.state = State.READY
-            self.metrics.loaded(self.settings.model, self._runtimes, self.left_out)
-            if self.left_out:
-                log.warning("left out", **{left.what: left.why for left in self.left_out})
-            log.info(
-                "ready",
-                model=self.settings.model,
-                device=devices(self._runtimes),
-                runtime=first.name,
-                precision=first.precision,
-                attention=first.attention(),
-                seconds=round(time.monotonic() - started, 2),
-            )
+        await self.core.start()
         self.on_started()
 
-    def load(self) -> Sequence[Runtime]:
-        """Read the checkpoint. Raises CheckpointError, ConfigError, ExportError. Runs in a thread."""
-        return load_runtimes(self.settings)
+    async def drain(self, lame_duck_seconds: float = 0) -> None:
+        """Take work for so many seconds more, then none, and wait until all that was taken is answered, DRAIN_SECONDS at most.
 
-    def warm(self, runtime: Runtime, max_batch: int) -> int:
-        """Runtime.warm. Runs in a thread."""
-        return runtime.warm(max_batch)
-
-    async def _warmed(self, runtimes: Sequence[Runtime]) -> tuple[Sequence[Runtime], int]:
-        """The runtimes that compute rightly, and the largest batch that fits all. Where no GPU does, the processor computes."""
-        max_batch = self.settings.max_batch or runtimes[0].default_batch
-        fit: list[Runtime] = []
-        unfit: list[LeftOut] = []
-        for runtime in runtimes:
-            try:
-                max_batch = min(max_batch, await _in_own_thread(self.warm, runtime, max_batch))
-            except (Unfit, DeviceLost) as why:
-                unfit.append(LeftOut(f"device {runtime.device}", str(why)))
-            else:
-                fit.append(runtime)
-        if not fit:
-            on_cpu = {"device": "cpu", "runtime": "auto", "precision": "auto", "attention": "auto"}
-            fit = list(await _in_own_thread(load_runtimes, self.settings.model_copy(update=on_cpu)))
-            max_batch = min(max_batch, await _in_own_thread(self.warm, fit[0], self.settings.max_batch or fit[0].default_batch))
-        self.left_out = list(dict.fromkeys([*unfit, *(left for runtime in fit for left in runtime.left_out)]))
-        return fit, max_batch
-
-    async def drain(self) -> None:
-        """Take no more work, and wait, DRAIN_SECONDS at most, until all that was taken is answered."""
-        if self.state is not State.FAILED:
-            self.state = State.DRAINING
-        self._drain_until = min(self._drain_until, time.monotonic() + self.settings.drain_seconds)
+        From the first moment on `state` is DRAINING, so that a load balancer sends its requests elsewhere.
+        """
+        now = time.monotonic()
+        self._draining = True
+        self._closes = min(self._closes, now + lame_duck_seconds)
+        self._drain_until = min(self._drain_until, self._closes + self.settings.drain_seconds)
+        await asyncio.sleep(self._closes - now)
         try:
             async with asyncio.timeout(self._drain_until - time.monotonic()):
                 await self._idle.wait()
@@ -169,139 +116,113 @@ class Engine:
     async def stop(self) -> None:
         """Drain, answer what is left with an error, and end the threads."""
         await self.drain()
-        if self._batcher is not None:
-            self._batcher.close(Unavailable("the service stopped before this picture's turn came"))
-            await asyncio.to_thread(self._batcher.stop)
+        await self.core.stop()
         self._decoders.shutdown(cancel_futures=True)
 
     def check_room(self, pictures: int = 1) -> None:
         """Raise Unavailable, saying when to come back, unless that many more pictures may wait."""
-        if self.state is not State.READY:
+        if not self._takes_work:
             raise Unavailable(self.why_not_ready(), headers={"Retry-After": "1"})
         limit = self.settings.queue_limit
         if pictures > limit:
             raise TooLarge(f"the request has {pictures} pictures, at most {limit} can wait at once: send fewer")
-        if self.waiting + pictures > limit:
+        waiting = self.waiting
+        if waiting + pictures > limit:
             raise Unavailable(
-                f"{self.waiting} pictures wait already, at most {limit} may: come back later",
-                headers={"Retry-After": str(self._seconds_to_wait())},
+                f"{waiting} pictures wait already, at most {limit} may: come back later",
+                headers={"Retry-After": str(self._seconds_to_wait(waiting))},
             )
 
+    def late(self, arrived: float) -> DeadlinePassed | None:
+        """What to answer to a request that came at that time, by time.monotonic, if its deadline has passed already."""
+        return _late() if time.monotonic() > arrived + self.settings.deadline_ms / 1000 else None
+
     async def submit(
-        self, pictures: Sequence[bytes], wanted: Wanted, deadline_ms: int | None = None
+        self, pictures: Sequence[bytes], wanted: Wanted, deadline_ms: int | None = None, arrived: float | None = None
     ) -> list[Answer | ServiceError]:
         """Classify pictures given as the bytes of their files; in order, an error in the place of a picture that has one.
 
-        deadline_ms: how long the caller waits, DEADLINE_MS at most and if None.  Raises Unavailable and TooLarge when not even
-        one can be taken. Cancelling the call drops what has not run yet.
+        deadline_ms: how long the caller waits, DEADLINE_MS at most and if None.  arrived: since when, by time.monotonic; now if
+        None.  Raises Unavailable and TooLarge when not even one can be taken. Cancelling the call drops what has not run yet.
         """
         self.check_room(len(pictures))
+        arrived = time.monotonic() if arrived is None else arrived
         allowed = self.settings.deadline_ms
-        deadline = time.monotonic() + min(allowed, allowed if deadline_ms is None else deadline_ms) / 1000
+        deadline = arrived + min(allowed, allowed if deadline_ms is None else deadline_ms) / 1000
+        loop = asyncio.get_running_loop()
+        jobs = [Picture(wanted, arrived, deadline, data=data, answer=loop.create_future()) for data in pictures]
+        if not jobs:
+            return []
+        if not self.core.take(jobs):
+            raise Unavailable("others were faster to take the last places in the queue: come back later", {"Retry-After": "1"})
         self._under_way += 1
         self._idle.clear()
+        decoding = [self._decoders.submit(self._decode, job) for job in jobs]
         try:
-            return await asyncio.gather(*(self._answer(data, wanted, deadline) for data in pictures))
+            return await self._answers(jobs, decoding)
         finally:
             self._under_way -= 1
             if self._under_way == 0:
                 self._idle.set()
 
-    async def _answer(self, data: bytes, wanted: Wanted, deadline: float) -> Answer | ServiceError:
-        loop = asyncio.get_running_loop()
-        future: asyncio.Future[Answer | Exception] = loop.create_future()
-
-        def deliver(answer: Answer | Exception) -> None:
-            if not future.done():
-                future.set_result(answer)
-
-        job = Job(data, wanted, deadline, done=lambda answer: loop.call_soon_threadsafe(deliver, answer))
-        self._waiting.add(job)
-        decoding = loop.run_in_executor(self._decoders, self._decode, job)
+    async def _answers(self, jobs: list[Picture], decoding: "list[Future[None]]") -> list[Answer | ServiceError]:
+        """What became of each job, by its deadline, which is one for all."""
+        waiting = [job.answer for job in jobs]
+        over = asyncio.get_running_loop().call_later(jobs[0].deadline - time.monotonic(), _deliver, jobs, [_late()] * len(jobs))
         try:
-            async with asyncio.timeout(deadline - time.monotonic()):
-                answer = await future
-        except TimeoutError:
-            answer = DeadlinePassed(
-                "the answer did not come within the deadline: send fewer pictures at once, or allow more time"
-            )
+            answers = [_checked(await answer) for answer in waiting]
         finally:
-            decoding.cancel()
-            job.dropped = True
-            self._waiting.discard(job)
-        if isinstance(answer, Exception) and not isinstance(answer, ServiceError):
-            log.error("a picture could not be computed", exc_info=answer)
-            answer = ServiceError("something went wrong on this side; the log has it under this request_id")
-        self.metrics.picture(job, answer)
-        return answer
+            over.cancel()
+            for job, running in zip(jobs, decoding, strict=True):
+                running.cancel()
+                self.core.withdraw(job)
+        for one in answers:
+            self.metrics.picture(one)
+        return answers
 
-    def _decode(self, job: Job) -> None:
-        """In a decoding thread: bytes to pixels, then into the queue."""
-        if not job.alive:
+    def _decode(self, job: Picture) -> None:
+        """In a decoding thread: bytes to pixels, then to whoever computes."""
+        if not job.alive or self.core.loaded is None:
             return
         started = time.monotonic()
         try:
-            assert self._batcher is not None
-            job.pixels = self._runtimes[0].processor.resize(decode(job.data, self.settings.max_pixels, self._draft))
+            processor, size = self.core.loaded.processor, self.core.loaded.processor.output_size
+            enough = None
+            if self.settings.decode == "draft" and size is not None:
+                enough = 2 * size[1], 2 * size[0]  # never below twice what is wanted: the resize still smooths
+            job.pixels = processor.resize(decode(job.data, self.settings.max_pixels, enough))
             job.data = b""
         except Exception as error:
-            job.done(error)
+            self._answered([job], [error])
             return
         job.decoded = time.monotonic()
         self.metrics.part("decode", job.decoded - started)
-        self._batcher.put(job)
+        self.core.put(job)
 
-    def _batch_started(self, batch: list[Job]) -> None:
-        """In a thread of the engine's: what runs no longer waits."""
+    def _answered(self, jobs: Sequence[Job], answers: Sequence[Answer | Exception]) -> None:
+        """Give answers to who waits for them. From any thread."""
         assert self._loop is not None
-        self._loop.call_soon_threadsafe(self._waiting.difference_update, batch)
+        self._loop.call_soon_threadsafe(_deliver, jobs, answers)
 
-    def _thread_died(self, death: BaseException, runtime: Runtime, under_way: list[Job]) -> None:
-        """In a thread of the engine's, as it ends."""
-        assert self._loop is not None
-        self._loop.call_soon_threadsafe(self._bury, death, runtime, under_way)
-
-    def _bury(self, death: BaseException, runtime: Runtime, under_way: list[Job]) -> None:
-        """Answer what the dead thread had under way, and start another, once."""
-        reason = f"the engine's thread died: {type(death).__name__}: {death}"
-        log.error("the engine's thread died", reason=repr(death), restarts_left=RESTARTS - self._restarts)
-        for job in under_way:
-            job.done(Unavailable(reason))
-        draining = self.state is State.DRAINING
-        self.state, self.failure = State.FAILED, RuntimeError(reason)
-        assert self._batcher is not None
-        if self._restarts == RESTARTS:
-            self._batcher.close(Unavailable(reason))
-            return
-        self._restarts += 1
-        state = State.DRAINING if draining else State.READY
-        self._restarting = asyncio.get_running_loop().create_task(self._restart(runtime, state))
-
-    async def _restart(self, runtime: Runtime, state: State) -> None:
-        assert self._batcher is not None
-        try:
-            await _in_own_thread(self.warm, runtime, self._batcher.max_batch)
-        except (Exception, DeviceLost) as error:
-            self._batcher.close(Unavailable(f"{self.failure}; it could not be started again: {error}"))
-            return
-        self._batcher.start()
-        self.state, self.failure = state, None
-        log.info("the engine's thread runs again")
-
-    def _seconds_to_wait(self) -> int:
+    def _seconds_to_wait(self, waiting: int) -> int:
         """When half of what waits will have run, at the rate of the last batches."""
-        rate = None if self._batcher is None else self._batcher.rate()
-        return 1 if rate is None else min(60, max(1, math.ceil(self.waiting / 2 / rate)))
+        rate = self.core.rate
+        return 1 if rate is None else min(60, max(1, math.ceil(waiting / 2 / rate)))
 
 
-async def _in_own_thread(call: Callable[..., T], *args: object) -> T:
-    """Call in a thread that ends with the call.
+def _deliver(jobs: Sequence[Job], answers: Sequence[Answer | Exception]) -> None:
+    for job, answer in zip(jobs, answers, strict=True):
+        if isinstance(job, Picture) and not job.answer.done():
+            job.answer.set_result(answer)
 
-    OpenMP keeps a team of threads for each thread that has computed. While there are more of them than cores they sleep at
-    each join rather than spin, and a batch of one takes half as long again. So only the engine's own thread may keep a team.
-    """
-    thread = ThreadPoolExecutor(1)
-    try:
-        return await asyncio.get_running_loop().run_in_executor(thread, call, *args)
-    finally:
-        thread.shutdown()
+
+def _late() -> DeadlinePassed:
+    return DeadlinePassed("the answer did not come within the deadline: send fewer pictures at once, or allow more time")
+
+
+def _checked(answer: Answer | Exception) -> Answer | ServiceError:
+    """An answer as a door may give it: what went wrong on this side is for the log alone."""
+    if isinstance(answer, Exception) and not isinstance(answer, ServiceError):
+        log.error("a picture could not be computed", exc_info=answer)
+        return ServiceError("something went wrong on this side; the log has it under this request_id")
+    return answer

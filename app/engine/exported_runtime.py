@@ -62,12 +62,12 @@ class ExportedRuntime:
         """
         raise NotImplementedError
 
-    def run(self, pixels: Sequence[Pixels], wanted: Sequence[Wanted]) -> list[Answer]:
+    def run(self, pixels: Pixels, wanted: Sequence[Wanted]) -> list[Answer]:
         """See Runtime."""
         outputs: list[list[Array]] = [[] for _ in pixels]
         for features in (False, True):
             chosen = [i for i, want in enumerate(wanted) if bool(want.features) is features]
-            inputs = [self.processor.normalize(torch.from_numpy(pixels[i][None].copy())).contiguous().numpy() for i in chosen]
+            inputs = [self.processor.normalize(torch.from_numpy(pixels[i : i + 1])).contiguous().numpy() for i in chosen]
             for i, output in zip(chosen, self.infer(inputs, features) if chosen else [], strict=True):
                 outputs[i] = output
         scores, classes = rank(torch.from_numpy(np.concatenate([output[0] for output in outputs])), self.config)

@@ -46,6 +46,19 @@ class LeftOut:
     why: str
 
 
+@dataclass(frozen=True)
+class Loaded:
+    """What serves, once it is loaded and warm.  device, attention: in words; the latter for each stage."""
+
+    config: DinatConfig
+    processor: DinatImageProcessor
+    runtime: str
+    device: str
+    precision: str
+    attention: dict[str, str]
+    left_out: Sequence[LeftOut] = ()
+
+
 class Unfit(Exception):
     """On this device no way of computing gives right numbers."""
 
@@ -71,8 +84,8 @@ class Runtime(Protocol):
     def left_out(self) -> Sequence[LeftOut]:
         """What warm has found that does not serve."""
 
-    def run(self, pixels: Sequence[Pixels], wanted: Sequence[Wanted]) -> list[Answer]:
-        """Classify a batch. pixels: (H, W, 3) uint8 each, all of one size, as processor.resize gives them."""
+    def run(self, pixels: Pixels, wanted: Sequence[Wanted]) -> list[Answer]:
+        """Classify a batch. pixels: (B, H, W, 3) uint8, each as processor.resize gives it."""
 
     def attention(self) -> dict[str, str]:
         """The attention backend of each stage."""
@@ -90,11 +103,11 @@ class Runtime(Protocol):
         """Whether an error of run says that the batch was too large; frees what can be freed."""
 
 
-def examples(processor: DinatImageProcessor, count: int) -> list[Pixels]:
-    """Pictures of noise, as processor.resize gives them."""
+def examples(processor: DinatImageProcessor, count: int) -> Pixels:
+    """(count, H, W, 3) uint8: noise, of the size that processor.resize gives."""
     random = np.random.default_rng(0)
     height, width, channels = processor.resize(random.integers(0, 256, (480, 640, 3), dtype=np.uint8)).shape
-    return list(random.integers(0, 256, (count, height, width, channels), dtype=np.uint8))
+    return random.integers(0, 256, (count, height, width, channels), dtype=np.uint8)
 
 
 def devices(runtimes: Sequence[Runtime]) -> str:

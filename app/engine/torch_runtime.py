@@ -92,10 +92,10 @@ class TorchRuntime:
             self._source, self._attention, self._device, self._dtype, revision=self._revision
         )
 
-    def run(self, pixels: Sequence[Pixels], wanted: Sequence[Wanted]) -> list[Answer]:
+    def run(self, pixels: Pixels, wanted: Sequence[Wanted]) -> list[Answer]:
         """See Runtime."""
         with self._computing():
-            batch = torch.from_numpy(np.stack(pixels))
+            batch = torch.from_numpy(pixels)
             names = frozenset().union(*(want.features for want in wanted))
             maps: dict[str, Tensor | list[Tensor]] = {}
             if self._captured is not None and not names and self._captured.takes(batch.shape):
@@ -156,7 +156,7 @@ class TorchRuntime:
     def _settle(self, max_batch: int) -> int:
         """Settle what computes on this card, for the largest batch up to max_batch that fits. Returns it."""
         size = 1 << (max_batch - 1).bit_length()
-        batch = torch.from_numpy(np.stack(examples(self.processor, size)))
+        batch = torch.from_numpy(examples(self.processor, size))
         with self._computing():
             while True:
                 try:

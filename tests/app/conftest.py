@@ -1,6 +1,6 @@
 import socket
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,10 +8,11 @@ from typing import Any
 
 import httpx
 import pytest
-import uvicorn
 
-from app.engine.engine import Engine
+from app.engine.core import EngineCore
+from app.engine.engine import Engine, MakeCore
 from app.main import create_app
+from app.server import Server
 from app.settings import Settings
 
 DIGITS = Path(__file__).parents[2] / "examples" / "digits"
@@ -26,13 +27,13 @@ class Service:
 
 
 @contextmanager
-def running(make_engine: Callable[[Settings], Engine] = Engine, wait: bool = True, **changes: Any) -> Iterator[Service]:
+def running(make_core: MakeCore = EngineCore, wait: bool = True, **changes: Any) -> Iterator[Service]:
     """Serve on a free port from a thread of its own; `wait` until the model is loaded, or has failed to. fp32 if not told."""
     settings = Settings(_env_file=None, **({"precision": "fp32"} | changes))
-    engine = make_engine(settings)
+    engine = Engine(settings, make_core)
     started = threading.Event()
     engine.on_started = started.set
-    server = uvicorn.Server(uvicorn.Config(create_app(settings, engine), log_level="warning"))
+    server = Server(create_app(settings, engine), engine)
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         listener.listen(128)

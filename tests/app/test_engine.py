@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from app.engine.engine import Engine, State
+from app.engine.core import EngineCore, State
+from app.engine.engine import Engine
 from app.engine.runtime import Answer, Runtime, Wanted
 from app.errors import DeadlinePassed, ServiceError, TooLarge, Unavailable
 from app.images import decode
@@ -20,23 +21,23 @@ SEVEN = (DIGITS / "7-1.png").read_bytes()
 ONE = Wanted(top_k=1)
 
 
-class Gated(Engine):
-    """An engine whose network runs no batch unless it is let; records the labels of every batch, and may fail on purpose."""
+class GatedCore(EngineCore):
+    """A network that runs no batch unless it is let; records the labels of every batch, and may fail on purpose."""
 
-    def __init__(self, fault: Callable[[int], BaseException | None] = lambda size: None, **changes: Any) -> None:
-        super().__init__(Settings(_env_file=None, **({"runtime": "torch"} | changes)))
+    def __init__(self, *arguments: Any) -> None:
+        super().__init__(*arguments)
         self.entered, self.allowed = threading.Semaphore(0), threading.Semaphore(0)
         self.batches: list[list[int]] = []
-        self.fault = fault
+        self.fault: Callable[[int], BaseException | None] = lambda size: None
         self.warmed = False
         self.may_warm = threading.Event()
         self.may_warm.set()
 
-    def load(self) -> list[Runtime]:
+    def load(self) -> Sequence[Runtime]:
         (runtime,) = super().load()
         compute = runtime.run
 
-        def run(pixels: Sequence[Pixels], wanted: Sequence[Wanted]) -> list[Answer]:
+        def run(pixels: Pixels, wanted: Sequence[Wanted]) -> list[Answer]:
             if not self.warmed:
                 return compute(pixels, wanted)
             self.entered.release()
@@ -58,20 +59,35 @@ class Gated(Engine):
         self.warmed = True
         return largest
 
+
+class Gated(Engine):
+    """An engine before a GatedCore."""
+
+    core: GatedCore
+
+    def __init__(
+        self,
+        fault: Callable[[int], BaseException | None] = lambda size: None,
+        make_core: type[GatedCore] = GatedCore,
+        **changes: Any,
+    ) -> None:
+        super().__init__(Settings(_env_file=None, **({"runtime": "torch"} | changes)), make_core)
+        self.core.fault = fault
+
     def ask(self, digit: int = 7, wanted: Wanted = ONE, deadline_ms: int | None = None) -> "asyncio.Task[list[Any]]":
         picture = (DIGITS / f"{digit}-1.png").read_bytes()
         return asyncio.create_task(self.submit([picture], wanted, deadline_ms))
 
     async def busy(self) -> None:
         """Until a batch stands at the gate."""
-        assert await asyncio.to_thread(self.entered.acquire, timeout=30)
+        assert await asyncio.to_thread(self.core.entered.acquire, timeout=30)
 
     def let(self, batches: int = 100) -> None:
-        self.allowed.release(batches)
+        self.core.allowed.release(batches)
 
     async def decoded(self, count: int) -> None:
         """Until that many pictures wait with their pixels."""
-        batcher = self._batcher
+        batcher = self.core._batcher
         assert batcher is not None
 
         def wait() -> bool:
@@ -111,15 +127,15 @@ def test_what_comes_while_the_engine_is_busy_forms_the_next_batch() -> None:
         assert [int(answer.class_ids[0]) for (answer,) in answers] == [0, 1, 2, 3, 4, 5]
 
     drive(engine, test)
-    assert engine.batches == [[0], [1, 2, 3], [4, 5]]
+    assert engine.core.batches == [[0], [1, 2, 3], [4, 5]]
 
 
 def test_two_devices_compute_at_once_from_one_queue() -> None:
-    class Two(Gated):
-        def load(self) -> list[Runtime]:
+    class Two(GatedCore):
+        def load(self) -> Sequence[Runtime]:
             return [*super().load(), *super().load()]
 
-    engine = Two(max_batch=1)
+    engine = Gated(make_core=Two, max_batch=1)
 
     async def test() -> None:
         asked = [engine.ask(digit) for digit in (3, 4, 5)]
@@ -131,31 +147,31 @@ def test_two_devices_compute_at_once_from_one_queue() -> None:
         assert [int(answer.class_ids[0]) for (answer,) in answers] == [3, 4, 5]
 
     drive(engine, test)
-    assert sorted(engine.batches) == [[3], [4], [5]]
+    assert sorted(engine.core.batches) == [[3], [4], [5]]
 
 
 def test_beside_a_running_batch_a_device_takes_only_a_full_one() -> None:
-    class Overlapping(Gated):
-        def load(self) -> list[Runtime]:
+    class Overlapping(GatedCore):
+        def load(self) -> Sequence[Runtime]:
             (runtime,) = super().load()
             runtime.lanes = 2
             return [runtime]
 
-    engine = Overlapping(max_batch=2)
+    engine = Gated(make_core=Overlapping, max_batch=2)
 
     async def test() -> None:
         asked = [engine.ask(0)]
         await engine.busy()
         asked.append(engine.ask(1))
         await engine.decoded(1)
-        assert not engine.entered.acquire(blocking=False)
+        assert not engine.core.entered.acquire(blocking=False)
         asked.append(engine.ask(2))
         await engine.busy()
         engine.let()
         await asyncio.gather(*asked)
 
     drive(engine, test)
-    assert sorted(engine.batches) == [[0], [1, 2]]
+    assert sorted(engine.core.batches) == [[0], [1, 2]]
 
 
 def test_an_idle_engine_waits_for_nobody_unless_told_to() -> None:
@@ -171,7 +187,7 @@ def test_an_idle_engine_waits_for_nobody_unless_told_to() -> None:
             await first
 
         drive(engine, test)
-        assert engine.batches == batches
+        assert engine.core.batches == batches
 
 
 def test_requests_with_different_needs_share_a_batch() -> None:
@@ -191,7 +207,7 @@ def test_requests_with_different_needs_share_a_batch() -> None:
         assert many.features["pooled"].shape == (128,)
 
     drive(engine, test)
-    assert [len(batch) for batch in engine.batches] == [1, 2]
+    assert [len(batch) for batch in engine.core.batches] == [1, 2]
 
 
 def test_a_cancelled_request_is_not_computed() -> None:
@@ -211,7 +227,7 @@ def test_a_cancelled_request_is_not_computed() -> None:
         await kept
 
     drive(engine, test)
-    assert engine.batches == [[0], [2]]
+    assert engine.core.batches == [[0], [2]]
 
 
 def test_a_passed_deadline_is_an_error_and_no_work_is_done_for_it() -> None:
@@ -230,7 +246,7 @@ def test_a_passed_deadline_is_an_error_and_no_work_is_done_for_it() -> None:
         assert isinstance(answer, Answer)
 
     drive(engine, test)
-    assert engine.batches == [[0], [2]]
+    assert engine.core.batches == [[0], [2]]
     assert engine.waiting == 0
 
 
@@ -288,11 +304,11 @@ def test_a_batch_that_fails_is_split_until_the_cause_is_alone() -> None:
     engine = Gated()
 
     async def test() -> None:
-        runtime = engine.runtime
+        (runtime,) = engine.core.runtimes
         poison = runtime.processor.resize(Image.open(DIGITS / "3-1.png"))
         compute = runtime.run
 
-        def run(pixels: Sequence[Pixels], wanted: Sequence[Wanted]) -> list[Answer]:
+        def run(pixels: Pixels, wanted: Sequence[Wanted]) -> list[Answer]:
             if any((one == poison).all() for one in pixels):
                 raise ValueError("this picture breaks the network")
             return compute(pixels, wanted)
@@ -311,7 +327,7 @@ def test_a_batch_that_fails_is_split_until_the_cause_is_alone() -> None:
         assert "the log has it" in answers[2].detail
 
     drive(engine, test)
-    assert sorted(label for batch in engine.batches for label in batch) == [0, 1, 2, 4, 5]
+    assert sorted(label for batch in engine.core.batches for label in batch) == [0, 1, 2, 4, 5]
 
 
 @pytest.mark.parametrize("error", [MemoryError(), RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried")])
@@ -327,15 +343,15 @@ def test_out_of_memory_halves_the_batch_and_the_size_that_fits_is_kept(error: Ex
             engine.let()
             answers = [answer for (answer,) in await asyncio.gather(first, *rest)]
             assert [int(answer.class_ids[0]) for answer in answers] == list(range(9))
-            while engine.allowed.acquire(blocking=False):
+            while engine.core.allowed.acquire(blocking=False):
                 pass
-            while engine.entered.acquire(blocking=False):
+            while engine.core.entered.acquire(blocking=False):
                 pass
 
     drive(engine, test)
-    assert engine._batcher is not None
-    assert engine._batcher.max_batch == 2
-    assert all(len(batch) <= 2 for batch in engine.batches)
+    assert engine.core._batcher is not None
+    assert engine.core._batcher.max_batch == 2
+    assert all(len(batch) <= 2 for batch in engine.core.batches)
 
 
 def test_out_of_memory_for_a_single_picture_is_an_error() -> None:
@@ -345,7 +361,7 @@ def test_out_of_memory_for_a_single_picture_is_an_error() -> None:
         engine.let()
         (answer,) = await engine.ask()
         assert isinstance(answer, ServiceError)
-        engine.fault = lambda size: None
+        engine.core.fault = lambda size: None
         (answer,) = await engine.ask()
         assert isinstance(answer, Answer)
 
@@ -360,7 +376,7 @@ def test_a_dead_thread_is_started_again_once_and_nothing_stays_without_an_answer
         await engine.busy()
         waiting = engine.ask(1)
         await engine.decoded(1)
-        engine.may_warm.clear()
+        engine.core.may_warm.clear()
         engine.let(1)
         (answer,) = await first
         assert isinstance(answer, Unavailable)
@@ -368,15 +384,15 @@ def test_a_dead_thread_is_started_again_once_and_nothing_stays_without_an_answer
         assert engine.state is State.FAILED
         assert "killed" in engine.why_not_ready()
 
-        engine.fault = lambda size: None
+        engine.core.fault = lambda size: None
         engine.let(1)
-        engine.may_warm.set()
+        engine.core.may_warm.set()
         await engine.busy()
         (answer,) = await waiting
         assert int(answer.class_ids[0]) == 1
         assert engine.state is State.READY
 
-        engine.fault = lambda size: SystemExit("killed again")
+        engine.core.fault = lambda size: SystemExit("killed again")
         running = engine.ask(2)
         await engine.busy()
         queued = engine.ask(3)
@@ -440,7 +456,7 @@ def test_draining_finishes_what_was_taken_and_refuses_the_rest() -> None:
         assert second.done()
 
     drive(engine, test)
-    assert engine.batches == [[0], [1]]
+    assert engine.core.batches == [[0], [1]]
 
 
 def test_draining_ends_when_its_time_is_over_and_what_is_left_gets_an_error() -> None:

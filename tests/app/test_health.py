@@ -4,7 +4,7 @@ from typing import Any
 import pytest
 from openapi_spec_validator import validate
 
-from app.engine.engine import Engine
+from app.engine.core import EngineCore
 from tests.app.conftest import Service, running
 
 
@@ -18,10 +18,10 @@ def test_ready(service: Service) -> None:
 def test_loading_is_live_but_not_ready(seven: bytes) -> None:
     go_on = threading.Event()
 
-    class SlowToLoad(Engine):
-        def _load(self) -> Any:
-            go_on.wait(60)
-            return super()._load()
+    class SlowToLoad(EngineCore):
+        def load(self) -> Any:
+            assert go_on.wait(60)
+            return super().load()
 
     with running(SlowToLoad, wait=False) as service:
         try:

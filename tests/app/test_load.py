@@ -10,19 +10,18 @@ from typing import Any
 
 import pytest
 
-from app.engine.engine import Engine
+from app.engine.batcher import Job
+from app.engine.core import EngineCore
 from app.engine.runtime import Answer, Runtime, Wanted
-from app.errors import ServiceError
-from app.settings import Settings
 from model.image_processor import Pixels
 from tests.app.conftest import DIGITS, Service, running
 
 
-class Held(Engine):
-    """An engine whose network waits, once warm, until it is let go; says when a request was given up."""
+class Held(EngineCore):
+    """A network that waits, once warm, until it is let go; says when a picture was given up."""
 
-    def __init__(self, settings: Settings) -> None:
-        super().__init__(settings)
+    def __init__(self, *arguments: Any) -> None:
+        super().__init__(*arguments)
         self.entered, self.let_go, self.given_up = threading.Event(), threading.Event(), threading.Event()
         self.computed = 0
 
@@ -30,7 +29,7 @@ class Held(Engine):
         (runtime,) = super().load()
         compute, warmed = runtime.run, threading.Event()
 
-        def run(pixels: Sequence[Pixels], wanted: Sequence[Wanted]) -> list[Answer]:
+        def run(pixels: Pixels, wanted: Sequence[Wanted]) -> list[Answer]:
             if warmed.is_set():
                 self.entered.set()
                 assert self.let_go.wait(60)
@@ -49,12 +48,9 @@ class Held(Engine):
         self.entered.clear()
         self.computed = 0
 
-    async def submit(self, *arguments: Any) -> list[Answer | ServiceError]:
-        try:
-            return await super().submit(*arguments)
-        except BaseException:
-            self.given_up.set()
-            raise
+    def withdraw(self, job: Job) -> None:
+        super().withdraw(job)
+        self.given_up.set()
 
 
 def send_head(service: Service, length: int) -> socket.socket:
@@ -70,34 +66,34 @@ def send_head(service: Service, length: int) -> socket.socket:
 
 def test_a_client_that_hangs_up_is_dropped_before_its_batch(seven: bytes) -> None:
     with running(Held) as service, ThreadPoolExecutor(1) as threads:
-        engine: Any = service.engine
+        core: Any = service.engine.core
         first = threads.submit(service.client.post, "/classify", content=seven)
-        assert engine.entered.wait(30)
+        assert core.entered.wait(30)
         gone = send_head(service, len(seven))
         gone.sendall(seven)
-        while engine.waiting == 0:
+        while core.waiting == 0:
             assert service.client.get("/health").status_code == 200
         gone.close()
-        assert engine.given_up.wait(30)
-        engine.let_go.set()
+        assert core.given_up.wait(30)
+        core.let_go.set()
         assert first.result().status_code == 200
-    assert engine.computed == 1
+    assert core.computed == 1
 
 
 def test_beyond_the_queue_limit_the_answer_is_503_with_retry_after(seven: bytes) -> None:
     with running(Held, queue_limit=1, max_batch=1) as service, ThreadPoolExecutor(2) as threads:
-        engine: Any = service.engine
+        core: Any = service.engine.core
         taken = [threads.submit(service.client.post, "/classify", content=seven)]
-        assert engine.entered.wait(30)
+        assert core.entered.wait(30)
         taken.append(threads.submit(service.client.post, "/classify", content=seven))
-        while engine.waiting == 0:
+        while core.waiting == 0:
             assert service.client.get("/health").status_code == 200
         refused = service.client.post("/classify", content=seven)
         assert refused.status_code == 503
         assert int(refused.headers["retry-after"]) >= 1
         assert "1 pictures wait already, at most 1 may" in refused.json()["detail"]
         assert service.client.get("/health/ready").status_code == 200
-        engine.let_go.set()
+        core.let_go.set()
         assert [answer.result().status_code for answer in taken] == [200, 200]
 
 
@@ -106,7 +102,7 @@ def test_a_deadline_in_the_request_is_kept(seven: bytes) -> None:
         late = service.client.post("/classify", content=seven, headers={"X-Deadline-Ms": "100"})
         assert late.status_code == 504
         assert "within the deadline" in late.json()["detail"]
-        service.engine.let_go.set()  # type: ignore[attr-defined]
+        service.engine.core.let_go.set()  # type: ignore[attr-defined]
         assert service.client.post("/classify", content=seven).status_code == 200
         wrong = service.client.post("/classify", content=seven, headers={"X-Deadline-Ms": "soon"})
         assert wrong.status_code == 422

@@ -60,7 +60,7 @@ def test_logits_are_pytorchs(exported: Runtime) -> None:
 
 @pytest.mark.parametrize("count", [1, 2, 3, 5, 8])
 def test_labels_and_maps_are_pytorchs_at_every_batch_size(exported: Runtime, exact: Runtime, count: int) -> None:
-    pixels = [exact.processor.resize(picture) for picture in PICTURES[:count]]
+    pixels = np.stack([exact.processor.resize(picture) for picture in PICTURES[:count]])
     wanted = [Wanted(10, EVERYTHING if i % 2 == 0 else frozenset()) for i in range(count)]
     for got, want in zip(exported.run(pixels, wanted), exact.run(pixels, wanted), strict=True):
         np.testing.assert_array_equal(got.class_ids, want.class_ids)

@@ -207,7 +207,7 @@ def test_pictures_that_keep_their_aspect_are_served_at_every_size(tmp_path: Path
     card.warm(2)
     for height, width in ((48, 48), (48, 64), (96, 48)):
         picture = np.random.default_rng(height).integers(0, 256, (height, width, 3), dtype=np.uint8)
-        got, expected = (one.run([picture] * 2, [Wanted(10)] * 2) for one in (card, cpu))
+        got, expected = (one.run(np.stack([picture] * 2), [Wanted(10)] * 2) for one in (card, cpu))
         np.testing.assert_allclose(scores(got), scores(expected), rtol=0, atol=1e-5)
 
 

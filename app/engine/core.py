@@ -1,0 +1,254 @@
+"""The network's life: load, warm, run in batches, be started again when its thread dies, stop."""
+
+import asyncio
+import time
+from collections.abc import Awaitable, Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from enum import StrEnum
+from typing import Protocol, TypeVar
+
+import structlog
+
+from app.engine.batcher import Answered, Batcher, Job
+from app.engine.runtime import DeviceLost, LeftOut, Loaded, Runtime, Unfit, devices
+from app.engine.runtimes import load_runtimes
+from app.errors import Unavailable
+from app.metrics import Metrics
+from app.settings import Settings
+
+log = structlog.get_logger("dinat")
+
+T = TypeVar("T")
+
+RESTARTS = 1
+"""How often an engine that died, thread or process, is started again."""
+
+
+class State(StrEnum):
+    """Where the engine is in its life."""
+
+    LOADING = "loading"
+    READY = "ready"
+    DRAINING = "draining"
+    FAILED = "failed"
+
+
+class Core(Protocol):
+    """Whoever runs jobs in batches: this process, or another. Its methods are for the event loop's thread, `put` for all."""
+
+    state: State
+    """Never DRAINING: that is for who fills it to know."""
+    failure: BaseException | None
+    loaded: Loaded | None
+
+    @property
+    def waiting(self) -> int:
+        """Pictures taken, of all that fill it, and not yet running."""
+
+    @property
+    def rate(self) -> float | None:
+        """Pictures per second of the last batches, None before the first."""
+
+    async def start(self) -> None:
+        """Load; over when that is done. A failure is kept in `failure`, not raised."""
+
+    def take(self, jobs: Sequence[Job]) -> bool:
+        """Count jobs as waiting, if there is room for all of them."""
+
+    def put(self, job: Job) -> None:
+        """Run a job that was taken and has its pixels."""
+
+    def withdraw(self, job: Job) -> None:
+        """Nobody waits for a job any more, answered or not."""
+
+    async def stop(self) -> None:
+        """Answer what still waits with an error, and end."""
+
+
+class EngineCore:
+    """A Core in this process.
+
+    answered: told of every job that was put.  on_start: of those of each batch, as it starts.  on_change: called when `state`
+    is another, and awaited before "ready" is said.
+    """
+
+    def __init__(
+        self,
+        settings: Settings,
+        metrics: Metrics,
+        answered: Answered,
+        on_start: Callable[[list[Job]], object] = lambda _: None,
+        on_change: Callable[[], Awaitable[object]] | None = None,
+    ) -> None:
+        self.settings = settings
+        self.metrics = metrics
+        self.state = State.LOADING
+        self.failure: BaseException | None = None
+        self.loaded: Loaded | None = None
+        self.runtimes: Sequence[Runtime] = ()
+        self._answered, self._on_start, self._on_change = answered, on_start, on_change
+        self._waiting: set[Job] = set()
+        self._restarts = 0
+        self._batcher: Batcher | None = None
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._burying: Future[None] | None = None
+
+    @property
+    def waiting(self) -> int:
+        """See Core."""
+        return len(self._waiting)
+
+    @property
+    def rate(self) -> float | None:
+        """See Core."""
+        return None if self._batcher is None else self._batcher.rate()
+
+    async def start(self) -> None:
+        """See Core."""
+        self._loop = asyncio.get_running_loop()
+        started = time.monotonic()
+        try:
+            self.runtimes, max_batch, left_out = await self._warmed(await _in_own_thread(self.load))
+            first = self.runtimes[0]
+            self.loaded = Loaded(
+                first.config,
+                first.processor,
+                first.name,
+                devices(self.runtimes),
+                first.precision,
+                first.attention(),
+                left_out,
+            )
+            self._batcher = Batcher(
+                self.runtimes,
+                max_batch,
+                self.settings.max_wait_ms / 1000,
+                answered=self._answered,
+                on_start=self._batch_started,
+                on_batch=self.metrics.batch,
+                on_death=self._thread_died,
+            )
+            self._batcher.start()
+        except (Exception, DeviceLost) as error:
+            self.state, self.failure = State.FAILED, error
+            log.error("the model could not be loaded", model=self.settings.model, reason=str(error))
+            await self._changed()
+        else:
+            self.state = State.READY
+            await self._changed()
+            self.metrics.watch_devices(self.runtimes)
+            if left_out:
+                log.warning("left out", **{left.what: left.why for left in left_out})
+            log.info(
+                "ready",
+                model=self.settings.model,
+                device=self.loaded.device,
+                runtime=self.loaded.runtime,
+                precision=self.loaded.precision,
+                attention=self.loaded.attention,
+                seconds=round(time.monotonic() - started, 2),
+            )
+
+    def load(self) -> Sequence[Runtime]:
+        """Read the checkpoint. Raises CheckpointError, ConfigError, ExportError. Runs in a thread."""
+        return load_runtimes(self.settings)
+
+    def warm(self, runtime: Runtime, max_batch: int) -> int:
+        """Runtime.warm. Runs in a thread."""
+        return runtime.warm(max_batch)
+
+    async def _changed(self) -> None:
+        if self._on_change is not None:
+            await self._on_change()
+
+    async def _warmed(self, runtimes: Sequence[Runtime]) -> tuple[Sequence[Runtime], int, Sequence[LeftOut]]:
+        """The runtimes that compute rightly, the largest batch that fits all, and what does not serve.
+
+        Where no GPU computes rightly, the processor computes.
+        """
+        max_batch = self.settings.max_batch or runtimes[0].default_batch
+        fit: list[Runtime] = []
+        unfit: list[LeftOut] = []
+        for runtime in runtimes:
+            try:
+                max_batch = min(max_batch, await _in_own_thread(self.warm, runtime, max_batch))
+            except (Unfit, DeviceLost) as why:
+                unfit.append(LeftOut(f"device {runtime.device}", str(why)))
+            else:
+                fit.append(runtime)
+        if not fit:
+            on_cpu = {"device": "cpu", "runtime": "auto", "precision": "auto", "attention": "auto"}
+            fit = list(await _in_own_thread(load_runtimes, self.settings.model_copy(update=on_cpu)))
+            max_batch = min(max_batch, await _in_own_thread(self.warm, fit[0], self.settings.max_batch or fit[0].default_batch))
+        left_out = dict.fromkeys([*unfit, *(left for runtime in fit for left in runtime.left_out)])
+        return fit, max_batch, list(left_out)
+
+    def take(self, jobs: Sequence[Job]) -> bool:
+        """See Core."""
+        if self.waiting + len(jobs) > self.settings.queue_limit:
+            return False
+        self._waiting.update(jobs)
+        return True
+
+    def put(self, job: Job) -> None:
+        """See Core."""
+        assert self._batcher is not None
+        self._batcher.put(job)
+
+    def withdraw(self, job: Job) -> None:
+        """See Core."""
+        job.dropped = True
+        self._waiting.discard(job)
+
+    async def stop(self) -> None:
+        """See Core."""
+        if self._batcher is not None:
+            self._batcher.close(Unavailable("the service stopped before this picture's turn came"))
+            await asyncio.to_thread(self._batcher.stop)
+
+    def _batch_started(self, batch: list[Job]) -> None:
+        """In a thread of the engine's: what runs no longer waits."""
+        self._waiting.difference_update(batch)
+        self.metrics.queued(batch)
+        self._on_start(batch)
+
+    def _thread_died(self, death: BaseException, runtime: Runtime, under_way: list[Job]) -> None:
+        """In a thread of the engine's, as it ends."""
+        assert self._loop is not None
+        burial = self._bury(death, runtime, under_way)
+        self._burying = asyncio.run_coroutine_threadsafe(burial, self._loop)
+
+    async def _bury(self, death: BaseException, runtime: Runtime, under_way: list[Job]) -> None:
+        """Answer what the dead thread had under way, and start another, once."""
+        reason = f"the engine's thread died: {type(death).__name__}: {death}"
+        log.error("the engine's thread died", reason=repr(death), restarts_left=RESTARTS - self._restarts)
+        self._answered(under_way, [Unavailable(reason)] * len(under_way))
+        self.state, self.failure = State.FAILED, RuntimeError(reason)
+        assert self._batcher is not None
+        await self._changed()
+        if self._restarts == RESTARTS:
+            self._batcher.close(Unavailable(reason))
+            return
+        self._restarts += 1
+        try:
+            await _in_own_thread(self.warm, runtime, self._batcher.max_batch)
+        except (Exception, DeviceLost) as error:
+            self._batcher.close(Unavailable(f"{reason}; it could not be started again: {error}"))
+            return
+        self._batcher.start()
+        self.state, self.failure = State.READY, None
+        await self._changed()
+        log.info("the engine's thread runs again")
+
+
+async def _in_own_thread(call: Callable[..., T], *args: object) -> T:
+    """Call in a thread that ends with the call.
+
+    OpenMP keeps a team of threads for each thread that has computed. While there are more of them than cores they sleep at
+    each join rather than spin, and a batch of one takes half as long again. So only the engine's own thread may keep a team.
+    """
+    thread = ThreadPoolExecutor(1)
+    try:
+        return await asyncio.get_running_loop().run_in_executor(thread, call, *args)
+    finally:
+        thread.shutdown()
