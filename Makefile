@@ -1,7 +1,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: install serve test lint gpu soak image-test bench bench-serving digits clean
+.PHONY: install serve test lint gpu chaos soak image-test bench bench-serving bench-frontends digits clean
 
 install: .venv/installed
 
@@ -33,6 +33,10 @@ lint: .venv/tested
 gpu: .venv/tested
 	PYTHON=$(abspath $(BIN))/python benchmarks/on_card.sh
 
+# Kills processes of a service under load: a hundred front ends, five engines.
+chaos: install
+	DINAT_CHAOS=1 $(BIN)/python -m pytest -s tests/e2e/test_chaos.py
+
 soak: install
 	DINAT_SOAK=1 $(BIN)/python -m pytest -s tests/e2e/test_soak.py
 
@@ -49,6 +53,11 @@ bench: install
 bench-serving: install
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[bench]'
 	$(BIN)/python -m benchmarks.serving --overload 60
+
+# Needs wrk (Debian's package).
+bench-frontends: install
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[bench]'
+	$(BIN)/python -m benchmarks.frontends --overload 60
 
 digits: install
 	$(BIN)/python -m examples.train_digits evaluate

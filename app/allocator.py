@@ -1,6 +1,7 @@
-"""The C library's allocator, set for a process that computes."""
+"""Memory, by the C library and by Python, set for a process that serves."""
 
 import ctypes
+import gc
 import platform
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_ARENA_MAX = -1, -3, -8
@@ -18,3 +19,13 @@ def keep_freed_memory() -> None:
         libc.mallopt(M_ARENA_MAX, 1)
         libc.mallopt(M_TRIM_THRESHOLD, 2**30)
         libc.mallopt(M_MMAP_THRESHOLD, 2**30)
+
+
+def keep_little_garbage() -> None:
+    """Let Python look for garbage seldom, and never among what is there already: imported modules are 300,000 objects.
+
+    Requests leave next to nothing that only the collector frees.
+    """
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(10_000)

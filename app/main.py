@@ -1,10 +1,11 @@
 """The application: routers, lifespan and error handlers put together."""
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from importlib.metadata import version
+from typing import Any
 
 from fastapi import FastAPI
 from fastapi.middleware.cors import CORSMiddleware
@@ -18,10 +19,13 @@ from app.settings import Settings
 from app.tracing import trace_requests
 
 
-def create_app(settings: Settings | None = None, engine: Engine | None = None) -> FastAPI:
+def create_app(
+    settings: Settings | None = None, engine: Engine | None = None, processes: Callable[[], Sequence[Any]] | None = None
+) -> FastAPI:
     """The service. The model loads in the background once the application starts; until then /health/ready says 503.
 
     settings: read from the environment if None.  engine: one made from the same settings, for who wants to watch it.
+    processes: what each process of the service is doing, where there are several.
     """
     settings = settings or Settings()
     engine = engine or Engine(settings)
@@ -33,8 +37,8 @@ def create_app(settings: Settings | None = None, engine: Engine | None = None) -
         asyncio.get_running_loop().set_default_executor(encoders)  # which asyncio.to_thread takes
         starting = asyncio.create_task(engine.start())
         yield
-        await starting
         await engine.stop()
+        await starting
 
     app = FastAPI(
         title="dinat-serve",
@@ -43,6 +47,7 @@ def create_app(settings: Settings | None = None, engine: Engine | None = None) -
         lifespan=lifespan,
     )
     app.state.engine = engine
+    app.state.processes = processes
     app.add_middleware(RequestContext, engine=engine, doors=classify.DOORS)
     if settings.cors_origins:
         app.add_middleware(

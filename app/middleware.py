@@ -23,7 +23,7 @@ SECURITY_HEADERS = [
     (b"referrer-policy", b"no-referrer"),
 ]
 
-REFUSALS_PER_SECOND = 1000
+REFUSALS_PER_SECOND = 500
 """How many requests a process refuses a second for want of room; more wait for their turn. Each costs it about 0.1 ms.
 
 Clients that come back at once would otherwise take all of its time, and what was accepted would have none.

@@ -1,6 +1,6 @@
 """Every setting of the service, once: environment DINAT_*, a .env file, or flags of `dinat serve`."""
 
-import os
+import math
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -8,6 +8,7 @@ from pydantic import BeforeValidator, Field, SecretStr, ValidationError
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 from app.engine.artefacts import default_cache
+from app.machine import cores
 
 
 def _split(value: object) -> object:
@@ -62,7 +63,14 @@ class Settings(BaseSettings):
         "exact", description="draft: large JPEGs are scaled while they are decoded; faster, not the same to the bit"
     )
     decode_threads: int = Field(
-        default_factory=lambda: os.cpu_count() or 1, ge=1, description="threads that decode and resize; one per core if not set"
+        default_factory=cores,
+        ge=1,
+        description="threads that decode and resize, in each front end; together one per core, two at least, if not set",
+    )
+    frontends: Annotated[int, Field(ge=1, le=128)] | Literal["auto"] = Field(
+        "auto",
+        description="processes that read, decode and answer, before one that computes; auto: one for each core but two beside "
+        "a GPU, and 1, which computes too, on a CPU",
     )
     api_keys: Keys = Field((), description="comma list; if any, a request must carry one as Bearer or X-API-Key")
     keyless: Names = Field(("health", "metrics"), description="doors that want no API key: health, metrics")
@@ -71,6 +79,13 @@ class Settings(BaseSettings):
     otlp_endpoint: str | None = Field(None, description="where to send OpenTelemetry traces (extra: tracing); none if not set")
     host: str = Field("127.0.0.1", description="address to listen on")
     port: int = Field(8000, ge=0, le=65535, description="port to listen on; 0 for a free one")
+
+    def share(self, front_ends: int) -> "Settings":
+        """The settings of one of several front ends: its share of what all of them may have together."""
+        threads = self.decode_threads if "decode_threads" in self.model_fields_set else max(2, math.ceil(cores() / front_ends))
+        return self.model_copy(
+            update={"decode_threads": threads, "max_connections": math.ceil(self.max_connections / front_ends)}
+        )
 
 
 def explain(error: ValidationError) -> str:

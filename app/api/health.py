@@ -6,7 +6,7 @@ from fastapi import APIRouter, Request, Response
 from fastapi.responses import PlainTextResponse
 from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4
 
-from app.api.schemas import PROBLEMS, Health, LeftOut, ModelCard
+from app.api.schemas import PROBLEMS, Health, LeftOut, ModelCard, Process
 from app.engine.core import State
 from app.engine.engine import Engine
 
@@ -15,14 +15,14 @@ router = APIRouter(tags=["health"])
 _UNHEALTHY = {503: {"model": Health, "description": "Not now; detail says why"}}
 
 
-@router.get("/health", responses=_UNHEALTHY)  # type: ignore[arg-type]
-@router.get("/health/ready", responses=_UNHEALTHY)  # type: ignore[arg-type]
+@router.get("/health", responses=_UNHEALTHY, response_model_exclude_none=True)  # type: ignore[arg-type]
+@router.get("/health/ready", responses=_UNHEALTHY, response_model_exclude_none=True)  # type: ignore[arg-type]
 async def ready(request: Request, response: Response) -> Health:
     """Whether pictures are taken now."""
     return _health(request, response, request.app.state.engine.state is State.READY)
 
 
-@router.get("/health/live", responses=_UNHEALTHY)  # type: ignore[arg-type]
+@router.get("/health/live", responses=_UNHEALTHY, response_model_exclude_none=True)  # type: ignore[arg-type]
 async def live(request: Request, response: Response) -> Health:
     """Whether the process does its work, or is on its way to: if not, start it anew."""
     return _health(request, response, request.app.state.engine.state is not State.FAILED)
@@ -32,7 +32,9 @@ def _health(request: Request, response: Response, healthy: bool) -> Health:
     engine: Engine = request.app.state.engine
     response.status_code = HTTPStatus.OK if healthy else HTTPStatus.SERVICE_UNAVAILABLE
     response.headers["Cache-Control"] = "no-store"
-    return Health(status=engine.state, detail=engine.why_not_ready(), model=engine.settings.model)
+    read = request.app.state.processes
+    processes = None if read is None else [Process.model_validate(told) for told in read()]
+    return Health(status=engine.state, detail=engine.why_not_ready(), model=engine.settings.model, processes=processes)
 
 
 @router.get("/model", responses={503: PROBLEMS[503]})

@@ -68,12 +68,24 @@ class Problem(BaseModel):
     request_id: str
 
 
+class Process(BaseModel):
+    """One of the service's processes."""
+
+    model_config = ConfigDict(from_attributes=True)
+
+    name: str = Field(examples=["frontend-1"])
+    pid: int
+    state: str = Field(examples=["ready"], description="what it is doing, in its own words")
+    restarts: int = Field(description="how often another was started in its place")
+
+
 class Health(BaseModel):
     """Whether the service can do its work, and if not, why."""
 
     status: str = Field(examples=["ready"], description="ready, loading, draining or failed")
     detail: str = Field(examples=["the service is ready"])
     model: str
+    processes: list[Process] | None = Field(None, description="where the service has several")
 
 
 class LeftOut(BaseModel):

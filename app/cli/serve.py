@@ -1,20 +1,17 @@
 """`dinat serve`: answer HTTP requests until a signal says stop."""
 
 import argparse
-import gc
 
 from pydantic import ValidationError
 
-from app.allocator import keep_freed_memory
+from app.allocator import keep_freed_memory, keep_little_garbage
 from app.cli import Refused
 from app.engine.engine import Engine
 from app.logs import configure_logs
 from app.main import create_app
 from app.server import Server
 from app.settings import Settings, explain
-
-GC_THRESHOLD = 10_000
-"""Objects made before garbage is collected; requests make few that are in cycles."""
+from app.supervisor import ServiceDied, Supervisor, resolve_frontends
 
 
 def add_arguments(command: argparse.ArgumentParser) -> None:
@@ -33,11 +30,16 @@ def run(parsed: argparse.Namespace) -> int:
         raise Refused(explain(error)) from None
     configure_logs(settings.log_format)
     keep_freed_memory()
+    front_ends = resolve_frontends(settings)
+    if front_ends > 1:
+        try:
+            Supervisor(settings, front_ends).run()
+        except ServiceDied as reason:
+            raise Refused(str(reason)) from None
+        return 0
+    keep_little_garbage()
     engine = Engine(settings)
     server = Server(create_app(settings, engine), engine)
-    gc.collect()
-    gc.freeze()  # what is imported stays, and need not be looked through again and again
-    gc.set_threshold(GC_THRESHOLD)
     server.run()
     if engine.failure is not None:
         raise Refused(f"{settings.model} cannot be served: {engine.failure}")

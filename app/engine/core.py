@@ -69,7 +69,7 @@ class EngineCore:
     """A Core in this process.
 
     answered: told of every job that was put.  on_start: of those of each batch, as it starts.  on_change: called when `state`
-    is another, and awaited before "ready" is said.
+    is another, and awaited before "ready" is said.  restarts: how often a thread that dies is started again.
     """
 
     def __init__(
@@ -79,6 +79,7 @@ class EngineCore:
         answered: Answered,
         on_start: Callable[[list[Job]], object] = lambda _: None,
         on_change: Callable[[], Awaitable[object]] | None = None,
+        restarts: int = RESTARTS,
     ) -> None:
         self.settings = settings
         self.metrics = metrics
@@ -88,9 +89,10 @@ class EngineCore:
         self.runtimes: Sequence[Runtime] = ()
         self._answered, self._on_start, self._on_change = answered, on_start, on_change
         self._waiting: set[Job] = set()
-        self._restarts = 0
+        self._restarts_left = restarts
         self._batcher: Batcher | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
+        self._settled = asyncio.Event()
         self._burying: Future[None] | None = None
 
     @property
@@ -129,13 +131,13 @@ class EngineCore:
                 on_death=self._thread_died,
             )
             self._batcher.start()
+            self.state = State.READY
+            await self._changed()
         except (Exception, DeviceLost) as error:
             self.state, self.failure = State.FAILED, error
             log.error("the model could not be loaded", model=self.settings.model, reason=str(error))
             await self._changed()
         else:
-            self.state = State.READY
-            await self._changed()
             self.metrics.watch_devices(self.runtimes)
             if left_out:
                 log.warning("left out", **{left.what: left.why for left in left_out})
@@ -148,6 +150,7 @@ class EngineCore:
                 attention=self.loaded.attention,
                 seconds=round(time.monotonic() - started, 2),
             )
+        self._settled.set()
 
     def load(self) -> Sequence[Runtime]:
         """Read the checkpoint. Raises CheckpointError, ConfigError, ExportError. Runs in a thread."""
@@ -202,6 +205,8 @@ class EngineCore:
 
     async def stop(self) -> None:
         """See Core."""
+        if self._loop is not None:
+            await self._settled.wait()
         if self._batcher is not None:
             self._batcher.close(Unavailable("the service stopped before this picture's turn came"))
             await asyncio.to_thread(self._batcher.stop)
@@ -221,15 +226,16 @@ class EngineCore:
     async def _bury(self, death: BaseException, runtime: Runtime, under_way: list[Job]) -> None:
         """Answer what the dead thread had under way, and start another, once."""
         reason = f"the engine's thread died: {type(death).__name__}: {death}"
-        log.error("the engine's thread died", reason=repr(death), restarts_left=RESTARTS - self._restarts)
+        log.error("the engine's thread died", reason=repr(death), restarts_left=self._restarts_left)
         self._answered(under_way, [Unavailable(reason)] * len(under_way))
         self.state, self.failure = State.FAILED, RuntimeError(reason)
         assert self._batcher is not None
-        await self._changed()
-        if self._restarts == RESTARTS:
+        if not self._restarts_left:
             self._batcher.close(Unavailable(reason))
+        await self._changed()
+        if not self._restarts_left:
             return
-        self._restarts += 1
+        self._restarts_left -= 1
         try:
             await _in_own_thread(self.warm, runtime, self._batcher.max_batch)
         except (Exception, DeviceLost) as error:

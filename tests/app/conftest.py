@@ -32,8 +32,8 @@ def running(make_core: MakeCore = EngineCore, wait: bool = True, **changes: Any)
     settings = Settings(_env_file=None, **({"precision": "fp32"} | changes))
     engine = Engine(settings, make_core)
     started = threading.Event()
-    engine.on_started = started.set
     server = Server(create_app(settings, engine), engine)
+    engine.on_started = started.set
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         listener.listen(128)

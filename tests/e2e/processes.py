@@ -97,7 +97,7 @@ class Server:
             self._reader.join()
             assert self.process.stderr is not None
             self.process.stderr.close()
-        return status
+        return int(status)
 
     def _read(self) -> None:
         """Read the log to its end; ready once the address is known and the model warm, or when it has ended."""

@@ -1,4 +1,10 @@
+import asyncio
+import signal
+import time
+
+import aiohttp
 import httpx
+import pytest
 
 from tests.e2e.processes import DIGITS, Server, load_until_refused
 
@@ -26,3 +32,43 @@ def test_sigterm_under_load_answers_everything_and_exits_with_0() -> None:
     assert set(statuses) <= {200, 503}
     answered = [event["status"] for event in server.events if event["event"] == "request"]
     assert sorted(answered) == sorted(statuses)
+
+
+@pytest.mark.parametrize("frontends", [1, 2])
+def test_what_is_sent_before_sigterm_and_in_the_second_after_it_is_answered(frontends: int) -> None:
+    picture = (DIGITS / "5-2.png").read_bytes()
+    sent: list[tuple[float, object]] = []
+
+    async def load(server: Server) -> float:
+        """64 connections, until nobody listens any more; when the signal was sent."""
+        under_way = asyncio.Event()
+
+        async def ask(session: aiohttp.ClientSession) -> None:
+            while True:
+                at = time.monotonic()
+                try:
+                    async with session.post(f"{server.url}/classify", data=picture) as answer:
+                        await answer.read()
+                        sent.append((at, answer.status))
+                except aiohttp.ClientConnectorError:
+                    return
+                except aiohttp.ClientError as error:
+                    sent.append((at, repr(error)))
+                if len(sent) > 200:
+                    under_way.set()
+
+        async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=64)) as session:
+            asking = [asyncio.create_task(ask(session)) for _ in range(64)]
+            await under_way.wait()
+            signalled = time.monotonic()
+            server.process.send_signal(signal.SIGTERM)
+            await asyncio.gather(*asking)
+        return signalled
+
+    with Server(frontends=frontends) as server:
+        signalled = asyncio.run(load(server))
+        assert server.wait() == 0
+    in_time = [what for at, what in sent if at < signalled + 0.95]  # what is sent later may arrive after the second is over
+    assert len(in_time) > 200
+    assert set(in_time) == {200}
+    assert any(at > signalled for at, _ in sent)
