@@ -33,6 +33,7 @@ from torch import Tensor
 
 from app.engine.runtime import Runtime, Wanted, examples
 from app.engine.torch_runtime import PRECISIONS, TorchRuntime, half_precision, resolve_devices
+from app.machine import cores
 from app.natten_wheel import PAGE, requirement
 from model import DinatConfig, DinatForImageClassification, DinatImageProcessor, attention
 from model.attention import choice
@@ -116,12 +117,11 @@ def processor() -> str:
 
 def machine() -> Row:
     """Processor, cores that this process may use, memory, system."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     pages = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") if hasattr(os, "sysconf") else 0
     return {
         "processor": processor(),
         "instructions": torch.backends.cpu.get_cpu_capability(),
-        "cores": cores,
+        "cores": cores(),
         "memory GB": round(pages / 1e9, 1),
         "python": platform.python_version(),
         "system": platform.platform(),

@@ -24,7 +24,7 @@ def configure_logs(log_format: Literal["auto", "json", "console"]) -> None:
         shared.append(structlog.processors.format_exc_info)
     structlog.configure(
         processors=[*shared, structlog.dev.ConsoleRenderer() if console else structlog.processors.JSONRenderer(_json_bytes)],
-        logger_factory=structlog.PrintLoggerFactory(sys.stderr) if console else structlog.BytesLoggerFactory(sys.stderr.buffer),
+        logger_factory=lambda *_: _StandardError(),
         wrapper_class=structlog.make_filtering_bound_logger(logging.INFO),
         cache_logger_on_first_use=True,
     )
@@ -37,6 +37,18 @@ def configure_logs(log_format: Literal["auto", "json", "console"]) -> None:
     )
     logging.basicConfig(handlers=[handler], level=logging.INFO, force=True)
     logging.getLogger("httpx").setLevel(logging.WARNING)
+
+
+class _StandardError:
+    """Writes lines to what standard error is at that time."""
+
+    def msg(self, line: str | bytes) -> None:
+        """Write one, in one piece."""
+        stream = sys.stderr.buffer
+        stream.write((line.encode() if isinstance(line, str) else line) + b"\n")
+        stream.flush()
+
+    debug = info = warning = error = critical = exception = msg
 
 
 def _json_bytes(event: Any, default: Callable[[Any], Any]) -> bytes:

@@ -28,6 +28,16 @@ def free_memory() -> int:
     return there if limit == "max" else max(0, min(there, int(limit) - used))
 
 
+def allow_descriptors() -> None:
+    """Let this process, and its children, have as many files and connections as the system allows; mostly it starts at 1024."""
+    try:
+        import resource
+    except ImportError:  # Windows
+        return
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+
+
 def _numbers(table: Path) -> dict[str, int]:
     """A table of the kernel's, a name and a number in each line."""
     return {words[0]: int(words[1]) for line in table.read_text().splitlines() if (words := line.split())[1:2]}

@@ -35,6 +35,7 @@ from app.main import create_app
 from app.metrics import Metrics, Shared
 from app.server import Server
 from app.settings import Settings
+from model import ConfigError
 
 log = structlog.get_logger("dinat")
 
@@ -106,8 +107,13 @@ class Board:
 
 
 def resolve_frontends(settings: Settings) -> int:
-    """How many front ends the settings ask for. auto: 1 on a processor; on a GPU host one for every core but two."""
+    """How many front ends the settings ask for. auto: 1 on a processor; on a GPU host one for every core but two.
+
+    Raises ConfigError for more than one where that is not Linux.
+    """
     if settings.frontends != "auto":
+        if settings.frontends > 1 and FORK is None:
+            raise ConfigError(f"FRONTENDS {settings.frontends}: several processes share one port on Linux alone, take 1")
         return settings.frontends
     if FORK is None or settings.device == "cpu" or torch.version.cuda is None:
         return 1

@@ -8,6 +8,7 @@ from app.allocator import keep_freed_memory, keep_little_garbage
 from app.cli import Refused
 from app.engine.engine import Engine
 from app.logs import configure_logs
+from app.machine import allow_descriptors
 from app.main import create_app
 from app.server import Server
 from app.settings import Settings, explain
@@ -30,6 +31,7 @@ def run(parsed: argparse.Namespace) -> int:
         raise Refused(explain(error)) from None
     configure_logs(settings.log_format)
     keep_freed_memory()
+    allow_descriptors()
     front_ends = resolve_frontends(settings)
     if front_ends > 1:
         try:
