@@ -57,7 +57,7 @@ bench-serving: install
 # Needs wrk (Debian's package).
 bench-frontends: install
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[bench]'
-	$(BIN)/python -m benchmarks.frontends --overload 60
+	$(BIN)/python -m benchmarks.frontends --overload 60 --json benchmarks/results/frontends-cpu.json
 
 digits: install
 	$(BIN)/python -m examples.train_digits evaluate

@@ -42,6 +42,7 @@ log = structlog.get_logger("dinat")
 FORK = multiprocessing.get_context("fork") if sys.platform == "linux" else None
 """Children are forked: they start in milliseconds, and share what is imported. This process has no threads, and no CUDA."""
 
+SIGNALS = (signal.SIGTERM, signal.SIGINT)
 STARTING = "starting"
 STILLBORN = 3
 """How many front ends in a row may die while they start."""
@@ -139,6 +140,7 @@ class Supervisor:
         self._children: dict[str, BaseProcess] = {}
         self._restarts: dict[str, int] = {}
         self._stillborn = 0
+        self._signals = 0
         self._stopping = False
         self._stop_by = float("inf")
         self._lives: dict[str, int] = {}
@@ -149,12 +151,9 @@ class Supervisor:
         self._board.say("supervisor", "watching")
         keep_little_garbage()  # the children neither, and what they share stays shared
         awake, wake = socket.socketpair()
-        for end in (awake, wake):
-            end.setblocking(False)
-        signal.set_wakeup_fd(wake.fileno())
-        for stop in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(stop, self._on_signal)
         with (
+            awake,
+            wake,
             tempfile.TemporaryDirectory(prefix="dinat-") as folder,
             socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as doors,
         ):
@@ -162,31 +161,45 @@ class Supervisor:
             self._doors = doors
             doors.bind(f"{folder}/engine")
             doors.listen(len(self._names) + 8)
+            self._listen_to_signals(awake, wake)
             host, port = next(iter(self._sockets.values()))[0].getsockname()[:2]
             log.info(f"listening on http://{f'[{host}]' if ':' in host else host}:{port}", frontends=len(self._names))
             try:
                 for name in ("engine", *self._names):
                     self._start(name)
                 while self._children:
-                    sentinels = {child.sentinel: name for name, child in self._children.items()}
-                    for ready in wait([awake, *sentinels], self._patience()):
-                        if ready is awake:
-                            awake.recv(4096)
-                        elif isinstance(ready, int):
-                            self._ended(sentinels[ready])
-                    self._end_in_order()
+                    self._turn(awake)
             finally:
+                signal.set_wakeup_fd(-1)
                 for child in self._children.values():
                     child.kill()
                     child.join()
 
-    def _on_signal(self, *_: object) -> None:
-        """Told to end, or to end now."""
-        settings = self._settings
-        if self._stopping:
-            self._stop_by = 0
-        else:
+    def _listen_to_signals(self, awake: socket.socket, wake: socket.socket) -> None:
+        """Have signals counted, and a byte written to `wake`, which ends the wait."""
+        for end in (awake, wake):
+            end.setblocking(False)
+        signal.set_wakeup_fd(wake.fileno())
+        for one in SIGNALS:
+            signal.signal(one, self._count_signal)
+
+    def _count_signal(self, *_: object) -> None:
+        self._signals += 1
+
+    def _turn(self, awake: socket.socket) -> None:
+        """Wait for something to happen, and see to it. Raises ServiceDied."""
+        sentinels = {child.sentinel: name for name, child in self._children.items()}
+        for ready in wait([awake, *sentinels], self._patience()):
+            if ready is awake:
+                awake.recv(4096)
+            elif isinstance(ready, int):
+                self._ended(sentinels[ready])
+        if self._signals and not self._stopping:
+            settings = self._settings
             self._stop(settings.lame_duck_seconds + settings.drain_seconds + GRACE_SECONDS)
+        elif self._signals > 1:
+            self._stop_by = 0
+        self._end_in_order()
 
     def _stop(self, seconds: float) -> None:
         self._stopping = True
@@ -220,7 +233,9 @@ class Supervisor:
         body = self._engine if name == "engine" else self._front_end
         self._board.say(name, STARTING)
         child = FORK.Process(target=self._child, args=(name, end, body), name=name)
+        signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)  # until the child has handlers of its own: none is lost
         child.start()
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
         os.close(end)
         self._children[name] = child
         self._board.started(name, child.pid or 0, self._restarts.setdefault(name, 0))
@@ -235,9 +250,9 @@ class Supervisor:
             os.close(self._lives.pop(name))
         if self._stopping:
             return
-        log.error("a process died", process=name, pid=told.pid, status=status, state=told.state)
         if name == "engine" and status == COULD_NOT_LOAD:
             self._give_up(f"{self._settings.model} cannot be served: {told.state}")
+        log.error("a process died", process=name, pid=told.pid, status=status, state=told.state)
         if name == "engine" and self._restarts[name] >= RESTARTS:
             self._give_up(f"the engine process died again, with status {status}; the last it said was: {told.state}")
         if name != "engine":
@@ -262,6 +277,7 @@ class Supervisor:
         signal.set_wakeup_fd(-1)
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal sends it to all: the supervisor sees to the others
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
         for life in self._lives.values():
             os.close(life)
         for other, sockets in self._sockets.items():
