@@ -43,8 +43,8 @@ def runtime(
     return TorchRuntime(str(source), None, torch.device("cuda", 0), precision, attention, **settings)  # type: ignore[arg-type]
 
 
-def pictures(count: int, side: int = 64, seed: int = 0) -> list[np.ndarray]:
-    return list(np.random.default_rng(seed).integers(0, 256, (count, side, side, 3), dtype=np.uint8))
+def pictures(count: int, side: int = 64, seed: int = 0) -> np.ndarray:
+    return np.random.default_rng(seed).integers(0, 256, (count, side, side, 3), dtype=np.uint8)
 
 
 def scores(answers: list[Answer]) -> np.ndarray:

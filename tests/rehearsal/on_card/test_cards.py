@@ -18,7 +18,7 @@ def test_every_card_is_taken_or_the_one_that_is_named() -> None:
 
 def test_a_second_card_computes_though_the_first_is_current() -> None:
     cpu = TorchRuntime("digits", None, torch.device("cpu"), "fp32", "tiled")
-    pixels = list(np.random.default_rng(0).integers(0, 256, (2, 64, 64, 3), dtype=np.uint8))
+    pixels = np.random.default_rng(0).integers(0, 256, (2, 64, 64, 3), dtype=np.uint8)
     expected = cpu.run(pixels, [Wanted(10)] * 2)
     with clocks.one_host():
         for index in (0, 1):
