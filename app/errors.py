@@ -1,21 +1,6 @@
-"""What the service answers when it cannot answer: application/problem+json (RFC 9457), never a stack trace."""
+"""Why the service could not do what it was asked for."""
 
-from collections.abc import Mapping
 from http import HTTPStatus
-from typing import Any
-
-import orjson
-import structlog
-from fastapi import FastAPI, Request, Response
-from fastapi.exceptions import RequestValidationError
-from starlette.exceptions import HTTPException
-from starlette.requests import ClientDisconnect
-
-log = structlog.get_logger("dinat")
-
-PROBLEM = "application/problem+json"
-CLIENT_GONE = 499
-"""What the log and the metrics say of a request whose client hung up; nobody receives it."""
 
 
 class ServiceError(Exception):
@@ -29,10 +14,26 @@ class ServiceError(Exception):
         self.headers = headers
 
 
-class NoImage(ServiceError):
-    """There is no picture in the request, or its form is broken."""
+class BadRequest(ServiceError):
+    """The request is broken."""
 
     status = HTTPStatus.BAD_REQUEST
+
+
+class NoImage(BadRequest):
+    """There is no picture in the request, or its form is broken."""
+
+
+class NotFound(ServiceError):
+    """There is nothing of that name."""
+
+    status = HTTPStatus.NOT_FOUND
+
+
+class NotAcceptable(ServiceError):
+    """None of the types that the client would have is written here."""
+
+    status = HTTPStatus.NOT_ACCEPTABLE
 
 
 class TooLarge(ServiceError):
@@ -75,50 +76,3 @@ class Unavailable(ServiceError):
     """The service cannot take work now."""
 
     status = HTTPStatus.SERVICE_UNAVAILABLE
-
-
-def problem_fields(request_id: str, status: int, detail: str) -> dict[str, str | int]:
-    """What RFC 9457 has a problem say. The type is about:blank: the status says it all."""
-    title = HTTPStatus(status).phrase
-    return {"type": "about:blank", "title": title, "status": int(status), "detail": detail, "request_id": request_id}
-
-
-def problem_body(error: ServiceError, request_id: str) -> tuple[bytes, list[tuple[bytes, bytes]]]:
-    """The body of an answer to a request that failed, and its headers as ASGI has them."""
-    body = orjson.dumps(problem_fields(request_id, error.status, error.detail))
-    headers = {"content-type": PROBLEM, "content-length": str(len(body)), **(error.headers or {})}
-    return body, [(name.lower().encode(), value.encode()) for name, value in headers.items()]
-
-
-def add_error_handlers(app: FastAPI) -> None:
-    """Answer every exception that leaves a route with a problem."""
-
-    def problem(request: Request, status: int, detail: str, headers: Mapping[str, str] | None = None) -> Response:
-        fields = problem_fields(request.state.request_id, status, detail)
-        return Response(orjson.dumps(fields), status, headers, media_type=PROBLEM)
-
-    async def on_service_error(request: Request, error: Any) -> Response:
-        return problem(request, error.status, error.detail, error.headers)
-
-    async def on_invalid_request(request: Request, error: Any) -> Response:
-        faults = [f"{'.'.join(map(str, fault['loc'][1:])) or fault['loc'][0]}: {fault['msg']}" for fault in error.errors()]
-        return problem(request, HTTPStatus.UNPROCESSABLE_ENTITY, "; ".join(faults))
-
-    async def on_http_exception(request: Request, error: Any) -> Response:
-        detail = f"{request.method} {request.url.path}: {error.detail}"
-        return problem(request, error.status_code, detail, error.headers)
-
-    async def on_anything_else(request: Request, error: Exception) -> Response:
-        log.error("a request failed", path=request.url.path, exc_info=error)
-        detail = "something went wrong on this side; the log has it under this request_id"
-        headers = {"X-Request-ID": request.state.request_id}  # Starlette answers this one outside of all middleware
-        return problem(request, HTTPStatus.INTERNAL_SERVER_ERROR, detail, headers)
-
-    async def on_client_gone(request: Request, error: Any) -> Response:
-        return Response(status_code=CLIENT_GONE)
-
-    app.add_exception_handler(ClientDisconnect, on_client_gone)
-    app.add_exception_handler(ServiceError, on_service_error)
-    app.add_exception_handler(RequestValidationError, on_invalid_request)
-    app.add_exception_handler(HTTPException, on_http_exception)
-    app.add_exception_handler(Exception, on_anything_else)

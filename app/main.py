@@ -9,12 +9,14 @@ from typing import Any
 
 from fastapi import FastAPI
 from fastapi.middleware.cors import CORSMiddleware
+from fastapi_offline import FastAPIOffline
 from PIL import Image
+from starlette.routing import Route
 
-from app.api import classify, health
+from app.api import classify, features, health, hugging_face, sagemaker, v2, vertex
+from app.api.context import RequestContext
+from app.api.problems import add_error_handlers
 from app.engine.engine import Engine
-from app.errors import add_error_handlers
-from app.middleware import RequestContext
 from app.settings import Settings
 from app.tracing import trace_requests
 
@@ -40,15 +42,19 @@ def create_app(
         await engine.stop()
         await starting
 
-    app = FastAPI(
+    app = FastAPIOffline(  # whose page of the API comes from this host, not from others
         title="dinat-serve",
         summary="Image classification and feature maps by DiNAT, the Dilated Neighborhood Attention Transformer",
         version=version("dinat-serve"),
         lifespan=lifespan,
+        redoc_url=None,
     )
     app.state.engine = engine
     app.state.processes = processes
-    app.add_middleware(RequestContext, engine=engine, doors=classify.DOORS)
+    doors = [classify.router, features.router, v2.router, hugging_face.router, sagemaker.router, vertex.router(settings)]
+    app.add_middleware(
+        RequestContext, engine=engine, doors=[route for door in doors for route in door.routes if isinstance(route, Route)]
+    )
     if settings.cors_origins:
         app.add_middleware(
             CORSMiddleware,
@@ -60,6 +66,13 @@ def create_app(
     if settings.otlp_endpoint:
         trace_requests(app, settings.otlp_endpoint)
     add_error_handlers(app)
-    app.include_router(classify.router)
-    app.include_router(health.router)
+    for door in (*doors, health.router):
+        app.include_router(door)
     return app
+
+
+def __getattr__(name: str) -> FastAPI:
+    """`app`, for `uvicorn app.main:app`, made when it is asked for."""
+    if name == "app":
+        return create_app()
+    raise AttributeError(f"module {__name__} has no attribute {name}")

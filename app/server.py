@@ -10,9 +10,10 @@ import uvicorn
 from fastapi import FastAPI
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
+from app.api.context import new_request_id
+from app.api.problems import problem_body
 from app.engine.engine import Engine
-from app.errors import Unavailable, problem_body
-from app.middleware import new_request_id
+from app.errors import Unavailable
 
 LINGER_SECONDS = 2
 """How long a connection that is one too many may take to send its request and read that it is refused."""
@@ -134,7 +135,7 @@ class _TurnedAway(asyncio.Protocol):
         error = Unavailable(
             f"{most} connections are open, more are not taken: come back later", {"Retry-After": "1", "Connection": "close"}
         )
-        body, headers = problem_body(error, new_request_id())
+        body, headers = problem_body(error, new_request_id(), "")
         lines = [b"HTTP/1.1 503 Service Unavailable", *(b"%b: %b" % header for header in headers), b"", body]
         self._transport.write(b"\r\n".join(lines))
         self._transport.write_eof()

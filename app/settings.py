@@ -4,7 +4,7 @@ import math
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import BeforeValidator, Field, SecretStr, ValidationError
+from pydantic import AliasChoices, BeforeValidator, Field, SecretStr, ValidationError
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 from app.engine.artefacts import default_cache
@@ -78,7 +78,25 @@ class Settings(BaseSettings):
     log_format: Literal["auto", "json", "console"] = Field("auto", description="auto: console on a terminal, else json")
     otlp_endpoint: str | None = Field(None, description="where to send OpenTelemetry traces (extra: tracing); none if not set")
     host: str = Field("127.0.0.1", description="address to listen on")
-    port: int = Field(8000, ge=0, le=65535, description="port to listen on; 0 for a free one")
+    port: int = Field(
+        8000,
+        ge=0,
+        le=65535,
+        validation_alias=AliasChoices("port", "DINAT_PORT", "AIP_HTTP_PORT", "SAGEMAKER_BIND_TO_PORT"),
+        description="port to listen on; 0 for a free one. AIP_HTTP_PORT and SAGEMAKER_BIND_TO_PORT say it too",
+    )
+    aip_predict_route: str = Field(
+        "/predict",
+        pattern="^/",
+        validation_alias=AliasChoices("aip_predict_route", "AIP_PREDICT_ROUTE"),
+        description="where Vertex AI asks for predictions (AIP_PREDICT_ROUTE)",
+    )
+    aip_health_route: str | None = Field(
+        None,
+        pattern="^/",
+        validation_alias=AliasChoices("aip_health_route", "AIP_HEALTH_ROUTE"),
+        description="where Vertex AI asks after the service's health, beside /health (AIP_HEALTH_ROUTE)",
+    )
 
     def share(self, front_ends: int) -> "Settings":
         """The settings of one of several front ends: its share of what all of them may have together."""

@@ -10,10 +10,11 @@ import time
 from collections import Counter, deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
-from app.engine.runtime import Answer, Runtime, Wanted
+from app.engine.runtime import Answer, Array, Runtime, Wanted
 from model.image_processor import Pixels
 
 RATE_BATCHES = 32
@@ -24,14 +25,15 @@ RATE_BATCHES = 32
 class Job:
     """One picture on its way through the engine.
 
-    arrived, deadline, decoded, started: seconds of time.monotonic, which all processes of a machine share.  pixels: (H, W, 3)
-    uint8, until they are copied into their batch.  dropped: set when nobody waits any more; a dropped job is not computed.
+    arrived, deadline, decoded, started: seconds of time.monotonic, which all processes of a machine share.
+    pixels: (H, W, 3), as Runtime.run takes them, until they are copied into their batch.
+    dropped: set when nobody waits any more; a dropped job is not computed.
     """
 
     wanted: Wanted
     arrived: float
     deadline: float
-    pixels: Pixels | None = None
+    pixels: Pixels | Array | None = None
     decoded: float = 0.0
     started: float = 0.0
     dropped: bool = False
@@ -130,7 +132,7 @@ class Batcher:
             self._on_death(death, runtime, batch)
 
     def _next_batch(self, runtime: Runtime) -> list[Job]:
-        """Wait for jobs and take the oldest, those whose pictures have one size. Empty when the thread is to end."""
+        """Wait for jobs and take the oldest, those whose pictures are of one kind. Empty when the thread is to end."""
 
         def may_start() -> bool:
             return bool(self._waiting) and (not self._running[runtime] or len(self._waiting) >= self.max_batch)
@@ -143,7 +145,7 @@ class Batcher:
                 batch: list[Job] = []
                 rest: list[Job] = []
                 for job in self._waiting:
-                    if len(batch) == self.max_batch or (batch and _shape(job) != _shape(batch[0])):
+                    if len(batch) == self.max_batch or (batch and _kind(job) != _kind(batch[0])):
                         rest.append(job)
                     elif job.alive:
                         batch.append(job)
@@ -159,7 +161,7 @@ class Batcher:
 
     def _run_batch(self, runtime: Runtime, batch: list[Job]) -> None:
         try:
-            pixels = np.stack([job.pixels for job in batch if job.pixels is not None])
+            pixels: Any = np.stack([job.pixels for job in batch if job.pixels is not None])
         except MemoryError as error:
             if len(batch) == 1:
                 self._answered(batch, [error])
@@ -178,7 +180,7 @@ class Batcher:
         self._on_batch(len(batch), taken)
         self._answered(batch, answers)
 
-    def _answers(self, runtime: Runtime, pixels: Pixels, wanted: Sequence[Wanted]) -> Sequence[Answer | Exception]:
+    def _answers(self, runtime: Runtime, pixels: Pixels | Array, wanted: Sequence[Wanted]) -> Sequence[Answer | Exception]:
         """Run a batch. One that fails is halved, down to the pictures that are the cause: the others are answered.
 
         One that needs too much memory is halved too, and the size that fits is kept as the largest from then on.
@@ -198,5 +200,6 @@ class Batcher:
         self.max_batch = min(self.max_batch, (size + 1) // 2)
 
 
-def _shape(job: Job) -> tuple[int, ...]:
-    return () if job.pixels is None else job.pixels.shape
+def _kind(job: Job) -> object:
+    """What pictures of one batch have in common."""
+    return None if job.pixels is None else (job.pixels.shape, job.pixels.dtype)

@@ -140,11 +140,11 @@ def share(arrays: Arrays) -> int:
     return descriptor
 
 
-def mapped(descriptor: int, shape: Sequence[int]) -> npt.NDArray[np.uint8]:
-    """The array of uint8 that is alone in shared memory. Closes the descriptor; the memory stays while the array does."""
+def mapped(descriptor: int, shape: Sequence[int], dtype: str) -> npt.NDArray[Any]:
+    """The array that is alone in shared memory. Closes the descriptor; the memory stays while the array does."""
     memory = mmap.mmap(descriptor, 0, prot=mmap.PROT_READ)
     os.close(descriptor)
-    return np.frombuffer(memory, np.uint8, int(np.prod(shape))).reshape(shape)
+    return np.frombuffer(memory, dtype, int(np.prod(shape))).reshape(shape)
 
 
 def _unpacked(descriptor: int, length: int) -> tuple[Any, Arrays]:

@@ -7,15 +7,18 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 
+import numpy as np
 import structlog
 
 from app.engine.batcher import Answered, Job
 from app.engine.core import Core, EngineCore, State
-from app.engine.runtime import Answer, Loaded, Wanted
+from app.engine.runtime import Answer, Array, Loaded, Wanted
 from app.errors import DeadlinePassed, ServiceError, TooLarge, Unavailable
 from app.images import decode
 from app.metrics import Metrics
 from app.settings import Settings
+from model import DinatImageProcessor
+from model.image_processor import Pixels
 
 log = structlog.get_logger("dinat")
 
@@ -24,9 +27,9 @@ MakeCore = Callable[[Settings, Metrics, Answered], Core]
 
 @dataclass(eq=False, kw_only=True)
 class Picture(Job):
-    """A job and who waits for it. data: the bytes of a picture's file, until they are decoded."""
+    """A job and who waits for it. data: what was submitted, until it is pixels."""
 
-    data: bytes
+    data: "bytes | Pixels | Array"
     answer: "asyncio.Future[Answer | Exception]"
 
 
@@ -138,10 +141,15 @@ class Engine:
         return _late() if time.monotonic() > arrived + self.settings.deadline_ms / 1000 else None
 
     async def submit(
-        self, pictures: Sequence[bytes], wanted: Wanted, deadline_ms: int | None = None, arrived: float | None = None
+        self,
+        pictures: "Sequence[bytes | Pixels | Array]",
+        wanted: Wanted,
+        deadline_ms: int | None = None,
+        arrived: float | None = None,
     ) -> list[Answer | ServiceError]:
-        """Classify pictures given as the bytes of their files; in order, an error in the place of a picture that has one.
+        """Classify pictures; in order, an error in the place of a picture that has one.
 
+        pictures: the bytes of each file; or (H, W, 3), uint8 of any size, or float32 that is resized and normalised already.
         deadline_ms: how long the caller waits, DEADLINE_MS at most and if None.  arrived: since when, by time.monotonic; now if
         None.  Raises Unavailable and TooLarge when not even one can be taken. Cancelling the call drops what has not run yet.
         """
@@ -186,18 +194,21 @@ class Engine:
             return
         started = time.monotonic()
         try:
-            processor, size = self.core.loaded.processor, self.core.loaded.processor.output_size
-            enough = None
-            if self.settings.decode == "draft" and size is not None:
-                enough = 2 * size[1], 2 * size[0]  # never below twice what is wanted: the resize still smooths
-            job.pixels = processor.resize(decode(job.data, self.settings.max_pixels, enough))
-            job.data = b""
+            job.pixels, job.data = self._pixels(job.data, self.core.loaded.processor), b""
         except Exception as error:
             self._answered([job], [error])
             return
         job.decoded = time.monotonic()
         self.metrics.part("decode", job.decoded - started)
         self.core.put(job)
+
+    def _pixels(self, data: "bytes | Pixels | Array", processor: DinatImageProcessor) -> "Pixels | Array":
+        if not isinstance(data, bytes):
+            return data if data.dtype == np.float32 else processor.resize(data.astype(np.uint8, copy=False))
+        size, enough = processor.output_size, None
+        if self.settings.decode == "draft" and size is not None:
+            enough = 2 * size[1], 2 * size[0]  # never below twice what is wanted: the resize still smooths
+        return processor.resize(decode(data, self.settings.max_pixels, enough))
 
     def _answered(self, jobs: Sequence[Job], answers: Sequence[Answer | Exception]) -> None:
         """Give answers to who waits for them. From any thread."""

@@ -8,7 +8,7 @@ import structlog
 import torch
 
 from app.engine.artefacts import artefact, digest, digest_of, in_own_process
-from app.engine.runtime import Answer, Array, LeftOut, Wanted, examples, rank
+from app.engine.runtime import LOGITS, Answer, Array, LeftOut, Wanted, examples, prepared, rank
 from model import ConfigError, DinatForImageClassification, DinatImageProcessor
 from model.checkpoint import open_checkpoint
 from model.export import FORMATS, export, output_names
@@ -62,12 +62,12 @@ class ExportedRuntime:
         """
         raise NotImplementedError
 
-    def run(self, pixels: Pixels, wanted: Sequence[Wanted]) -> list[Answer]:
+    def run(self, pixels: Pixels | Array, wanted: Sequence[Wanted]) -> list[Answer]:
         """See Runtime."""
         outputs: list[list[Array]] = [[] for _ in pixels]
         for features in (False, True):
-            chosen = [i for i, want in enumerate(wanted) if bool(want.features) is features]
-            inputs = [self.processor.normalize(torch.from_numpy(pixels[i : i + 1])).contiguous().numpy() for i in chosen]
+            chosen = [i for i, want in enumerate(wanted) if bool(want.features - {LOGITS}) is features]
+            inputs = [prepared(self.processor, torch.from_numpy(pixels[i : i + 1])).contiguous().numpy() for i in chosen]
             for i, output in zip(chosen, self.infer(inputs, features) if chosen else [], strict=True):
                 outputs[i] = output
         scores, classes = rank(torch.from_numpy(np.concatenate([output[0] for output in outputs])), self.config)
@@ -84,7 +84,7 @@ class ExportedRuntime:
         """A picture's map, or its maps, by name."""
         if name == "hidden_states":
             return [output[0] for part, output in zip(self._outputs, outputs, strict=True) if part.startswith(name)]
-        feature_map: Array = outputs[self._outputs.index(name)][0]
+        feature_map: Array = outputs[0 if name == LOGITS else self._outputs.index(name)][0]
         return feature_map
 
     def attention(self) -> dict[str, str]:

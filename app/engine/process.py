@@ -161,6 +161,7 @@ class EngineProcess:
         number: int,
         slot: int,
         shape: list[int],
+        dtype: str,
         arrived: float,
         deadline: float,
         decoded: float,
@@ -168,7 +169,7 @@ class EngineProcess:
         features: list[str],
     ) -> None:
         assert self._slots is not None
-        pixels = mapped(descriptors[0], shape) if descriptors else self._slots.view(slot, shape)
+        pixels = mapped(descriptors[0], shape, dtype) if descriptors else self._slots.view(slot, shape)
         job = Sent(
             Wanted(top_k, frozenset(features)), arrived, deadline, pixels, decoded, front=front, number=number, slot=slot
         )

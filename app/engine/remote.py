@@ -77,7 +77,7 @@ class RemoteCore:
         pixels = job.pixels
         assert pixels is not None
         wanted = job.wanted.top_k, sorted(job.wanted.features)
-        fits = self._slots is not None and pixels.nbytes <= self._slots.size
+        fits = self._slots is not None and pixels.nbytes <= self._slots.size and pixels.dtype == np.uint8
         shared = [] if fits else [share([pixels])]
         with self._lock:
             slot = self._places.pop(job, None)
@@ -87,7 +87,7 @@ class RemoteCore:
                 number = next(self._number)
                 self._sent[number], self._numbers[job] = job, number
                 times = job.arrived, job.deadline, job.decoded
-                self._channel.send(["job", number, slot, pixels.shape, *times, *wanted], descriptors=shared)
+                self._channel.send(["job", number, slot, pixels.shape, pixels.dtype.str, *times, *wanted], (), shared)
             elif not job.dropped:
                 self._answered([job], [_died()])
         job.pixels = None

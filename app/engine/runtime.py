@@ -6,6 +6,7 @@ from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
+import torch
 from torch import Tensor
 
 from model.config import DinatConfig
@@ -14,9 +15,16 @@ from model.image_processor import DinatImageProcessor, Pixels
 Array = npt.NDArray[np.float32]
 
 
+LOGITS = "logits"
+"""What may be wanted beside the network's maps: what comes before the scores, in the order of the classes."""
+
+
 @dataclass(frozen=True)
 class Wanted:
-    """What a request wants of a picture. top_k: 1 to the number of labels.  features: some of config.feature_names."""
+    """What a request wants of a picture.
+
+    top_k: 1 to the number of labels.  features: some of config.feature_names, and LOGITS.
+    """
 
     top_k: int
     features: frozenset[str] = frozenset()
@@ -27,7 +35,7 @@ class Answer:
     """What the network says of a picture.
 
     class_ids: (top_k,) int64 and scores: (top_k,) float32, best first, ties by class.  features: by name, (C, h, w) float32
-    maps, (C,) for pooled, a list of maps for hidden_states.
+    maps, (C,) for pooled, a list of maps for hidden_states, (num_labels,) for LOGITS.
     """
 
     class_ids: npt.NDArray[np.int64]
@@ -84,8 +92,8 @@ class Runtime(Protocol):
     def left_out(self) -> Sequence[LeftOut]:
         """What warm has found that does not serve."""
 
-    def run(self, pixels: Pixels, wanted: Sequence[Wanted]) -> list[Answer]:
-        """Classify a batch. pixels: (B, H, W, 3) uint8, each as processor.resize gives it."""
+    def run(self, pixels: Pixels | Array, wanted: Sequence[Wanted]) -> list[Answer]:
+        """Classify a batch. pixels: (B, H, W, 3), uint8 as processor.resize gives each, or float32, normalised already."""
 
     def attention(self) -> dict[str, str]:
         """The attention backend of each stage."""
@@ -108,6 +116,11 @@ def examples(processor: DinatImageProcessor, count: int) -> Pixels:
     random = np.random.default_rng(0)
     height, width, channels = processor.resize(random.integers(0, 256, (480, 640, 3), dtype=np.uint8)).shape
     return random.integers(0, 256, (count, height, width, channels), dtype=np.uint8)
+
+
+def prepared(processor: DinatImageProcessor, pixels: Tensor) -> Tensor:
+    """(B, H, W, 3), as Runtime.run takes it -> (B, 3, H, W) float32, normalised."""
+    return processor.normalize(pixels) if pixels.dtype == torch.uint8 else pixels.permute(0, 3, 1, 2)
 
 
 def devices(runtimes: Sequence[Runtime]) -> str:

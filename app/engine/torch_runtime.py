@@ -13,7 +13,7 @@ from torch import Tensor
 
 from app.engine.artefacts import digest
 from app.engine.cuda_graphs import LANES, CapturedComputation
-from app.engine.runtime import Answer, Array, DeviceLost, LeftOut, Unfit, Wanted, examples, rank
+from app.engine.runtime import LOGITS, Answer, Array, DeviceLost, LeftOut, Unfit, Wanted, examples, prepared, rank
 from model import ConfigError, DinatForImageClassification, DinatImageProcessor, attention
 from model.attention import bias_cache
 from model.attention.choice import candidates, chosen, reason, trying
@@ -92,16 +92,17 @@ class TorchRuntime:
             self._source, self._attention, self._device, self._dtype, revision=self._revision
         )
 
-    def run(self, pixels: Pixels, wanted: Sequence[Wanted]) -> list[Answer]:
+    def run(self, pixels: Pixels | Array, wanted: Sequence[Wanted]) -> list[Answer]:
         """See Runtime."""
         with self._computing():
             batch = torch.from_numpy(pixels)
-            names = frozenset().union(*(want.features for want in wanted))
+            names: frozenset[str] = frozenset().union(*(want.features for want in wanted))
             maps: dict[str, Tensor | list[Tensor]] = {}
-            if self._captured is not None and not names and self._captured.takes(batch.shape):
+            if self._captured is not None and not names and self._captured.takes(batch.shape) and batch.dtype == torch.uint8:
                 scores, classes = self._captured.run(batch)
             else:
-                logits, maps = self._network.classify(self._prepare(batch.to(self._device)), names)
+                logits, maps = self._network.classify(self._prepare(batch.to(self._device)), names - {LOGITS})
+                maps[LOGITS] = logits
                 scores, classes = rank(logits, self.config)
             most = max(want.top_k for want in wanted)
             top_scores, top_classes = scores[:, :most].cpu().numpy(), classes[:, :most].cpu().numpy()
@@ -133,8 +134,8 @@ class TorchRuntime:
             raise DeviceLost(f"{self.device} answers nothing any more: {reason(error)}") from error
 
     def _prepare(self, pixels: Tensor) -> Tensor:
-        """(B, H, W, 3) uint8 on the device -> what the network takes."""
-        return self.processor.normalize(pixels).to(self._dtype)
+        """(B, H, W, 3) on the device, as run takes it -> what the network takes."""
+        return prepared(self.processor, pixels).to(self._dtype)
 
     def _compute(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
         """(B, H, W, 3) uint8 on the device -> scores and classes, as `rank` has them. What is captured."""

@@ -100,12 +100,12 @@ def test_an_end_that_goes_is_noticed_once_and_what_was_sent_before_arrives() -> 
 
 def test_pixels_alone_in_shared_memory() -> None:
     pixels = np.arange(60, dtype=np.uint8).reshape(4, 5, 3)
-    got = mapped(share([pixels]), [4, 5, 3])
+    got = mapped(share([pixels]), [4, 5, 3], "|u1")
     np.testing.assert_array_equal(got, pixels)
 
 
 def test_nothing_is_left_in_dev_shm(tmp_path: Path) -> None:
     before = set(os.listdir("/dev/shm"))
-    held = mapped(share([np.zeros(10**6, np.uint8)]), [10**6])
+    held = mapped(share([np.zeros(10**6, np.float32)]), [10**6], "<f4")
     assert set(os.listdir("/dev/shm")) == before
-    assert held.nbytes == 10**6
+    assert held.nbytes == 4 * 10**6

@@ -5,15 +5,15 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from app.errors import ServiceError, TooLarge
-from app.images import FORMATS, decode
+from app.images import decode, formats
 from tests.app.pictures import encoded, noise
 
-SAMPLES = {kind: encoded(noise(24, 31), kind) for kind in FORMATS}
+SAMPLES = {kind: encoded(noise(24, 31), kind) for kind in formats()}
 
 
 @settings(deadline=None, max_examples=300)
 @given(
-    st.sampled_from(FORMATS),
+    st.sampled_from(formats()),
     st.integers(0, 4000),
     st.lists(st.tuples(st.integers(0, 4000), st.integers(0, 255)), max_size=8),
 )

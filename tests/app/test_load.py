@@ -151,8 +151,12 @@ def test_a_batch_request_answers_in_order_with_errors_in_place(service: Service)
     [
         ({"json": {"images": []}}, 400, "no list in a field images"),
         ({"json": {"image": "x"}}, 400, "no list in a field images"),
-        ({"files": {"other": b"x"}}, 400, "no file in a field named image"),
-        ({"content": b"x", "headers": {"content-type": "image/png"}}, 415, "image/png is not read here"),
+        ({"files": {"other": b"x"}}, 400, "no field named image, its fields are: other"),
+        (
+            {"content": b"x", "headers": {"content-type": "image/png"}},
+            400,
+            "image/png has one picture, which goes to /classify",
+        ),
         ({"json": {"images": ["AAAA"] * 129}}, 413, "has 129 pictures, at most 128 can wait"),
     ],
 )

@@ -8,7 +8,7 @@ from typing import Any
 
 import httpx
 
-from app.middleware import _Pace
+from app.api.context import _Pace
 from tests.app.conftest import Service, running
 from tests.app.test_load import Held, send_head
 

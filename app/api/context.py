@@ -4,15 +4,18 @@ import asyncio
 import hmac
 import re
 import time
-from collections.abc import Collection
+from collections.abc import Sequence
 from random import getrandbits
 
 import structlog
+from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from app.api.encodings import inflated
+from app.api.problems import problem_body
 from app.engine.core import State
 from app.engine.engine import Engine
-from app.errors import ServiceError, TooLarge, Unauthorized, Unavailable, UploadTooSlow, problem_body
+from app.errors import ServiceError, TooLarge, Unauthorized, Unavailable, UploadTooSlow
 from app.settings import Settings
 
 log = structlog.get_logger("dinat")
@@ -40,14 +43,14 @@ class RequestContext:
     what has waited in this process until its deadline. Refuses a body over MAX_UPLOAD_BYTES, by its Content-Length or else as
     soon as that many bytes have come, and one that takes longer than UPLOAD_SECONDS. Counts and logs every request.
 
-    doors: paths whose POST is work for the engine.
+    doors: routes whose POST is work for the engine.
     """
 
-    def __init__(self, app: ASGIApp, engine: Engine, doors: Collection[str]) -> None:
+    def __init__(self, app: ASGIApp, engine: Engine, doors: Sequence[Route]) -> None:
         self._app = app
         self._engine = engine
         self._settings = engine.settings
-        self._doors = frozenset(doors)
+        self._doors = [(route.path_regex, route.path) for route in doors if "POST" in (route.methods or ())]
         self._keys = _Keys(engine.settings)
         self._refusals = _Pace(REFUSALS_PER_SECOND)
 
@@ -64,34 +67,52 @@ class RequestContext:
         state["request_id"] = request_id
         structlog.contextvars.bind_contextvars(request_id=request_id)
         status = 500
+        is_head = scope["method"] == "HEAD"
+        if is_head:  # as GET, without the body (RFC 9110, 9.3.2)
+            scope = {**scope, "method": "GET"}
 
         async def send_with_headers(message: Message) -> None:
             nonlocal status
             if message["type"] == "http.response.start":
-                status = message["status"]
+                status = int(message["status"])
                 answer = [*message.get("headers", ()), (b"x-request-id", request_id.encode()), *SECURITY_HEADERS]
                 if self._engine.state is State.DRAINING:
                     answer.append((b"connection", b"close"))
                 message["headers"] = answer
+            elif is_head:
+                message["body"] = b""
             await send(message)
 
         try:
             refusal = self._keys.refusal(scope["path"], headers) or await self._refusal(scope, arrived)
             if refusal is None:
-                await self._app(scope, self._limited(receive, scope, headers.get(b"content-length", b"")), send_with_headers)
+                limited = self._limited(receive, scope, headers.get(b"content-length", b""))
+                encoding = headers.get(b"content-encoding")
+                if encoding is not None:
+                    limited = inflated(limited, encoding.decode("latin-1"), self._settings.max_upload_bytes)
+                await self._app(scope, limited, send_with_headers)
             else:
-                await _answer(refusal, request_id, send_with_headers)
+                await _answer(refusal, request_id, scope["path"], send_with_headers)
         finally:
             seconds = time.monotonic() - arrived
             matched, path = scope.get("route"), scope["path"]
-            route = matched.path if matched is not None else path if path in self._doors else "none"
+            route = matched.path if matched is not None else self._door(path) or "none"
             self._engine.metrics.request(route, status, seconds)
-            log.info("request", method=scope["method"], path=path, status=status, milliseconds=round(seconds * 1e3, 1))
+            log.info(
+                "request",
+                method="HEAD" if is_head else scope["method"],
+                path=path,
+                status=status,
+                milliseconds=round(seconds * 1e3, 1),
+            )
             structlog.contextvars.unbind_contextvars("request_id")
+
+    def _door(self, path: str) -> str | None:
+        return next((door for pattern, door in self._doors if pattern.match(path)), None)
 
     async def _refusal(self, scope: Scope, arrived: float) -> ServiceError | None:
         """Why work cannot be taken now, if it cannot. Waits where too many were refused just before."""
-        if scope["path"] not in self._doors or scope["method"] != "POST":
+        if scope["method"] != "POST" or self._door(scope["path"]) is None:
             return None
         try:
             self._engine.check_room()
@@ -174,8 +195,8 @@ class _Pace:
             await asyncio.sleep(self._next - now)
 
 
-async def _answer(error: ServiceError, request_id: str, send: Send) -> None:
+async def _answer(error: ServiceError, request_id: str, path: str, send: Send) -> None:
     """An error as a problem, with nothing between it and the socket."""
-    body, headers = problem_body(error, request_id)
+    body, headers = problem_body(error, request_id, path)
     await send({"type": "http.response.start", "status": int(error.status), "headers": headers})
     await send({"type": "http.response.body", "body": body})

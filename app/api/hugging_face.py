@@ -1,0 +1,107 @@
+"""Hugging Face's image-classification task, as its Inference API and Inference Endpoints speak it.
+
+https://huggingface.co/docs/inference-providers/tasks/image-classification
+"""
+
+from typing import Any, Literal
+
+import numpy as np
+import orjson
+from fastapi import APIRouter, Request, Response
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from app.api.hangup import unless_gone
+from app.api.parameters import faults, read_deadline
+from app.api.results import in_json
+from app.engine.engine import Engine
+from app.engine.runtime import LOGITS, Answer, Array, Wanted
+from app.errors import BadRequest, NotFound, ServiceError, Unprocessable
+from app.images import decode_base64
+from model import DinatConfig
+
+router = APIRouter(tags=["Hugging Face"])
+
+
+class TaskParameters(BaseModel):
+    """The task's parameters. top_k: more than there are labels is all of them, as there."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    top_k: int = Field(5, ge=1)
+    function_to_apply: Literal["softmax", "sigmoid", "none"] | None = Field(None, description="the model's own if not given")
+
+
+class Task(BaseModel):
+    """The task's body, where that is JSON."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    inputs: str = Field(description="base64 of the picture's file")
+    parameters: TaskParameters | None = None
+
+
+_BODY: dict[str, Any] = {
+    "required": True,
+    "content": {
+        "image/*": {"schema": {"type": "string", "format": "binary"}},
+        "application/json": {"schema": Task.model_json_schema(ref_template="#/components/schemas/{model}")},
+    },
+}
+
+
+@router.post("/", openapi_extra={"requestBody": _BODY})
+async def task(request: Request) -> Response:
+    """Classify the picture in the body, or in base64 under `inputs`."""
+    engine: Engine = request.app.state.engine
+    config = engine.loaded.config
+    picture, parameters = await _read(request)
+    wanted = Wanted(config.num_labels, frozenset({LOGITS} if parameters.function_to_apply else ()))
+    (answer,) = await unless_gone(request, engine.submit([picture], wanted, read_deadline(request), request.state.arrived))
+    if isinstance(answer, ServiceError):
+        raise answer
+    return await in_json(request, _elements(answer, parameters, config))
+
+
+@router.post("/models/{name:path}", openapi_extra={"requestBody": _BODY})
+async def task_of_model(request: Request, name: str) -> Response:
+    """The same, by the model's name."""
+    serves = request.app.state.engine.settings.model
+    if name != serves:
+        raise NotFound(f"model {name} is not here, {serves} is")
+    return await task(request)
+
+
+async def _read(request: Request) -> tuple[bytes, TaskParameters]:
+    body = await request.body()
+    if request.headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
+        return body, TaskParameters()
+    try:
+        asked = Task.model_validate(orjson.loads(body))
+    except ValidationError as error:
+        raise Unprocessable(faults(error)) from None
+    except ValueError as error:
+        raise BadRequest(f"the body is not JSON: {error}") from None
+    return decode_base64(asked.inputs), asked.parameters or TaskParameters()
+
+
+def _elements(answer: Answer, parameters: TaskParameters, config: DinatConfig) -> list[dict[str, Any]]:
+    scores, classes = answer.scores, answer.class_ids
+    if parameters.function_to_apply is not None:
+        logits = answer.features[LOGITS]
+        assert not isinstance(logits, list)
+        every = _applied(parameters.function_to_apply, logits)
+        classes = np.argsort(-every, kind="stable")
+        scores = every[classes]
+    best = zip(classes.tolist(), scores, strict=True)
+    return [{"label": config.id2label[class_id], "score": score} for class_id, score in list(best)[: parameters.top_k]]
+
+
+def _applied(function: str, logits: Array) -> Array:
+    if function == "none":
+        return logits
+    if function == "sigmoid":
+        sigmoid: Array = (1 / (1 + np.exp(-logits.astype(np.float64)))).astype(np.float32)
+        return sigmoid
+    powers = np.exp(logits.astype(np.float64) - logits.max())
+    scores: Array = (powers / powers.sum()).astype(np.float32)
+    return scores

@@ -1,0 +1,96 @@
+"""Google Vertex AI's contract for a container: a health route and a predict route, which its AIP_* variables name.
+
+https://cloud.google.com/vertex-ai/docs/predictions/custom-container-requirements
+"""
+
+from http import HTTPStatus
+from typing import Any
+
+import orjson
+from fastapi import APIRouter, Request, Response
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from app.api.hangup import unless_gone
+from app.api.parameters import Parameters, faults, read_deadline
+from app.api.results import in_json, result
+from app.api.schemas import PROBLEMS
+from app.engine.core import State
+from app.engine.engine import Engine
+from app.errors import BadRequest, ServiceError, Unprocessable
+from app.images import decode_base64
+from app.settings import Settings
+
+
+class Encoded(BaseModel):
+    """Bytes, as JSON has them there."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    b64: str = Field(description="base64 of the picture's file")
+
+
+class Instances(BaseModel):
+    """A request for predictions. parameters: those of /classify."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    instances: list[Encoded] = Field(min_length=1)
+    parameters: Parameters = Parameters()
+
+
+_BODY: dict[str, Any] = {
+    "required": True,
+    "content": {
+        "application/json": {
+            "schema": {
+                "type": "object",
+                "required": ["instances"],
+                "properties": {
+                    "instances": {
+                        "type": "array",
+                        "minItems": 1,
+                        "items": {"type": "object", "required": ["b64"], "properties": {"b64": {"type": "string"}}},
+                    },
+                    "parameters": {"type": "object"},
+                },
+            }
+        }
+    },
+}
+
+
+def router(settings: Settings) -> APIRouter:
+    """The doors where the settings have them."""
+    routes = APIRouter(tags=["Vertex AI"], responses=PROBLEMS)
+    routes.add_api_route(settings.aip_predict_route, predict, methods=["POST"], openapi_extra={"requestBody": _BODY})
+    if settings.aip_health_route is not None:
+        routes.add_api_route(settings.aip_health_route, health, methods=["GET"])
+    return routes
+
+
+async def health(request: Request) -> Response:
+    """200 once pictures are taken."""
+    engine: Engine = request.app.state.engine
+    ready = engine.state is State.READY
+    return Response(engine.why_not_ready(), HTTPStatus.OK if ready else HTTPStatus.SERVICE_UNAVAILABLE, media_type="text/plain")
+
+
+async def predict(request: Request) -> Response:
+    """Classify the instances; one prediction for each, in order, as /classify/batch has them. One bad picture fails all."""
+    engine: Engine = request.app.state.engine
+    config = engine.loaded.config
+    try:
+        asked = Instances.model_validate(orjson.loads(await request.body()))
+    except ValidationError as error:
+        raise Unprocessable(faults(error)) from None
+    except ValueError as error:
+        raise BadRequest(f"the body is not JSON: {error}") from None
+    wanted = asked.parameters.wanted(config)
+    pictures = [decode_base64(one.b64) for one in asked.instances]
+    answers = await unless_gone(request, engine.submit(pictures, wanted, read_deadline(request), request.state.arrived))
+    predictions = []
+    for i, answer in enumerate(answers):
+        if isinstance(answer, ServiceError):
+            raise type(answer)(f"instance {i + 1} of {len(answers)}: {answer.detail}", answer.headers)
+        predictions.append(result(answer, config, asked.parameters.feature_format))
+    return await in_json(request, {"predictions": predictions}, bool(wanted.features))

@@ -1,0 +1,266 @@
+"""A client for the service, and its asynchronous twin.
+
+    with DinatClient("http://localhost:8000") as client:
+        print(client.classify("picture.jpg").best.label)
+
+Calls are described once, without a connection (`_classify` and so on); the two clients differ in how they send them.
+"""
+
+import asyncio
+import io
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Generic, Self, TypeVar
+
+import httpx
+import numpy as np
+import numpy.typing as npt
+from PIL import Image
+from safetensors.numpy import load
+
+T = TypeVar("T")
+
+Picture = bytes | str | Path | Image.Image | npt.NDArray[np.uint8]
+"""The bytes of a file, its path, a Pillow image, or (H, W, 3) or (H, W) uint8."""
+
+Maps = dict[str, npt.NDArray[np.float32]]
+"""By name, (C, h, w); (C,) for pooled; of hidden_states each by itself: hidden_states.0, ..."""
+
+PATIENCE_SECONDS = 60.0
+
+
+class DinatServiceError(Exception):
+    """The service refused, or failed. status: HTTP's.  detail: a sentence.  request_id: by which its log has it."""
+
+    def __init__(self, status: int, detail: str, request_id: str) -> None:
+        super().__init__(f"{status}: {detail}")
+        self.status, self.detail, self.request_id = status, detail, request_id
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """A label and how sure the network is of it."""
+
+    label: str
+    class_id: int
+    score: float
+
+
+@dataclass(frozen=True)
+class Classification:
+    """What the service says of a picture. predictions: best first."""
+
+    predictions: Sequence[Prediction]
+
+    @property
+    def best(self) -> Prediction:
+        """The first of them."""
+        return self.predictions[0]
+
+
+@dataclass(frozen=True)
+class Health:
+    """ready: whether pictures are taken now; detail says why not."""
+
+    ready: bool
+    status: str
+    detail: str
+
+
+@dataclass(frozen=True)
+class ModelCard:
+    """What is being served. more: everything else that GET /model says."""
+
+    model: str
+    labels: Sequence[str]
+    features: Sequence[str]
+    more: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class _Call(Generic[T]):
+    """A request, and how its answer is read."""
+
+    method: str
+    path: str
+    read: Callable[[httpx.Response], T]
+    options: Mapping[str, Any] = field(default_factory=dict)
+    accepted: Sequence[int] = (200,)
+
+
+class _Client:
+    """What both have. patience: how many seconds to go on asking a service that says it is busy, or loads."""
+
+    def __init__(self, url: str, api_key: str | None = None, patience: float = PATIENCE_SECONDS, timeout: float = 60) -> None:
+        self._patience = patience
+        headers = {} if api_key is None else {"Authorization": f"Bearer {api_key}"}
+        self._options: dict[str, Any] = {"base_url": url.rstrip("/"), "headers": headers, "timeout": timeout}
+
+    def _waits(self, response: httpx.Response, since: float) -> float | None:
+        """Seconds until it is worth to ask again; None if the answer is final."""
+        after = response.headers.get("retry-after", "")
+        if response.status_code != 503 or not after.isdecimal() or time.monotonic() + int(after) > since + self._patience:
+            return None
+        return float(after)
+
+
+class DinatClient(_Client):
+    """Asks the service at `url`. Waits as Retry-After says where that is busy. Every call raises DinatServiceError."""
+
+    def __enter__(self) -> Self:
+        self._http = httpx.Client(**self._options)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._http.close()
+
+    def _do(self, call: _Call[T]) -> T:
+        since = time.monotonic()
+        while True:
+            response = self._http.request(call.method, call.path, **call.options)
+            wait = None if response.status_code in call.accepted else self._waits(response, since)
+            if wait is None:
+                return _read(call, response)
+            time.sleep(wait)
+
+    def classify(self, picture: Picture, top_k: int | None = None) -> Classification:
+        """The best labels of a picture."""
+        return self._do(_classify(picture, top_k))
+
+    def classify_batch(self, pictures: Sequence[Picture], top_k: int | None = None) -> list[Classification | DinatServiceError]:
+        """Those of several, in order; an error in the place of a picture that has one."""
+        return self._do(_classify_batch(pictures, top_k))
+
+    def features(self, picture: Picture, names: Sequence[str] = ()) -> Maps:
+        """The network's maps of a picture; every stage's if none is named."""
+        return self._do(_features(picture, names))
+
+    def model(self) -> ModelCard:
+        """What is being served."""
+        return self._do(_MODEL)
+
+    def health(self) -> Health:
+        """Whether pictures are taken now. Does not wait until they are."""
+        return self._do(_HEALTH)
+
+
+class AsyncDinatClient(_Client):
+    """The same, asynchronous."""
+
+    async def __aenter__(self) -> Self:
+        self._http = httpx.AsyncClient(**self._options)
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self._http.aclose()
+
+    async def _do(self, call: _Call[T]) -> T:
+        since = time.monotonic()
+        while True:
+            response = await self._http.request(call.method, call.path, **call.options)
+            wait = None if response.status_code in call.accepted else self._waits(response, since)
+            if wait is None:
+                return _read(call, response)
+            await asyncio.sleep(wait)
+
+    async def classify(self, picture: Picture, top_k: int | None = None) -> Classification:
+        """See DinatClient."""
+        return await self._do(_classify(picture, top_k))
+
+    async def classify_batch(
+        self, pictures: Sequence[Picture], top_k: int | None = None
+    ) -> list[Classification | DinatServiceError]:
+        """See DinatClient."""
+        return await self._do(_classify_batch(pictures, top_k))
+
+    async def features(self, picture: Picture, names: Sequence[str] = ()) -> Maps:
+        """See DinatClient."""
+        return await self._do(_features(picture, names))
+
+    async def model(self) -> ModelCard:
+        """See DinatClient."""
+        return await self._do(_MODEL)
+
+    async def health(self) -> Health:
+        """See DinatClient."""
+        return await self._do(_HEALTH)
+
+
+def _classify(picture: Picture, top_k: int | None) -> _Call[Classification]:
+    return _Call(
+        "POST",
+        "/classify",
+        lambda response: _classification(response.json()),
+        {"content": _bytes(picture), "params": _params(top_k=top_k)},
+    )
+
+
+def _classify_batch(pictures: Sequence[Picture], top_k: int | None) -> _Call[list[Classification | DinatServiceError]]:
+    files = [("image", (f"{i}", _bytes(picture))) for i, picture in enumerate(pictures)]
+
+    def read(response: httpx.Response) -> list[Classification | DinatServiceError]:
+        return [_error(one["error"]) if "error" in one else _classification(one) for one in response.json()["results"]]
+
+    return _Call("POST", "/classify/batch", read, {"files": files, "params": _params(top_k=top_k)})
+
+
+def _features(picture: Picture, names: Sequence[str]) -> _Call[Maps]:
+    return _Call(
+        "POST",
+        "/features",
+        lambda response: load(response.content),
+        {
+            "content": _bytes(picture),
+            "params": _params(features=",".join(names)),
+            "headers": {"Accept": "application/vnd.safetensors"},
+        },
+    )
+
+
+def _model_card(response: httpx.Response) -> ModelCard:
+    said = response.json()
+    return ModelCard(said.pop("model"), said.pop("labels"), said.pop("features"), said)
+
+
+def _health(response: httpx.Response) -> Health:
+    said = response.json()
+    return Health(response.status_code == 200, said["status"], said["detail"])
+
+
+_MODEL = _Call("GET", "/model", _model_card)
+_HEALTH = _Call("GET", "/health", _health, accepted=(200, 503))
+
+
+def _read(call: _Call[T], response: httpx.Response) -> T:
+    if response.status_code in call.accepted:
+        return call.read(response)
+    try:
+        problem = response.json()
+    except ValueError:  # not this service's: a proxy's
+        problem = {}
+    fields = problem if isinstance(problem, dict) else {}
+    raise _error({"status": response.status_code, "detail": response.text[:200]} | fields)
+
+
+def _error(problem: Mapping[str, Any]) -> DinatServiceError:
+    return DinatServiceError(int(problem["status"]), str(problem["detail"]), str(problem.get("request_id", "")))
+
+
+def _classification(said: Mapping[str, Any]) -> Classification:
+    return Classification([Prediction(**one) for one in said["predictions"]])
+
+
+def _params(**given: object) -> dict[str, Any]:
+    return {name: value for name, value in given.items() if value not in (None, "")}
+
+
+def _bytes(picture: Picture) -> bytes:
+    if isinstance(picture, bytes):
+        return picture
+    if isinstance(picture, str | Path):
+        return Path(picture).read_bytes()
+    buffer = io.BytesIO()
+    (picture if isinstance(picture, Image.Image) else Image.fromarray(picture)).save(buffer, "PNG")
+    return buffer.getvalue()

@@ -1,0 +1,99 @@
+import asyncio
+import io
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from app.client import AsyncDinatClient, Classification, DinatClient, DinatServiceError
+from tests.app.conftest import DIGITS, Service, running
+from tests.app.test_load import Held
+
+PICTURES = [(DIGITS / f"{digit}-1.png").read_bytes() for digit in (7, 0, 3)]
+
+
+def url(service: Service) -> str:
+    return str(service.client.base_url)
+
+
+def test_every_kind_of_picture(service: Service, seven: bytes, tmp_path: Path) -> None:
+    path = tmp_path / "seven.png"
+    path.write_bytes(seven)
+    image = Image.open(io.BytesIO(seven))
+    with DinatClient(url(service)) as client:
+        for picture in (seven, path, str(path), image, np.asarray(image), np.asarray(image.convert("RGB"))):
+            said = client.classify(picture, top_k=3)
+            assert (said.best.label, said.best.class_id, len(said.predictions)) == ("7", 7, 3)
+
+
+def test_all_that_can_be_asked(service: Service, seven: bytes) -> None:
+    with DinatClient(url(service)) as client:
+        assert client.health().ready
+        card = client.model()
+        assert (card.model, list(card.labels), card.more["device"]) == ("digits", list("0123456789"), "cpu")
+        first, second, third = client.classify_batch([PICTURES[0], b"text", PICTURES[2]], top_k=1)
+        assert isinstance(first, Classification)
+        assert isinstance(second, DinatServiceError)
+        assert isinstance(third, Classification)
+        assert (first.best.label, second.status, third.best.label) == ("7", 415, "3")
+        assert set(client.features(seven)) == {"stage1", "stage2", "stage3"}
+        maps = client.features(seven, ["pooled", "hidden_states"])
+        assert maps["pooled"].shape == (128,)
+        assert set(maps) == {"pooled", *(f"hidden_states.{i}" for i in range(4))}
+
+
+def test_the_asynchronous_twin(service: Service) -> None:
+    async def ask() -> list[str]:
+        async with AsyncDinatClient(url(service)) as client:
+            assert (await client.health()).ready
+            assert (await client.model()).model == "digits"
+            assert set(await client.features(PICTURES[0], ["pooled"])) == {"pooled"}
+            assert len(await client.classify_batch(PICTURES)) == 3
+            return [one.best.label for one in await asyncio.gather(*map(client.classify, PICTURES))]
+
+    assert asyncio.run(ask()) == ["7", "0", "3"]
+
+
+def test_what_the_service_refuses_is_raised(service: Service, seven: bytes) -> None:
+    with DinatClient(url(service)) as client, pytest.raises(DinatServiceError, match="415: the picture is text") as raised:
+        client.classify(b"text")
+    assert len(raised.value.request_id) == 32
+    with DinatClient(f"{url(service)}/elsewhere") as client, pytest.raises(DinatServiceError, match="404"):
+        client.classify(seven)
+
+
+def test_a_key(seven: bytes) -> None:
+    with running(api_keys="open") as service:
+        with DinatClient(url(service), api_key="open") as client:
+            assert client.classify(seven).best.label == "7"
+        with DinatClient(url(service)) as client, pytest.raises(DinatServiceError, match="401"):
+            client.classify(seven)
+
+
+def test_a_busy_service_is_asked_again_when_it_says_so(seven: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
+    with running(Held, queue_limit=1, max_batch=1) as service, ThreadPoolExecutor(2) as threads:
+        core: Any = service.engine.core
+        taken = [threads.submit(service.client.post, "/classify", content=seven)]
+        assert core.entered.wait(30)
+        taken.append(threads.submit(service.client.post, "/classify", content=seven))
+        while core.waiting == 0:
+            assert service.client.get("/health").status_code == 200
+        with DinatClient(url(service), patience=0) as client, pytest.raises(DinatServiceError, match="503: 1 pictures wait"):
+            client.classify(seven)
+        waited, asleep = [], threading.Event()
+
+        def sleep(seconds: float) -> None:
+            waited.append(seconds)
+            asleep.set()
+            core.let_go.set()
+            for one in taken:
+                one.result()
+
+        monkeypatch.setattr("app.client.time.sleep", sleep)
+        with DinatClient(url(service)) as client:
+            assert client.classify(seven).best.label == "7"
+        assert waited == [1.0]
