@@ -30,6 +30,7 @@ from app.engine.engine import Engine
 from app.engine.process import COULD_NOT_LOAD, EngineProcess
 from app.engine.remote import RemoteCore
 from app.engine.torch_runtime import resolve_devices
+from app.logs import flush_logs
 from app.machine import cores
 from app.main import create_app
 from app.metrics import Metrics, Shared
@@ -284,7 +285,11 @@ class Supervisor:
             if other != name:
                 for one in sockets:
                     one.close()
-        sys.exit(body(name, lifeline))
+        try:
+            status = body(name, lifeline)
+        finally:
+            flush_logs()  # nothing that is registered for the end of a process runs in a child
+        sys.exit(status)
 
     def _metrics(self, name: str) -> Metrics:
         return Metrics(Shared(self._folder, name, self._board.pids))

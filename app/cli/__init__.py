@@ -8,6 +8,7 @@ from model import DinatError
 
 COMMANDS = {
     "serve": "answer HTTP requests",
+    "classify": "say what is on pictures on disk",
     "doctor": "see what this machine has, whether it computes rightly, and how fast",
     "convert": "write a checkpoint in the Hub's layout",
     "export": "write a graph for ONNX Runtime, OpenVINO or torch.export",

@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import structlog
@@ -13,7 +14,7 @@ import structlog
 from app.engine.batcher import Answered, Job
 from app.engine.core import Core, EngineCore, State
 from app.engine.runtime import Answer, Array, Loaded, Wanted
-from app.errors import DeadlinePassed, ServiceError, TooLarge, Unavailable
+from app.errors import DeadlinePassed, NoImage, ServiceError, TooLarge, Unavailable
 from app.images import decode
 from app.metrics import Metrics
 from app.settings import Settings
@@ -22,6 +23,8 @@ from model.image_processor import Pixels
 
 log = structlog.get_logger("dinat")
 
+Submitted = bytes | Path | Pixels | Array
+
 MakeCore = Callable[[Settings, Metrics, Answered], Core]
 
 
@@ -29,7 +32,7 @@ MakeCore = Callable[[Settings, Metrics, Answered], Core]
 class Picture(Job):
     """A job and who waits for it. data: what was submitted, until it is pixels."""
 
-    data: "bytes | Pixels | Array"
+    data: Submitted
     answer: "asyncio.Future[Answer | Exception]"
 
 
@@ -142,14 +145,15 @@ class Engine:
 
     async def submit(
         self,
-        pictures: "Sequence[bytes | Pixels | Array]",
+        pictures: Sequence[Submitted],
         wanted: Wanted,
         deadline_ms: int | None = None,
         arrived: float | None = None,
     ) -> list[Answer | ServiceError]:
         """Classify pictures; in order, an error in the place of a picture that has one.
 
-        pictures: the bytes of each file; or (H, W, 3), uint8 of any size, or float32 that is resized and normalised already.
+        pictures: the bytes of each file, or where it is; or (H, W, 3), uint8 of any size, or float32 that is resized and
+        normalised already.
         deadline_ms: how long the caller waits, DEADLINE_MS at most and if None.  arrived: since when, by time.monotonic; now if
         None.  Raises Unavailable and TooLarge when not even one can be taken. Cancelling the call drops what has not run yet.
         """
@@ -202,7 +206,12 @@ class Engine:
         self.metrics.part("decode", job.decoded - started)
         self.core.put(job)
 
-    def _pixels(self, data: "bytes | Pixels | Array", processor: DinatImageProcessor) -> "Pixels | Array":
+    def _pixels(self, data: Submitted, processor: DinatImageProcessor) -> Pixels | Array:
+        if isinstance(data, Path):
+            try:
+                data = data.read_bytes()
+            except OSError as error:
+                raise NoImage(f"it cannot be read: {error.strerror}") from None
         if not isinstance(data, bytes):
             return data if data.dtype == np.float32 else processor.resize(data.astype(np.uint8, copy=False))
         size, enough = processor.output_size, None
