@@ -1,7 +1,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: install serve test lint gpu chaos soak image-test bench bench-serving bench-frontends digits clean
+.PHONY: install serve test lint gpu chaos fuzz soak image-test bench bench-serving bench-frontends digits clean
 
 install: .venv/installed
 
@@ -36,6 +36,10 @@ gpu: .venv/tested
 # Kills processes of a service under load: a hundred front ends, five engines.
 chaos: install
 	DINAT_CHAOS=1 $(BIN)/python -m pytest -s tests/e2e/test_chaos.py
+
+# 200,000 mutated pictures and 20,000 mutated requests.
+fuzz: install
+	DINAT_FUZZ=200000 $(BIN)/python -m pytest -s tests/e2e/test_fuzz.py
 
 soak: install
 	DINAT_SOAK=1 $(BIN)/python -m pytest -s tests/e2e/test_soak.py

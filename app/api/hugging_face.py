@@ -13,13 +13,14 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from app.api.hangup import unless_gone
 from app.api.parameters import faults, read_deadline
 from app.api.results import in_json
+from app.api.schemas import NOT_FOUND, PROBLEMS
 from app.engine.engine import Engine
 from app.engine.runtime import LOGITS, Answer, Array, Wanted
 from app.errors import BadRequest, NotFound, ServiceError, Unprocessable
 from app.images import decode_base64
 from model import DinatConfig
 
-router = APIRouter(tags=["Hugging Face"])
+router = APIRouter(tags=["Hugging Face"], responses=PROBLEMS | NOT_FOUND)
 
 
 class TaskParameters(BaseModel):
@@ -44,7 +45,14 @@ _BODY: dict[str, Any] = {
     "required": True,
     "content": {
         "image/*": {"schema": {"type": "string", "format": "binary"}},
-        "application/json": {"schema": Task.model_json_schema(ref_template="#/components/schemas/{model}")},
+        "application/json": {
+            "schema": {
+                "type": "object",
+                "required": ["inputs"],
+                "properties": {"inputs": {"type": "string"}, "parameters": TaskParameters.model_json_schema()},
+                "additionalProperties": False,
+            }
+        },
     },
 }
 

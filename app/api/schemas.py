@@ -66,6 +66,7 @@ class Problem(BaseModel):
     status: int
     detail: str
     request_id: str
+    error: str | None = Field(None, description="the detail once more, at doors whose clients look for it here")
 
 
 class Process(BaseModel):
@@ -122,4 +123,8 @@ PROBLEMS: dict[int | str, dict[str, Any]] = {
         503: "Too many pictures wait (Retry-After says when to come back), or loading, draining, failed",
         504: "The deadline passed",
     }.items()
+}
+
+NOT_FOUND: dict[int | str, dict[str, Any]] = {
+    404: {"model": Problem, "description": "No model of that name", "content": {"application/problem+json": {}}}
 }

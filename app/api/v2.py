@@ -17,8 +17,9 @@ from fastapi import APIRouter, Request, Response
 from fastapi.responses import JSONResponse
 
 from app.api.hangup import unless_gone
-from app.api.parameters import read_deadline
+from app.api.parameters import DEADLINE_PARAMETER, read_deadline
 from app.api.results import in_json
+from app.api.schemas import NOT_FOUND, PROBLEMS
 from app.engine.core import State
 from app.engine.engine import Engine
 from app.engine.runtime import LOGITS, Answer, Array, Loaded, Wanted
@@ -27,7 +28,7 @@ from app.images import decode_base64
 from model import DinatConfig
 from model.image_processor import Pixels
 
-router = APIRouter(prefix="/v2", tags=["Open Inference Protocol"])
+router = APIRouter(prefix="/v2", tags=["Open Inference Protocol"], responses=PROBLEMS | NOT_FOUND)
 
 VERSION = "1"
 HEADER = "Inference-Header-Content-Length"
@@ -52,19 +53,24 @@ async def server(request: Request) -> dict[str, Any]:
     return {"name": "dinat-serve", "version": version("dinat-serve"), "extensions": ["binary_tensor_data", "classification"]}
 
 
-@router.get("/health/live")
+_UNHEALTHY: dict[int | str, dict[str, Any]] = {
+    503: {"description": "Not now; error says why", "content": {"application/json": {"schema": {"type": "object"}}}}
+}
+
+
+@router.get("/health/live", responses=_UNHEALTHY)
 async def live(request: Request) -> Response:
     """Whether the process does its work, or is on its way to."""
     return _health(request, "live", _engine(request).state is not State.FAILED)
 
 
-@router.get("/health/ready")
+@router.get("/health/ready", responses=_UNHEALTHY)
 async def ready(request: Request) -> Response:
     """Whether pictures are taken now."""
     return _health(request, "ready", _engine(request).state is State.READY)
 
 
-@router.get("/models/{name:path}/ready")
+@router.get("/models/{name:path}/ready", responses=_UNHEALTHY)
 async def model_ready(request: Request, name: str) -> Response:
     """Whether the model takes pictures now."""
     _known(request, name)
@@ -79,7 +85,38 @@ async def index(request: Request) -> list[dict[str, str]]:
     return [{"name": engine.settings.model, "version": VERSION, "state": state, "reason": engine.why_not_ready()}]
 
 
-@router.post("/models/{name:path}/infer")
+_TENSOR = {
+    "type": "object",
+    "required": ["name", "datatype", "shape"],
+    "properties": {
+        "name": {"type": "string", "enum": ["image", "pixel_values"]},
+        "datatype": {"type": "string", "enum": ["BYTES", "FP32", "UINT8"]},
+        "shape": {"type": "array", "items": {"type": "integer", "minimum": 0}},
+        "data": {"type": "array", "items": {}},
+        "parameters": {"type": "object"},
+    },
+}
+_BODY: dict[str, Any] = {
+    "required": True,
+    "content": {
+        "application/json": {
+            "schema": {
+                "type": "object",
+                "required": ["inputs"],
+                "properties": {
+                    "id": {"type": "string"},
+                    "inputs": {"type": "array", "minItems": 1, "maxItems": 1, "items": _TENSOR},
+                    "outputs": {"type": "array", "items": {"type": "object", "required": ["name"]}},
+                    "parameters": {"type": "object"},
+                },
+            }
+        },
+        BINARY: {"schema": {"type": "string", "format": "binary"}},
+    },
+}
+
+
+@router.post("/models/{name:path}/infer", openapi_extra={"requestBody": _BODY, "parameters": [DEADLINE_PARAMETER]})
 async def infer(request: Request, name: str) -> Response:
     """Classify pictures, given as the bytes of their files (`image`), as pixels, or as normalised numbers (`pixel_values`)."""
     name = _known(request, name)

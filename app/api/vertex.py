@@ -51,8 +51,9 @@ _BODY: dict[str, Any] = {
                         "minItems": 1,
                         "items": {"type": "object", "required": ["b64"], "properties": {"b64": {"type": "string"}}},
                     },
-                    "parameters": {"type": "object"},
+                    "parameters": Parameters.model_json_schema(),
                 },
+                "additionalProperties": False,
             }
         }
     },

@@ -1,0 +1,209 @@
+"""`make fuzz`: mutated pictures through decode, and mutated requests through HTTP. Bounded; too long for `make test`."""
+
+import base64
+import gc
+import json
+import os
+import random
+import socket
+import time
+from pathlib import Path
+
+import numpy as np
+import psutil
+import pytest
+from PIL import Image
+
+from app.errors import ServiceError
+from app.images import decode, formats
+from tests.app.pictures import encoded, noise
+from tests.e2e.processes import DIGITS, Server
+
+PICTURES = int(os.environ.get("DINAT_FUZZ", "0"))
+REQUESTS = PICTURES // 10
+GROWTH = 64 * 2**20
+
+pytestmark = [
+    pytest.mark.skipif(not PICTURES, reason="set DINAT_FUZZ to a number of pictures (make fuzz)"),
+    pytest.mark.timeout(3600),
+    pytest.mark.filterwarnings("ignore"),
+]
+
+
+def seeds() -> list[bytes]:
+    """Small pictures of every format, in several modes."""
+    smooth = noise(5, 7).resize((40, 30), Image.Resampling.BICUBIC)
+    kinds = [(kind, smooth) for kind in formats()]
+    kinds += [("PNG", smooth.convert(mode)) for mode in ("1", "L", "P", "LA", "RGBA")]
+    kinds += [("GIF", smooth.convert("P")), ("TIFF", smooth.convert("CMYK")), ("WEBP", smooth.convert("RGBA"))]
+    extra = [
+        encoded(smooth, "JPEG", progressive=True),
+        encoded(smooth.convert("CMYK"), "JPEG"),
+        encoded(smooth, "TIFF", compression="tiff_lzw"),
+        encoded(smooth, "WEBP", lossless=True),
+        encoded(smooth, "GIF", save_all=True, append_images=[noise(30, 40)]),
+    ]
+    return [*(encoded(image, kind) for kind, image in kinds), *extra]
+
+
+def mutated(data: bytes, choose: random.Random) -> bytes:
+    """One of the ways in which files break, or are broken."""
+    changed = bytearray(data)
+    for _ in range(choose.choice((1, 1, 1, 2, 4, 16))):
+        if not changed:
+            break
+        at = choose.randrange(len(changed))
+        match choose.randrange(7):
+            case 0:
+                changed[at] = choose.randrange(256)
+            case 1:
+                changed[at] ^= 1 << choose.randrange(8)
+            case 2:
+                del changed[at : at + choose.choice((1, 2, 4, 64))]
+            case 3:
+                changed[at:at] = choose.randbytes(choose.choice((1, 2, 4, 64)))
+            case 4:
+                changed[at : at + 4] = choose.choice((b"\0\0\0\0", b"\xff\xff\xff\xff", b"\x7f\xff\xff\xff", b"\0\0\0\1"))
+            case 5:
+                del changed[at:]
+            case 6:
+                length = choose.choice((1, 4, 32))
+                source = choose.randrange(len(changed))
+                changed[at : at + length] = changed[source : source + length]
+    return bytes(changed)
+
+
+def resident() -> int:
+    gc.collect()
+    return psutil.Process().memory_info().rss
+
+
+def test_mutated_pictures_are_pictures_or_errors_with_a_status() -> None:
+    choose = random.Random(0)
+    sources = seeds()
+    slowest, early, outcomes = 0.0, 0, {"read": 0, "refused": 0}
+    for n in range(PICTURES):
+        data = mutated(choose.choice(sources), choose)
+        started = time.monotonic()
+        try:
+            assert decode(data, max_pixels=4_000_000).mode == "RGB"
+            outcomes["read"] += 1
+        except ServiceError as error:
+            assert 400 <= error.status < 500
+            outcomes["refused"] += 1
+        except BaseException:
+            Path("fuzz-picture").write_bytes(data)
+            raise
+        taken = time.monotonic() - started
+        if taken > 2:
+            Path("fuzz-picture").write_bytes(data)
+        slowest = max(slowest, taken)
+        if n == PICTURES // 5:
+            early = resident()
+    growth = resident() - early
+    print(outcomes, f"slowest {slowest:.3f} s, memory {growth / 2**20:+.1f} MiB", flush=True)
+    assert slowest < 2
+    assert growth < GROWTH
+
+
+def requests() -> list[bytes]:
+    """Whole requests for every door, as they go through a socket."""
+    picture = (DIGITS / "7-1.png").read_bytes()
+    text = base64.b64encode(picture).decode()
+
+    def request(method: str, path: str, body: bytes = b"", **headers: str) -> bytes:
+        lines = [f"{method} {path} HTTP/1.1", "Host: x", f"Content-Length: {len(body)}"]
+        lines += [f"{name.replace('_', '-')}: {value}" for name, value in headers.items()]
+        return "\r\n".join([*lines, "", ""]).encode() + body
+
+    def as_json(path: str, body: object) -> bytes:
+        return request("POST", path, json.dumps(body).encode(), Content_Type="application/json")
+
+    form = (
+        b'--b\r\nContent-Disposition: form-data; name="image"; filename="x.png"\r\n\r\n' + picture + b"\r\n"
+        b'--b\r\nContent-Disposition: form-data; name="top_k"\r\n\r\n2\r\n--b--\r\n'
+    )
+    v2 = {"inputs": [{"name": "image", "datatype": "BYTES", "shape": [1], "data": [text]}], "outputs": [{"name": "scores"}]}
+    head = json.dumps(
+        {"inputs": [{"name": "image", "datatype": "BYTES", "shape": [1], "parameters": {"binary_data_size": len(picture) + 4}}]}
+    ).encode()
+    blob = len(picture).to_bytes(4, "little") + picture
+    floats = np.zeros((1, 3, 64, 64), np.float32)
+    tensor = json.dumps(
+        {
+            "inputs": [
+                {
+                    "name": "pixel_values",
+                    "datatype": "FP32",
+                    "shape": [1, 3, 64, 64],
+                    "parameters": {"binary_data_size": floats.nbytes},
+                }
+            ]
+        }
+    ).encode()
+    return [
+        request("POST", "/classify?top_k=3", picture, X_Deadline_Ms="9000"),
+        request("POST", "/classify", form, Content_Type="multipart/form-data; boundary=b"),
+        as_json("/classify", {"image": text, "top_k": 2, "features": ["pooled"]}),
+        as_json("/classify/batch", {"images": [text, text], "feature_format": "base64", "features": "stage3"}),
+        request("POST", "/features?features=stage2", picture, Accept="application/x-npz"),
+        as_json("/", {"inputs": text, "parameters": {"top_k": 3, "function_to_apply": "sigmoid"}}),
+        as_json("/predict", {"instances": [{"b64": text}], "parameters": {"top_k": 1}}),
+        request("POST", "/invocations", picture, Content_Type="image/png"),
+        as_json("/v2/models/digits/infer", v2),
+        request("POST", "/v2/models/digits/infer", head + blob, Inference_Header_Content_Length=str(len(head))),
+        request("POST", "/v2/models/digits/infer", tensor + floats.tobytes(), Inference_Header_Content_Length=str(len(tensor))),
+        *(
+            request("GET", path)
+            for path in ("/health", "/model", "/metrics", "/v2", "/v2/models/digits", "/openapi.json", "/ping")
+        ),
+    ]
+
+
+def exchange(port: int, request: bytes) -> tuple[bytes, float]:
+    """The first line of the answer, and the seconds it took. What waits for more is told that there is none."""
+    with socket.create_connection(("127.0.0.1", port)) as connection:
+        connection.settimeout(30)
+        started = time.monotonic()
+        try:
+            connection.sendall(request)
+            connection.shutdown(socket.SHUT_WR)
+            line = connection.recv(64).split(b"\r\n")[0]
+        except (ConnectionResetError, BrokenPipeError):
+            line = b""
+        return line, time.monotonic() - started
+
+
+def test_mutated_requests_are_answered_and_never_with_500() -> None:
+    choose = random.Random(1)
+    sources = requests()
+    statuses: dict[str, int] = {}
+    slowest = 0.0
+    with Server(runtime="torch", upload_seconds=2) as server:
+        port = int(server.url.rpartition(":")[2])
+        for request in sources:
+            line, _ = exchange(port, request)
+            assert line == b"HTTP/1.1 200 OK", (line, request[:80])
+        process = psutil.Process(server.process.pid)
+        early = 0
+        for n in range(REQUESTS):
+            source = choose.choice(sources)
+            head, _, body = source.partition(b"\r\n\r\n")
+            where = choose.randrange(3)
+            request = mutated(head, choose) + b"\r\n\r\n" + body if where == 0 else head + b"\r\n\r\n" + mutated(body, choose)
+            if where == 2:
+                request = mutated(source, choose)
+            line, taken = exchange(port, request)
+            status = line[9:12].decode("latin-1") or "closed"
+            statuses[status] = statuses.get(status, 0) + 1
+            slowest = max(slowest, taken)
+            if status == "500" or taken > 4:
+                Path("fuzz-request").write_bytes(request)
+            assert status != "500", request[:300]
+            if n == REQUESTS // 5:
+                early = process.memory_info().rss
+        growth = process.memory_info().rss - early
+        print(statuses, f"slowest {slowest:.3f} s, memory {growth / 2**20:+.1f} MiB", flush=True)
+        assert slowest < 4  # an upload that never ends has two seconds
+        assert growth < GROWTH
+        assert server.stop() == 0
