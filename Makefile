@@ -1,7 +1,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: install serve test lint gpu chaos fuzz soak image-test bench bench-serving bench-frontends digits clean
+.PHONY: install serve test lint gpu api-test chaos fuzz soak image-test bench bench-serving bench-frontends digits clean
 
 install: .venv/installed
 
@@ -36,6 +36,11 @@ gpu: .venv/tested
 # Kills processes of a service under load: a hundred front ends, five engines.
 chaos: install
 	DINAT_CHAOS=1 $(BIN)/python -m pytest -s tests/e2e/test_chaos.py
+
+# Schemathesis over every door, for two minutes.
+api-test: install
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[fuzz]'
+	PATH="$(abspath $(BIN)):$$PATH" DINAT_API_TEST=120 $(BIN)/python -m pytest -s tests/e2e/test_api.py
 
 # 200,000 mutated pictures and 20,000 mutated requests.
 fuzz: install

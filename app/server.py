@@ -88,27 +88,57 @@ class Server(uvicorn.Server):
 
 def _protocol(engine: Engine) -> type[asyncio.Protocol]:
     """Uvicorn's protocol for the doors of this engine."""
-    most = engine.settings.max_connections
+    most, seconds = engine.settings.max_connections, engine.settings.upload_seconds
 
     class Door(HttpToolsProtocol):
         """One connection."""
+
+        slow: asyncio.TimerHandle | None = None
+        """Ends a connection whose next request does not begin, or whose head does not end, in UPLOAD_SECONDS."""
+        in_head = True
 
         def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
             """Turn away a connection that is one too many."""
             if len(self.connections) >= most:
                 transport.set_protocol(_TurnedAway(transport, engine))
-            else:
-                super().connection_made(transport)
+                return
+            super().connection_made(transport)
+            self.slow = self.loop.call_later(seconds, transport.close)
+
+        def data_received(self, data: bytes) -> None:
+            """More of a request."""
+            super().data_received(data)
+            if not self.in_head:
+                self._stop_waiting()
+            elif self.slow is None and not self.transport.is_closing():
+                self.slow = self.loop.call_later(seconds, self.transport.close)
+
+        def connection_lost(self, exc: Exception | None) -> None:
+            """The client has gone, or was told to."""
+            self._stop_waiting()
+            if self.transport is not None:  # else it was turned away
+                super().connection_lost(exc)
 
         def on_message_begin(self) -> None:
             """Note when a request begins: its deadline counts from here."""
             super().on_message_begin()
+            self.in_head = True
             self.scope["state"]["arrived"] = time.monotonic()
+
+        def on_headers_complete(self) -> None:
+            """Note that the head is here: from now on RequestContext sees to the time."""
+            super().on_headers_complete()
+            self.in_head = False
 
         def on_message_complete(self) -> None:
             """Note that the body is here: nothing need be waited for, nor timed."""
             super().on_message_complete()
             self.scope["state"]["body_is_here"] = True
+
+        def _stop_waiting(self) -> None:
+            if self.slow is not None:
+                self.slow.cancel()
+                self.slow = None
 
     return Door
 

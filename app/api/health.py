@@ -1,6 +1,7 @@
 """GET /health, /health/live, /health/ready, /model and /metrics."""
 
 from http import HTTPStatus
+from typing import Any
 
 from fastapi import APIRouter, Request, Response
 from fastapi.responses import PlainTextResponse
@@ -35,6 +36,16 @@ def _health(request: Request, response: Response, healthy: bool) -> Health:
     read = request.app.state.processes
     processes = None if read is None else [Process.model_validate(told) for told in read()]
     return Health(status=engine.state, detail=engine.why_not_ready(), model=engine.settings.model, processes=processes)
+
+
+NOT_NOW: dict[int | str, dict[str, Any]] = {503: {"description": "Not now; the text says why", "content": {"text/plain": {}}}}
+
+
+def ready_in_words(request: Request) -> Response:
+    """200 once pictures are taken, and a sentence: for those who want no more."""
+    engine: Engine = request.app.state.engine
+    status = HTTPStatus.OK if engine.state is State.READY else HTTPStatus.SERVICE_UNAVAILABLE
+    return PlainTextResponse(engine.why_not_ready(), status)
 
 
 @router.get("/model", responses={503: PROBLEMS[503]})

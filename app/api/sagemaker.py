@@ -3,26 +3,22 @@
 https://docs.aws.amazon.com/sagemaker/latest/dg/your-algorithms-inference-code.html
 """
 
-from http import HTTPStatus
-
 from fastapi import APIRouter, Request, Response
+from fastapi.responses import PlainTextResponse
 
 from app.api.bodies import OPENAPI_BODY
 from app.api.classify import classify
+from app.api.health import NOT_NOW, ready_in_words
 from app.api.parameters import OPENAPI_PARAMETERS
 from app.api.schemas import PROBLEMS, Classification
-from app.engine.core import State
-from app.engine.engine import Engine
 
 router = APIRouter(tags=["SageMaker"], responses=PROBLEMS)
 
 
-@router.get("/ping", responses={503: {"description": "Not now"}})
+@router.get("/ping", response_class=PlainTextResponse, responses=NOT_NOW)
 async def ping(request: Request) -> Response:
     """200 once pictures are taken."""
-    engine: Engine = request.app.state.engine
-    ready = engine.state is State.READY
-    return Response(engine.why_not_ready(), HTTPStatus.OK if ready else HTTPStatus.SERVICE_UNAVAILABLE, media_type="text/plain")
+    return ready_in_words(request)
 
 
 @router.post(

@@ -3,18 +3,18 @@
 https://cloud.google.com/vertex-ai/docs/predictions/custom-container-requirements
 """
 
-from http import HTTPStatus
 from typing import Any
 
 import orjson
 from fastapi import APIRouter, Request, Response
+from fastapi.responses import PlainTextResponse
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from app.api.hangup import unless_gone
+from app.api.health import NOT_NOW, ready_in_words
 from app.api.parameters import Parameters, faults, read_deadline
 from app.api.results import in_json, result
 from app.api.schemas import PROBLEMS
-from app.engine.core import State
 from app.engine.engine import Engine
 from app.errors import BadRequest, ServiceError, Unprocessable
 from app.images import decode_base64
@@ -65,15 +65,15 @@ def router(settings: Settings) -> APIRouter:
     routes = APIRouter(tags=["Vertex AI"], responses=PROBLEMS)
     routes.add_api_route(settings.aip_predict_route, predict, methods=["POST"], openapi_extra={"requestBody": _BODY})
     if settings.aip_health_route is not None:
-        routes.add_api_route(settings.aip_health_route, health, methods=["GET"])
+        routes.add_api_route(
+            settings.aip_health_route, health, methods=["GET"], response_class=PlainTextResponse, responses=NOT_NOW
+        )
     return routes
 
 
 async def health(request: Request) -> Response:
     """200 once pictures are taken."""
-    engine: Engine = request.app.state.engine
-    ready = engine.state is State.READY
-    return Response(engine.why_not_ready(), HTTPStatus.OK if ready else HTTPStatus.SERVICE_UNAVAILABLE, media_type="text/plain")
+    return ready_in_words(request)
 
 
 async def predict(request: Request) -> Response:

@@ -7,6 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import httpx
+import pytest
 
 from app.api.context import _Pace
 from tests.app.conftest import Service, running
@@ -97,6 +98,24 @@ def test_a_lame_duck_takes_work_and_says_that_it_is_not_ready(seven: bytes) -> N
             answer = client.post("/classify", content=seven)
             assert (answer.status_code, answer.headers["connection"]) == (200, "close")
         draining.cancel()
+
+
+@pytest.mark.parametrize("sent", [b"", b"POST /classify HTTP/1.1\r\nHost: x\r\nContent-Le"])
+def test_a_connection_that_asks_for_nothing_is_closed(seven: bytes, sent: bytes) -> None:
+    with running(upload_seconds=0.3) as service:
+        url = service.client.base_url
+        with socket.create_connection((url.host, url.port)) as connection:
+            connection.settimeout(30)
+            connection.sendall(sent)
+            assert connection.recv(100) == b""
+        with socket.create_connection((url.host, url.port)) as connection:  # a second request, begun and not ended
+            connection.settimeout(30)
+            connection.sendall(b"GET /health/live HTTP/1.1\r\nHost: x\r\n\r\n")
+            assert connection.recv(4096).startswith(b"HTTP/1.1 200")
+            connection.sendall(b"GET /health/li")
+            while connection.recv(4096):
+                pass
+        assert service.client.post("/classify", content=seven).status_code == 200
 
 
 def test_refusals_beyond_their_rate_wait_for_their_turn() -> None:
