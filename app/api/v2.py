@@ -23,7 +23,7 @@ from app.api.schemas import NOT_FOUND, PROBLEMS
 from app.engine.core import State
 from app.engine.engine import Engine
 from app.engine.runtime import LOGITS, Answer, Array, Loaded, Wanted
-from app.errors import BadRequest, NotFound, ServiceError, TooLarge, Unprocessable
+from app.errors import BadRequest, MethodNotAllowed, NotFound, ServiceError, TooLarge, Unprocessable
 from app.images import decode_base64
 from model import DinatConfig
 from model.image_processor import Pixels
@@ -135,7 +135,7 @@ async def infer(request: Request, name: str) -> Response:
     given = [answer for answer in answers if isinstance(answer, Answer)]
     head: dict[str, Any] = {"model_name": name, "model_version": VERSION, "outputs": []}
     if "id" in asked:
-        head["id"] = asked["id"]
+        head["id"] = str(asked["id"])
     blobs: list[bytes] = []
     for one in outputs:
         head["outputs"].append(_written(one, given, loaded.config, blobs))
@@ -148,6 +148,8 @@ async def infer(request: Request, name: str) -> Response:
 @router.get("/models/{name:path}")
 async def metadata(request: Request, name: str) -> dict[str, Any]:
     """Names, types and shapes of what goes in and comes out; -1 for any number."""
+    if name.endswith("/infer"):
+        raise MethodNotAllowed("infer is asked by POST", {"Allow": "POST"})
     name = _known(request, name)
     loaded = _engine(request).loaded
     height, width = loaded.processor.output_size or (-1, -1)
@@ -215,7 +217,7 @@ def _read(body: bytes, header: str | None) -> tuple[dict[str, Any], dict[str, Te
     tensors: dict[str, Tensor | list[bytes]] = {}
     at = length
     for one in inputs:
-        size = (one.get("parameters") or {}).get("binary_data_size")
+        size = _object(one.get("parameters"), f"parameters of input {one.get('name')}").get("binary_data_size")
         blob = None
         if size is not None:
             if not isinstance(size, int) or size < 0 or at + size > len(body):
@@ -227,10 +229,19 @@ def _read(body: bytes, header: str | None) -> tuple[dict[str, Any], dict[str, Te
     return asked, tensors
 
 
+def _object(value: Any, what: str) -> dict[str, Any]:
+    """A JSON object, of its own; empty where there is none. Raises BadRequest."""
+    if value is not None and not isinstance(value, dict):
+        raise BadRequest(f"{what} is {type(value).__name__}, an object is wanted")
+    return dict(value or {})
+
+
 def _tensor(given: Mapping[str, Any], blob: bytes | None) -> Tensor | list[bytes]:
     name, datatype, shape = given.get("name"), str(given.get("datatype")), given.get("shape")
-    if not isinstance(shape, list) or not all(isinstance(side, int) and side >= 0 for side in shape):
+    if not isinstance(shape, list) or not all(type(side) is int and side >= 0 for side in shape):
         raise BadRequest(f"input {name}: shape is {shape!r}, a list of whole numbers is wanted")
+    if blob is None and not isinstance(given.get("data"), list):
+        raise BadRequest(f"input {name} has no list of data, nor binary_data_size")
     count = int(np.prod(shape, dtype=np.int64))
     if datatype == "BYTES":
         values = _strings(blob) if blob is not None else [_text(one) for one in _flat(given.get("data"))]
@@ -279,7 +290,7 @@ def _strings(blob: bytes) -> list[bytes]:
 
 def _parameters(asked: Mapping[str, Any], deadline_ms: int | None) -> int | None:
     """The deadline. Raises BadRequest for a parameter that nothing here honours."""
-    given = dict(asked.get("parameters") or {})
+    given = _object(asked.get("parameters"), "parameters")
     given.pop("binary_data_output", None)
     timeout = given.pop("timeout", None)
     if given:
@@ -296,6 +307,8 @@ def _pictures(tensors: Mapping[str, Tensor | list[bytes]], loaded: Loaded) -> Se
     if set(tensors) not in ({"image"}, {"pixel_values"}):
         raise BadRequest(f"inputs are {', '.join(tensors)}: one is wanted, image or pixel_values")
     ((name, tensor),) = tensors.items()
+    if (len(tensor) if isinstance(tensor, list) else tensor.size) == 0:
+        raise BadRequest(f"input {name} has no picture")
     if isinstance(tensor, list):
         if name != "image":
             raise BadRequest("input pixel_values is BYTES: FP32 or UINT8 is wanted")
@@ -317,15 +330,17 @@ def _pictures(tensors: Mapping[str, Tensor | list[bytes]], loaded: Loaded) -> Se
 
 def _outputs(asked: Mapping[str, Any], config: DinatConfig) -> list[Output]:
     """What is asked for; logits and the ranking if nothing is named. Raises BadRequest."""
-    binary = bool((asked.get("parameters") or {}).get("binary_data_output", False))
+    binary = bool(_object(asked.get("parameters"), "parameters").get("binary_data_output", False))
     given = asked.get("outputs") or [{"name": name} for name in (LOGITS, *_RANKED)]
+    if not isinstance(given, list):
+        raise BadRequest(f"outputs is {type(given).__name__}, a list is wanted")
     known = [LOGITS, *_RANKED, *_maps(config)]
     outputs = []
     for one in given:
         name = one.get("name") if isinstance(one, dict) else None
         if name not in known:
             raise BadRequest(f"output {name} is not there: {', '.join(known)}")
-        parameters = dict(one.get("parameters") or {})
+        parameters = _object(one.get("parameters"), f"parameters of output {name}")
         own, count = bool(parameters.pop("binary_data", binary)), parameters.pop("classification", 0)
         if parameters:
             raise BadRequest(f"output {name}: parameters {', '.join(sorted(parameters))} are not known")

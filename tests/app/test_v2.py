@@ -33,6 +33,9 @@ def images(*pictures: bytes, binary: bool = True) -> triton.InferInput:
     return one
 
 
+WHOLE = {"name": "image", "datatype": "BYTES", "shape": [1], "data": [base64.b64encode(PICTURES[0]).decode()]}
+
+
 def one_image(size: int, elements: int = 1) -> dict[str, Any]:
     return {"name": "image", "datatype": "BYTES", "shape": [elements], "parameters": {"binary_data_size": size}}
 
@@ -145,6 +148,17 @@ def test_errors_reach_tritons_client(client: Any) -> None:
         ({"inputs": [{"name": "pixel_values", "datatype": "UINT8", "shape": [1, 3, 2], "data": [0] * 6}]}, "(B, H, W, 3)"),
         ({"inputs": [{"name": "pixel_values", "datatype": "UINT8", "shape": [1, 1, 1, 3], "data": [0, 0, 300]}]}, "no UINT8"),
         ({"inputs": [one_image(9)]}, "0 bytes are left"),
+        ({"inputs": [WHOLE | {"parameters": [1]}]}, "parameters of input image is list"),
+        ({"inputs": [WHOLE], "parameters": [None, None]}, "parameters is list, an object is wanted"),
+        ({"inputs": [WHOLE | {"shape": [0], "data": []}]}, "input image has no picture"),
+        ({"inputs": [{"name": "image", "datatype": "FP32", "shape": []}]}, "input image has no list of data"),
+        ({"inputs": [{"name": "pixel_values", "datatype": "FP32", "shape": [], "data": [1]}]}, "(B, 3, 64, 64) is wanted"),
+        ({"inputs": [WHOLE | {"shape": [False], "data": []}]}, "shape is [False]"),
+        ({"inputs": [WHOLE], "outputs": "scores"}, "outputs is str, a list is wanted"),
+        ({"inputs": [WHOLE], "outputs": ["scores"]}, "output None is not there"),
+        ({"inputs": [WHOLE], "outputs": [{"name": "scores", "parameters": 1}]}, "parameters of output scores is int"),
+        ({"inputs": [WHOLE], "outputs": [{"name": "scores", "parameters": {"classification": -1}}]}, "classification is -1"),
+        ({"inputs": [WHOLE], "parameters": {"timeout": "soon"}}, "timeout is 'soon'"),
     ],
 )  # fmt: skip
 def test_broken_requests_are_named(service: Service, asked: dict[str, Any], detail: str) -> None:
@@ -152,6 +166,11 @@ def test_broken_requests_are_named(service: Service, asked: dict[str, Any], deta
     assert answer.status_code == 400
     assert detail in answer.json()["error"]
     assert answer.json()["error"] == answer.json()["detail"]
+
+
+def test_infer_is_asked_by_post(service: Service) -> None:
+    answer = service.client.get("/v2/models/digits/infer")
+    assert (answer.status_code, answer.headers["allow"]) == (405, "POST")
 
 
 @pytest.mark.parametrize(
