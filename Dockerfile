@@ -30,7 +30,7 @@ RUN pip install --no-cache-dir --constraint constraints.txt torch \
         /opt/venv/lib/python3*/site-packages/torch/bin/*[Tt]est*
 COPY pyproject.toml ./
 RUN python -c 'import tomllib; p = tomllib.load(open("pyproject.toml", "rb"))["project"]; \
-    print(*p["dependencies"], *p["optional-dependencies"]["tracing"], sep="\n")' > requirements.txt \
+    print(*p["dependencies"], *p["optional-dependencies"]["heif"], *p["optional-dependencies"]["tracing"], sep="\n")' > requirements.txt \
     && pip install --no-cache-dir --constraint constraints.txt --requirement requirements.txt
 
 FROM packages AS variant-cpu

@@ -13,7 +13,7 @@ from fastapi_offline import FastAPIOffline
 from PIL import Image
 from starlette.routing import Route
 
-from app.api import classify, features, health, hugging_face, sagemaker, v2, vertex
+from app.api import attention, classify, features, health, hugging_face, sagemaker, v2, vertex
 from app.api.context import RequestContext
 from app.api.problems import add_error_handlers
 from app.engine.engine import Engine
@@ -51,7 +51,10 @@ def create_app(
     )
     app.state.engine = engine
     app.state.processes = processes
-    doors = [classify.router, features.router, v2.router, hugging_face.router, sagemaker.router, vertex.router(settings)]
+    doors = [
+        *(door.router for door in (classify, features, attention, v2, hugging_face, sagemaker)),
+        vertex.router(settings),
+    ]
     app.add_middleware(
         RequestContext, engine=engine, doors=[route for door in doors for route in door.routes if isinstance(route, Route)]
     )

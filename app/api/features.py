@@ -81,20 +81,20 @@ async def extract(request: Request) -> Response:
 
     def write() -> bytes:
         started = time.monotonic()
-        written = WRITERS[kind](_flat(answer, parameters.feature_dtype))
+        written = WRITERS[kind](flat(answer, parameters.feature_dtype))
         engine.metrics.part("encode", time.monotonic() - started)
         return written
 
     return Response(await asyncio.to_thread(write), media_type=kind)
 
 
-def _flat(answer: Answer, dtype: str) -> Maps:
+def flat(answer: Answer, dtype: str) -> Maps:
     """Maps by name; those of a list by name and place: hidden_states.0, hidden_states.1."""
-    flat: dict[str, npt.NDArray[Any]] = {}
+    named: dict[str, npt.NDArray[Any]] = {}
     for name, maps in answer.features.items():
         several = {f"{name}.{i}": one for i, one in enumerate(maps)} if isinstance(maps, list) else {name: maps}
-        flat |= {key: np.ascontiguousarray(one, dtype) for key, one in several.items()}
-    return flat
+        named |= {key: np.ascontiguousarray(one, dtype) for key, one in several.items()}
+    return named
 
 
 def _accepted(request: Request) -> str:

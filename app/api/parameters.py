@@ -75,7 +75,7 @@ class FeatureParameters(_Asked):
 DEADLINE = "X-Deadline-Ms"
 
 Given = tuple[str, Any]
-Kind = TypeVar("Kind", bound=_Asked)
+Kind = TypeVar("Kind", bound=BaseModel)
 
 
 def read_parameters(request: Request, kind: type[Kind], place: str = "the body", beside: Iterable[Given] = ()) -> Kind:

@@ -46,6 +46,26 @@ class BatchClassification(BaseModel):
     request_id: str
 
 
+class SeenInLayer(BaseModel):
+    """The neighborhood of one query, in one layer."""
+
+    stage: int
+    layer: int
+    dilation: int
+    size: list[int] = Field(description="height and width of the layer's map", examples=[[56, 56]])
+    query: list[int] = Field(description="row and column in it", examples=[[28, 28]])
+    rows: list[int] = Field(description="of the keys; those from the height on are padding")
+    columns: list[int] = Field(description="of the keys; those from the width on are padding")
+    weights: list[list[list[float]]] = Field(description="for each head, row and column; 1 in sum for each head")
+
+
+class AttentionOfPoint(BaseModel):
+    """What the network sees from one point of a picture."""
+
+    layers: list[SeenInLayer] = Field(description="first to last")
+    request_id: str
+
+
 class Problem(BaseModel):
     """An error, as RFC 9457 has it."""
 

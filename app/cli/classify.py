@@ -21,6 +21,7 @@ from rich.progress import Progress
 from rich.table import Table
 from safetensors.numpy import save_file
 
+from app.api.features import flat
 from app.api.parameters import Parameters
 from app.api.results import predictions
 from app.cli import Refused
@@ -153,16 +154,14 @@ async def _answers(engine: Engine, paths: Sequence[str], wanted: Wanted) -> Asyn
 
 
 def _save_maps(answer: Answer, folder: Path, path: str, kind: str) -> None:
-    """A picture's maps under its own name; those of a list by name and place: hidden_states.0, ..."""
-    maps: dict[str, Any] = {}
-    for key, given in answer.features.items():
-        maps |= {f"{key}.{i}": one for i, one in enumerate(given)} if isinstance(given, list) else {key: given}
+    """A picture's maps under its own name."""
+    maps = dict(flat(answer, "float32"))
     name = "stdin" if path == STDIN else path
     place = folder.joinpath(*(part for part in Path(name).parts if part not in ("..", Path(name).anchor)))
     place = place.with_name(f"{place.name}.{kind}")
     place.parent.mkdir(parents=True, exist_ok=True)
     if kind == "npz":
-        np.savez(place, **maps)
+        np.savez(place, **maps)  # type: ignore[arg-type]
     else:
         save_file(maps, place)
 

@@ -7,14 +7,18 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from enum import StrEnum
 from typing import Protocol, TypeVar
 
+import numpy as np
 import structlog
+import torch
 
 from app.engine.batcher import Answered, Batcher, Job
-from app.engine.runtime import DeviceLost, LeftOut, Loaded, Runtime, Unfit, devices
+from app.engine.runtime import Answer, DeviceLost, LeftOut, Loaded, Runtime, Unfit, devices, prepared
 from app.engine.runtimes import load_runtimes
 from app.errors import Unavailable
 from app.metrics import Metrics
 from app.settings import Settings
+from model import DinatForImageClassification
+from model.neighborhoods import neighborhoods
 
 log = structlog.get_logger("dinat")
 
@@ -93,6 +97,8 @@ class EngineCore:
         self._batcher: Batcher | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
         self._settled = asyncio.Event()
+        self._explaining = ThreadPoolExecutor(1, thread_name_prefix="explain")
+        self._explainer: DinatForImageClassification | None = None
         self._burying: Future[None] | None = None
 
     @property
@@ -196,7 +202,30 @@ class EngineCore:
     def put(self, job: Job) -> None:
         """See Core."""
         assert self._batcher is not None
-        self._batcher.put(job)
+        if job.wanted.point is None:
+            self._batcher.put(job)
+        else:
+            self._explaining.submit(self._explain, job)
+
+    def _explain(self, job: Job) -> None:
+        """In a thread of its own: the neighborhoods of a point. By a network of its own, in float32 on the processor."""
+        assert job.pixels is not None and job.wanted.point is not None and self.loaded is not None
+        pixels = np.array(job.pixels[None])
+        job.started, job.pixels = time.monotonic(), None
+        self._batch_started([job])
+        if not job.alive:
+            return
+        try:
+            if self._explainer is None:
+                self._explainer = DinatForImageClassification.from_pretrained(
+                    self.settings.model, revision=self.settings.revision
+                ).eval()
+            pixel_values = prepared(self.loaded.processor, torch.from_numpy(pixels))
+            seen = neighborhoods(self._explainer, pixel_values, *job.wanted.point)
+            nothing = np.empty(0, np.int64), np.empty(0, np.float32)
+            self._answered([job], [Answer(*nothing, {}, seen)])
+        except Exception as error:
+            self._answered([job], [error])
 
     def withdraw(self, job: Job) -> None:
         """See Core."""
@@ -210,6 +239,7 @@ class EngineCore:
         if self._batcher is not None:
             self._batcher.close(Unavailable("the service stopped before this picture's turn came"))
             await asyncio.to_thread(self._batcher.stop)
+        self._explaining.shutdown(cancel_futures=True)
 
     def _batch_started(self, batch: list[Job]) -> None:
         """In a thread of the engine's: what runs no longer waits."""

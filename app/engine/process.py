@@ -167,12 +167,12 @@ class EngineProcess:
         decoded: float,
         top_k: int,
         features: list[str],
+        point: list[float] | None,
     ) -> None:
         assert self._slots is not None
         pixels = mapped(descriptors[0], shape, dtype) if descriptors else self._slots.view(slot, shape)
-        job = Sent(
-            Wanted(top_k, frozenset(features)), arrived, deadline, pixels, decoded, front=front, number=number, slot=slot
-        )
+        wanted = Wanted(top_k, frozenset(features), (point[0], point[1]) if point else None)
+        job = Sent(wanted, arrived, deadline, pixels, decoded, front=front, number=number, slot=slot)
         front.jobs[number] = job
         self._core.put(job)
 
@@ -241,4 +241,9 @@ def _written(answer: Answer | Exception, arrays: list[Array]) -> list[Any]:
         first = len(arrays)
         arrays.extend(maps if isinstance(maps, list) else [maps])
         features[name] = list(range(first, len(arrays))) if isinstance(maps, list) else first
-    return ["answer", answer.class_ids, answer.scores, features]
+    seen = []
+    for one in answer.neighborhoods:
+        told = {"stage": one.stage, "layer": one.layer, "dilation": one.dilation, "rows": one.rows, "columns": one.columns}
+        seen.append([len(arrays), one.size, one.query, told])
+        arrays.append(one.weights.numpy())
+    return ["answer", answer.class_ids, answer.scores, features, seen]

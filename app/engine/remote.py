@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import structlog
+import torch
 
 from app.engine.batcher import Answered, Job
 from app.engine.channel import Arrays, Channel, share
@@ -21,6 +22,7 @@ from app.errors import ServiceError, Unavailable
 from app.metrics import Metrics
 from app.settings import Settings
 from model import DinatConfig, DinatImageProcessor
+from model.neighborhoods import Neighborhood
 
 log = structlog.get_logger("dinat")
 
@@ -76,7 +78,7 @@ class RemoteCore:
         """See Core."""
         pixels = job.pixels
         assert pixels is not None
-        wanted = job.wanted.top_k, sorted(job.wanted.features)
+        wanted = job.wanted.top_k, sorted(job.wanted.features), job.wanted.point
         fits = self._slots is not None and pixels.nbytes <= self._slots.size and pixels.dtype == np.uint8
         shared = [] if fits else [share([pixels])]
         with self._lock:
@@ -181,12 +183,16 @@ def _died() -> Unavailable:
 
 def _answer(given: Any, arrays: Arrays) -> Answer | Exception:
     match given:
-        case ["answer", class_ids, scores, features]:
+        case ["answer", class_ids, scores, features, neighborhoods]:
             named = {
                 name: arrays[at] if isinstance(at, int) else [arrays[one] for one in at]  # a map, or a list of them
                 for name, at in features.items()
             }
-            return Answer(np.array(class_ids, np.int64), np.array(scores, np.float32), named)
+            seen = [
+                Neighborhood(**told, size=(h, w), query=(y, x), weights=torch.from_numpy(np.array(arrays[at])))
+                for at, (h, w), (y, x), told in neighborhoods
+            ]
+            return Answer(np.array(class_ids, np.int64), np.array(scores, np.float32), named, seen)
         case ["refused", status, detail, headers]:
             error = ServiceError(detail, headers)
             error.status = HTTPStatus(status)

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from model.config import DinatConfig
 from model.image_processor import DinatImageProcessor, Pixels
+from model.neighborhoods import Neighborhood
 
 Array = npt.NDArray[np.float32]
 
@@ -23,11 +24,13 @@ LOGITS = "logits"
 class Wanted:
     """What a request wants of a picture.
 
-    top_k: 1 to the number of labels.  features: some of config.feature_names, and LOGITS.
+    top_k: 1 to the number of labels.  features: some of config.feature_names, and LOGITS.  point: (y, x), 0 to 1 each, whose
+    neighborhoods are wanted, and nothing else.
     """
 
     top_k: int
     features: frozenset[str] = frozenset()
+    point: tuple[float, float] | None = None
 
 
 @dataclass(frozen=True)
@@ -41,6 +44,7 @@ class Answer:
     class_ids: npt.NDArray[np.int64]
     scores: Array
     features: dict[str, Array | list[Array]]
+    neighborhoods: Sequence[Neighborhood] = ()
 
 
 @dataclass(frozen=True)

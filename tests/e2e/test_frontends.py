@@ -80,6 +80,11 @@ def test_several_processes_answer_as_one_does(one: Server, several: Server, aske
         assert without_id(httpx.post(f"{several.url}/classify", **asked)) == expected
 
 
+def test_neighborhoods_through_several_processes(one: Server, several: Server) -> None:
+    answers = [httpx.post(f"{server.url}/attention?y=0.1&x=0.9", content=PICTURES[0]) for server in (one, several)]
+    assert without_id(answers[0]) == without_id(answers[1])
+
+
 def test_a_batch_through_several_processes(one: Server, several: Server) -> None:
     files = [("image", ("x", data)) for data in (*PICTURES[:5], b"nonsense", *PICTURES[5:])]
     answers = [

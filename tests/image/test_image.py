@@ -64,7 +64,7 @@ def arguments(buildah: Buildah, folder: Path) -> list[str | Path]:
     buildah("commit", "--quiet", "--rm", container, BASE)
     shutil.rmtree(root)
     pip = [sys.executable, "-m", "pip", "wheel", "--quiet", "--wheel-dir", wheels, "--constraint", ROOT / "constraints.txt"]
-    subprocess.run([*pip, f"{ROOT}[cpu,tracing]", "setuptools>=77"], check=True)
+    subprocess.run([*pip, f"{ROOT}[cpu,heif,tracing]", "setuptools>=77"], check=True)
     print(f"\nbase and wheels: {time.monotonic() - started:.0f} s")
     return [
         *("build", "--quiet", "--format", "docker", "--layers", "--skip-unused-stages", "--volume", f"{wheels}:/wheels:ro"),
