@@ -210,7 +210,7 @@ def _features(picture: Picture, names: Sequence[str]) -> _Call[Maps]:
     return _Call(
         "POST",
         "/features",
-        lambda response: load(response.content),
+        lambda response: dict(sorted(load(response.content).items())),
         {
             "content": _bytes(picture),
             "params": _params(features=",".join(names)),

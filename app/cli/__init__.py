@@ -1,6 +1,7 @@
 """The command `dinat`: one module for each thing it does, imported when it is asked for."""
 
 import argparse
+import os
 import sys
 from importlib import import_module
 
@@ -33,6 +34,9 @@ def main(arguments: list[str] | None = None) -> int:
     parsed = parser.parse_args(given)
     try:
         return int(import_module(f"app.cli.{parsed.command}").run(parsed))
+    except BrokenPipeError:  # whoever read the output has enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
     except (Refused, DinatError, OSError) as error:
         print(f"dinat: {error}", file=sys.stderr)
         return 1

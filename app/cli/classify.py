@@ -144,13 +144,18 @@ async def _answers(engine: Engine, paths: Sequence[str], wanted: Wanted) -> Asyn
         return answer.detail if isinstance(answer, ServiceError) else answer
 
     under_way: deque[tuple[str, asyncio.Task[Answer | str]]] = deque()
-    for path in paths:
-        if len(under_way) == engine.settings.queue_limit:
+    try:
+        for path in paths:
+            if len(under_way) == engine.settings.queue_limit:
+                first, task = under_way.popleft()
+                yield first, await task
+            under_way.append((path, asyncio.create_task(one(path))))
+        while under_way:
             first, task = under_way.popleft()
             yield first, await task
-        under_way.append((path, asyncio.create_task(one(path))))
-    for path, task in under_way:
-        yield path, await task
+    finally:
+        for _, task in under_way:
+            task.cancel()
 
 
 def _save_maps(answer: Answer, folder: Path, path: str, kind: str) -> None:

@@ -117,7 +117,8 @@ class Engine:
             async with asyncio.timeout(self._drain_until - time.monotonic()):
                 await self._idle.wait()
         except TimeoutError:
-            log.warning("stopping with work undone", requests=self._under_way)
+            if self._under_way:
+                log.warning("stopping with work undone", requests=self._under_way)
 
     async def stop(self) -> None:
         """Drain, answer what is left with an error, and end the threads."""

@@ -95,6 +95,15 @@ def test_what_cannot_be_done_is_one_line(flags: list[str], words: str, capsys: p
     assert words in capsys.readouterr().err
 
 
+def test_a_reader_that_has_enough_ends_it_quietly() -> None:
+    words = [sys.executable, "-m", "app.cli", "classify", *ALL, "--output", "csv", *EXACT]
+    with subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        assert process.stdout is not None and process.stderr is not None
+        process.stdout.close()
+        said = process.stderr.read()
+    assert (process.returncode, said) == (1, b"")
+
+
 def test_an_empty_folder_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["classify", str(tmp_path)]) == 1
     assert "no picture in" in capsys.readouterr().err
