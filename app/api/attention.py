@@ -5,14 +5,13 @@ from typing import Annotated
 from fastapi import APIRouter, Request, Response
 from pydantic import BaseModel, ConfigDict, Field
 
+from app.api.asking import ask_one
 from app.api.bodies import OPENAPI_BODY, read_one
-from app.api.hangup import unless_gone
-from app.api.parameters import DEADLINE_PARAMETER, openapi_parameters, read_deadline
+from app.api.parameters import DEADLINE_PARAMETER, openapi_parameters
 from app.api.results import in_json
 from app.api.schemas import PROBLEMS, AttentionOfPoint
 from app.engine.engine import Engine
 from app.engine.runtime import Wanted
-from app.errors import ServiceError
 
 router = APIRouter(tags=["attention"], responses=PROBLEMS)
 
@@ -36,10 +35,7 @@ async def attention(request: Request) -> Response:
     engine: Engine = request.app.state.engine
     engine.loaded  # noqa: B018  # raises while nothing is
     picture, point = await read_one(request, Point)
-    wanted = Wanted(1, point=(point.y, point.x))
-    (answer,) = await unless_gone(request, engine.submit([picture], wanted, read_deadline(request), request.state.arrived))
-    if isinstance(answer, ServiceError):
-        raise answer
+    answer = await ask_one(request, picture, Wanted(1, point=(point.y, point.x)))
     layers = [
         {
             "stage": one.stage,

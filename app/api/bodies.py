@@ -1,17 +1,20 @@
 """The pictures in a request and the parameters beside them, whichever form it came in."""
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, TypeVar
 from urllib.parse import parse_qsl
 
 import orjson
 from fastapi import Request
+from pydantic import BaseModel, ValidationError
 from starlette.datastructures import UploadFile
 from starlette.exceptions import HTTPException
 
-from app.api.parameters import Given, Kind, read_parameters
-from app.errors import NoImage, ServiceError
+from app.api.parameters import Given, Kind, faults, read_parameters
+from app.errors import BadRequest, NoImage, ServiceError, Unprocessable
 from app.images import decode_base64
+
+Body = TypeVar("Body", bound=BaseModel)
 
 FIELDS = ("image", "file")
 MULTIPART, URLENCODED, JSON = "multipart/form-data", "application/x-www-form-urlencoded", "application/json"
@@ -67,8 +70,8 @@ async def read_one(request: Request, kind: type[Kind]) -> tuple[bytes, Kind]:
 
     Raises NoImage, Unprocessable; TooLarge and UploadTooSlow come from RequestContext.
     """
-    content_type = _content_type(request)
-    if content_type == JSON:
+    kind_of_body = content_type(request)
+    if kind_of_body == JSON:
         given = await _json(request)
         if "images" in given:
             raise NoImage("the JSON has a field images: several pictures go to /classify/batch")
@@ -76,11 +79,11 @@ async def read_one(request: Request, kind: type[Kind]) -> tuple[bytes, Kind]:
         if not isinstance(image, str):
             raise NoImage('the JSON has no text in a field image: it reads {"image": "<base64 or data: URL>"}')
         return decode_base64(image), read_parameters(request, kind, "the JSON", given.items())
-    if content_type == MULTIPART:
+    if kind_of_body == MULTIPART:
         pictures, fields = await _form(request)
     else:
         body = await request.body()
-        if content_type != URLENCODED or not body.startswith(tuple(f"{name}=".encode() for name in FIELDS)):
+        if kind_of_body != URLENCODED or not body.startswith(tuple(f"{name}=".encode() for name in FIELDS)):
             return body, read_parameters(request, kind)
         pictures, fields = _sorted_out(parse_qsl(body.decode("latin-1"), keep_blank_values=True))
     if len(pictures) > 1:
@@ -96,23 +99,24 @@ async def read_several(request: Request, kind: type[Kind]) -> tuple[list[bytes |
 
     An error stands in the place of a picture whose base64 is broken. Raises NoImage, Unprocessable.
     """
-    content_type = _content_type(request)
-    if content_type == MULTIPART:
+    kind_of_body = content_type(request)
+    if kind_of_body == MULTIPART:
         pictures, fields = await _form(request)
         return pictures, read_parameters(request, kind, "the form", fields)
-    if content_type == JSON:
+    if kind_of_body == JSON:
         given = await _json(request)
         images = given.pop("images", None)
         if not isinstance(images, list) or not images:
             raise NoImage('the JSON has no list in a field images: it reads {"images": ["<base64 or data: URL>", ...]}')
         return [_decoded(image) for image in images], read_parameters(request, kind, "the JSON", given.items())
     raise NoImage(
-        f"Content-Type {content_type or '(none)'} has one picture, which goes to /classify: "
+        f"Content-Type {kind_of_body or '(none)'} has one picture, which goes to /classify: "
         "send several as multipart/form-data or application/json"
     )
 
 
-def _content_type(request: Request) -> str:
+def content_type(request: Request) -> str:
+    """A request's, without its parameters."""
     return request.headers.get("content-type", "").partition(";")[0].strip().lower()
 
 
@@ -154,6 +158,16 @@ def _text(name: str, value: str) -> bytes | ServiceError:
         return NoImage(
             f"the field {name} is text that is no base64, {value[:20]!r}: send a file, as curl's -F {name}=@picture.jpg"
         )
+
+
+async def read_json(request: Request, kind: type[Body]) -> Body:
+    """The body, which is JSON, as that kind. Raises BadRequest, Unprocessable."""
+    try:
+        return kind.model_validate(orjson.loads(await request.body()))
+    except ValidationError as error:
+        raise Unprocessable(faults(error)) from None
+    except ValueError as error:
+        raise BadRequest(f"the body is not JSON: {error}") from None
 
 
 async def _json(request: Request) -> dict[str, Any]:

@@ -2,9 +2,9 @@
 
 from fastapi import APIRouter, Request, Response
 
+from app.api.asking import ask, ask_one
 from app.api.bodies import OPENAPI_BATCH_BODY, OPENAPI_BODY, read_one, read_several
-from app.api.hangup import unless_gone
-from app.api.parameters import OPENAPI_PARAMETERS, Parameters, read_deadline
+from app.api.parameters import OPENAPI_PARAMETERS, Parameters
 from app.api.problems import problem_fields
 from app.api.results import in_json, result
 from app.api.schemas import PROBLEMS, BatchClassification, Classification
@@ -23,9 +23,7 @@ async def classify(request: Request) -> Response:
     config = engine.loaded.config  # kept: what was taken is answered also when, by then, nothing more is
     picture, parameters = await read_one(request, Parameters)
     wanted = parameters.wanted(config)
-    (answer,) = await unless_gone(request, engine.submit([picture], wanted, read_deadline(request), request.state.arrived))
-    if isinstance(answer, ServiceError):
-        raise answer
+    answer = await ask_one(request, picture, wanted)
     body = {"model": engine.settings.model, **result(answer, config, parameters.feature_format)}
     return await in_json(request, body | {"request_id": request.state.request_id}, bool(wanted.features))
 
@@ -45,7 +43,7 @@ async def classify_batch(request: Request) -> Response:
     pictures, parameters = await read_several(request, Parameters)
     wanted = parameters.wanted(config)
     taken = [picture for picture in pictures if isinstance(picture, bytes)]
-    answers = iter(await unless_gone(request, engine.submit(taken, wanted, read_deadline(request), request.state.arrived)))
+    answers = iter(await ask(request, taken, wanted))
     results = [next(answers) if isinstance(picture, bytes) else picture for picture in pictures]
     request_id = request.state.request_id
     body = {

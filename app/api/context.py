@@ -116,16 +116,18 @@ class RequestContext:
         """Why work cannot be taken now, if it cannot. Waits where too many were refused just before."""
         if scope["method"] != "POST" or self._door(scope["path"]) is None:
             return None
+        refusal = self._no_room(arrived)
+        if isinstance(refusal, Unavailable):
+            await self._refusals.turn()
+            refusal = self._no_room(arrived)  # there may be room by now
+        return refusal
+
+    def _no_room(self, arrived: float) -> ServiceError | None:
         try:
             self._engine.check_room()
-            return self._engine.late(arrived)
-        except Unavailable:
-            await self._refusals.turn()
-        try:  # there may be room by now
-            self._engine.check_room()
-            return self._engine.late(arrived)
         except Unavailable as refusal:
             return refusal
+        return self._engine.late(arrived)
 
     def _limited(self, receive: Receive, scope: Scope, announced: bytes) -> Receive:
         """`receive`, within the limits of size and time."""

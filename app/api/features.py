@@ -11,14 +11,14 @@ import numpy.typing as npt
 from fastapi import APIRouter, Request, Response
 from safetensors.numpy import save
 
+from app.api.asking import ask_one
 from app.api.bodies import OPENAPI_BODY, read_one
-from app.api.hangup import unless_gone
-from app.api.parameters import DEADLINE_PARAMETER, FeatureParameters, openapi_parameters, read_deadline
+from app.api.parameters import DEADLINE_PARAMETER, FeatureParameters, openapi_parameters
 from app.api.results import features, in_json
 from app.api.schemas import PROBLEMS
 from app.engine.engine import Engine
 from app.engine.runtime import Answer
-from app.errors import NotAcceptable, ServiceError, Unprocessable
+from app.errors import NotAcceptable, Unprocessable
 
 router = APIRouter(tags=["features"], responses=PROBLEMS)
 
@@ -72,9 +72,7 @@ async def extract(request: Request) -> Response:
     kind = _accepted(request)
     picture, parameters = await read_one(request, FeatureParameters)
     wanted = parameters.wanted(config)
-    (answer,) = await unless_gone(request, engine.submit([picture], wanted, read_deadline(request), request.state.arrived))
-    if isinstance(answer, ServiceError):
-        raise answer
+    answer = await ask_one(request, picture, wanted)
     if kind == JSON:
         said = features(answer, parameters.feature_format, parameters.feature_dtype)
         return await in_json(request, {"features": said, "request_id": request.state.request_id}, large=True)

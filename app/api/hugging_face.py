@@ -6,17 +6,16 @@ https://huggingface.co/docs/inference-providers/tasks/image-classification
 from typing import Any, Literal
 
 import numpy as np
-import orjson
 from fastapi import APIRouter, Request, Response
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field
 
-from app.api.hangup import unless_gone
-from app.api.parameters import faults, read_deadline
+from app.api.asking import ask_one
+from app.api.bodies import JSON, content_type, read_json
 from app.api.results import in_json
 from app.api.schemas import NOT_FOUND, PROBLEMS
 from app.engine.engine import Engine
 from app.engine.runtime import LOGITS, Answer, Array, Wanted
-from app.errors import BadRequest, NotFound, ServiceError, Unprocessable
+from app.errors import NotFound
 from app.images import decode_base64
 from model import DinatConfig
 
@@ -64,9 +63,7 @@ async def task(request: Request) -> Response:
     config = engine.loaded.config
     picture, parameters = await _read(request)
     wanted = Wanted(config.num_labels, frozenset({LOGITS} if parameters.function_to_apply else ()))
-    (answer,) = await unless_gone(request, engine.submit([picture], wanted, read_deadline(request), request.state.arrived))
-    if isinstance(answer, ServiceError):
-        raise answer
+    answer = await ask_one(request, picture, wanted)
     return await in_json(request, _elements(answer, parameters, config))
 
 
@@ -80,15 +77,9 @@ async def task_of_model(request: Request, name: str) -> Response:
 
 
 async def _read(request: Request) -> tuple[bytes, TaskParameters]:
-    body = await request.body()
-    if request.headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
-        return body, TaskParameters()
-    try:
-        asked = Task.model_validate(orjson.loads(body))
-    except ValidationError as error:
-        raise Unprocessable(faults(error)) from None
-    except ValueError as error:
-        raise BadRequest(f"the body is not JSON: {error}") from None
+    if content_type(request) != JSON:
+        return await request.body(), TaskParameters()
+    asked = await read_json(request, Task)
     return decode_base64(asked.inputs), asked.parameters or TaskParameters()
 
 

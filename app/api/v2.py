@@ -16,14 +16,14 @@ import orjson
 from fastapi import APIRouter, Request, Response
 from fastapi.responses import JSONResponse
 
-from app.api.hangup import unless_gone
+from app.api.asking import ask_all
 from app.api.parameters import DEADLINE_PARAMETER, read_deadline
 from app.api.results import in_json
 from app.api.schemas import NOT_FOUND, PROBLEMS
 from app.engine.core import State
 from app.engine.engine import Engine
 from app.engine.runtime import LOGITS, Answer, Array, Loaded, Wanted
-from app.errors import BadRequest, MethodNotAllowed, NotFound, ServiceError, TooLarge, Unprocessable
+from app.errors import BadRequest, MethodNotAllowed, NotFound, TooLarge, Unprocessable
 from app.images import decode_base64
 from model import DinatConfig
 from model.image_processor import Pixels
@@ -120,25 +120,20 @@ _BODY: dict[str, Any] = {
 async def infer(request: Request, name: str) -> Response:
     """Classify pictures, given as the bytes of their files (`image`), as pixels, or as normalised numbers (`pixel_values`)."""
     name = _known(request, name)
-    engine = _engine(request)
-    loaded = engine.loaded
+    loaded = _engine(request).loaded
     asked, tensors = _read(await request.body(), request.headers.get(HEADER))
     deadline_ms = _parameters(asked, read_deadline(request))
     pictures = _pictures(tensors, loaded)
     outputs = _outputs(asked, loaded.config)
     names = frozenset(one.name.split(".")[0] for one in outputs) - set(_RANKED)
     wanted = Wanted(loaded.config.num_labels, names)
-    answers = await unless_gone(request, engine.submit(pictures, wanted, deadline_ms, request.state.arrived))
-    for i, answer in enumerate(answers):
-        if isinstance(answer, ServiceError):
-            raise type(answer)(f"picture {i + 1} of {len(answers)}: {answer.detail}", answer.headers)
-    given = [answer for answer in answers if isinstance(answer, Answer)]
+    answers = await ask_all(request, pictures, wanted, "picture", deadline_ms)
     head: dict[str, Any] = {"model_name": name, "model_version": VERSION, "outputs": []}
     if "id" in asked:
         head["id"] = str(asked["id"])
     blobs: list[bytes] = []
     for one in outputs:
-        head["outputs"].append(_written(one, given, loaded.config, blobs))
+        head["outputs"].append(_written(one, answers, loaded.config, blobs))
     if not blobs:
         return await in_json(request, head, large=bool(names))
     said = orjson.dumps(head)

@@ -5,18 +5,17 @@ https://cloud.google.com/vertex-ai/docs/predictions/custom-container-requirement
 
 from typing import Any
 
-import orjson
 from fastapi import APIRouter, Request, Response
 from fastapi.responses import PlainTextResponse
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field
 
-from app.api.hangup import unless_gone
+from app.api.asking import ask_all
+from app.api.bodies import read_json
 from app.api.health import NOT_NOW, ready_in_words
-from app.api.parameters import Parameters, faults, read_deadline
+from app.api.parameters import Parameters
 from app.api.results import in_json, result
 from app.api.schemas import PROBLEMS
 from app.engine.engine import Engine
-from app.errors import BadRequest, ServiceError, Unprocessable
 from app.images import decode_base64
 from app.settings import Settings
 
@@ -80,18 +79,9 @@ async def predict(request: Request) -> Response:
     """Classify the instances; one prediction for each, in order, as /classify/batch has them. One bad picture fails all."""
     engine: Engine = request.app.state.engine
     config = engine.loaded.config
-    try:
-        asked = Instances.model_validate(orjson.loads(await request.body()))
-    except ValidationError as error:
-        raise Unprocessable(faults(error)) from None
-    except ValueError as error:
-        raise BadRequest(f"the body is not JSON: {error}") from None
+    asked = await read_json(request, Instances)
     wanted = asked.parameters.wanted(config)
     pictures = [decode_base64(one.b64) for one in asked.instances]
-    answers = await unless_gone(request, engine.submit(pictures, wanted, read_deadline(request), request.state.arrived))
-    predictions = []
-    for i, answer in enumerate(answers):
-        if isinstance(answer, ServiceError):
-            raise type(answer)(f"instance {i + 1} of {len(answers)}: {answer.detail}", answer.headers)
-        predictions.append(result(answer, config, asked.parameters.feature_format))
+    answers = await ask_all(request, pictures, wanted, called="instance")
+    predictions = [result(answer, config, asked.parameters.feature_format) for answer in answers]
     return await in_json(request, {"predictions": predictions}, bool(wanted.features))

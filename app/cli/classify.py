@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any, TextIO
 
 import numpy as np
-from pydantic import ValidationError
 from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
@@ -25,11 +24,12 @@ from app.api.features import flat
 from app.api.parameters import Parameters
 from app.api.results import predictions
 from app.cli import Refused
+from app.cli.flags import add_settings, read_settings
 from app.engine.engine import Engine
 from app.engine.runtime import Answer, Wanted
 from app.errors import ServiceError
 from app.logs import configure_logs
-from app.settings import Settings, explain
+from app.settings import Settings
 
 SETTINGS = (
     "model",
@@ -60,9 +60,7 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
     command.add_argument("--features", default="", metavar="NAMES", help="maps to keep, by comma: stem, stage1, ..., pooled")
     command.add_argument("--maps", type=Path, metavar="FOLDER", help="where the maps go, a file for each picture")
     command.add_argument("--maps-format", choices=["npz", "safetensors"], default="npz")
-    for name in SETTINGS:
-        field = Settings.model_fields[name]
-        command.add_argument(f"--{name.replace('_', '-')}", dest=name, metavar=name.upper(), help=field.description)
+    add_settings(command, SETTINGS)
 
 
 def run(parsed: argparse.Namespace) -> int:
@@ -71,11 +69,7 @@ def run(parsed: argparse.Namespace) -> int:
         raise Refused("--to keeps jsonl or csv: say --output jsonl")
     if bool(parsed.features) != bool(parsed.maps):
         raise Refused("--features says which maps, --maps where they go: one wants the other")
-    given = {name: value for name in SETTINGS if (value := getattr(parsed, name)) is not None}
-    try:
-        settings = Settings(**given, deadline_ms=PATIENCE_MS, drain_seconds=0)
-    except ValidationError as error:
-        raise Refused(explain(error)) from None
+    settings = read_settings(parsed, SETTINGS, deadline_ms=PATIENCE_MS, drain_seconds=0)
     paths = list(found(parsed.paths))
     if not paths:
         raise Refused(f"no picture in {', '.join(parsed.paths)}: read are {', '.join(SUFFIXES)}")

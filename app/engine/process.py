@@ -32,11 +32,6 @@ READY_SECONDS = 10
 FAREWELL_SECONDS = 0.2
 """How long a failed engine stays, for its last messages to be sent."""
 
-FAREWELL_SECONDS = 0.2
-"""How long a failed engine stays, for its last messages to be sent."""
-
-MakeCore = Callable[..., EngineCore]
-
 
 @dataclass(eq=False, kw_only=True)
 class Sent(Job):
@@ -61,11 +56,10 @@ class EngineProcess:
         lifeline: int,
         say: Callable[[str], object],
         front_ends: int,
-        make_core: MakeCore = EngineCore,
     ) -> None:
         self._settings = settings
         self._listener, self._lifeline, self._say, self._expected = listener, lifeline, say, front_ends
-        self._core = make_core(settings, metrics, self._answered, self._started, self._changed, restarts=0)
+        self._core = EngineCore(settings, metrics, self._answered, self._started, self._changed, restarts=0)
         self._front_ends: dict[int, _FrontEnd] = {}
         self._slots: Slots | None = None
         self._freeing = threading.Lock()

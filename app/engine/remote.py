@@ -10,7 +10,6 @@ from http import HTTPStatus
 from typing import Any
 
 import numpy as np
-import structlog
 import torch
 
 from app.engine.batcher import Answered, Job
@@ -23,8 +22,6 @@ from app.metrics import Metrics
 from app.settings import Settings
 from model import DinatConfig, DinatImageProcessor
 from model.neighborhoods import Neighborhood
-
-log = structlog.get_logger("dinat")
 
 RECONNECT_SECONDS = 0.1
 
