@@ -1,6 +1,7 @@
 """uvicorn: limits to its connections, requests timed from their first byte, and stopping without losing one."""
 
 import asyncio
+import contextlib
 import socket
 import time
 from collections.abc import Callable
@@ -16,13 +17,18 @@ from app.engine.engine import Engine
 from app.errors import Unavailable
 
 LINGER_SECONDS = 2
-"""How long a connection that is one too many may take to send its request and read that it is refused."""
+"""How long a connection that is one too many may take to send its request and read that it is refused; and how long one that
+asks while the door is about to close gets an answer."""
+
+QUIET_SECONDS = 0.25
+"""A door closes once nobody has asked for so long: who asks just then would be cut off unheard."""
 
 
 class Server(uvicorn.Server):
     """On a signal, takes work for LAME_DUCK_SECONDS more, drains the engine while still answering, then closes.
 
-    Work that comes while it drains gets 503. On a second signal it closes at once.
+    Work that comes while it drains gets 503, and so does what comes until it is quiet, or LINGER_SECONDS have passed. On a
+    second signal it closes at once.
 
     lifeline: of a front end; it drains as on a signal when the other end is closed, and leaves to its supervisor what is to
     happen on a second signal, and when the engine fails.  say: told of the engine's state.
@@ -79,7 +85,16 @@ class Server(uvicorn.Server):
 
     async def _drain_then_exit(self) -> None:
         await self._engine.drain(self._engine.settings.lame_duck_seconds)
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(LINGER_SECONDS):
+                await self._quiet()
         self.should_exit = True
+
+    async def _quiet(self) -> None:
+        answered = -1
+        while answered != self.server_state.total_requests:
+            answered = self.server_state.total_requests
+            await asyncio.sleep(QUIET_SECONDS)
 
     def _stop_if_failed(self) -> None:
         if self._engine.failure is not None:
