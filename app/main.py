@@ -13,7 +13,7 @@ from fastapi_offline import FastAPIOffline
 from PIL import Image
 from starlette.routing import Route
 
-from app.api import attention, classify, features, health, hugging_face, sagemaker, v2, vertex
+from app.api import attention, classify, features, health, hugging_face, page, sagemaker, v2, vertex
 from app.api.context import RequestContext
 from app.api.problems import add_error_handlers
 from app.engine.engine import Engine
@@ -64,13 +64,14 @@ def create_app(
             allow_origins=list(settings.cors_origins),
             allow_methods=["GET", "POST"],
             allow_headers=["*"],
-            expose_headers=["X-Request-ID", "Retry-After"],
+            expose_headers=["X-Request-ID", "Retry-After", "Server-Timing"],
         )
     if settings.otlp_endpoint:
         trace_requests(app, settings.otlp_endpoint)
     add_error_handlers(app)
-    for door in (*doors, health.router):
+    for door in (*doors, health.router, page.router):
         app.include_router(door)
+    app.mount(page.FILES, page.files)
     return app
 
 

@@ -16,11 +16,15 @@ async def ask(
 ) -> list[Answer | ServiceError]:
     """Engine.submit, of a request. deadline_ms: that of its header if None.
 
+    Leaves what each part took in the request's state, for Server-Timing; several pictures at once have no parts of their own.
     Raises Unprocessable, for that header; ClientDisconnect; and what submit raises.
     """
     engine: Engine = request.app.state.engine
     deadline_ms = read_deadline(request) if deadline_ms is None else deadline_ms
-    return await unless_gone(request, engine.submit(pictures, wanted, deadline_ms, request.state.arrived))
+    answers = await unless_gone(request, engine.submit(pictures, wanted, deadline_ms, request.state.arrived))
+    if len(answers) == 1 and isinstance(answers[0], Answer):
+        request.state.seconds = dict(answers[0].seconds)
+    return answers
 
 
 async def ask_one(request: Request, picture: Submitted, wanted: Wanted) -> Answer:

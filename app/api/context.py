@@ -12,6 +12,7 @@ from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from app.api.encodings import inflated
+from app.api.page import FILES, PAGE
 from app.api.problems import problem_body
 from app.engine.core import State
 from app.engine.engine import Engine
@@ -41,9 +42,10 @@ class RequestContext:
     """One layer around the application.
 
     Puts request_id into the request's state, the log and the X-Request-ID header of the answer: the client's own, or a new one.
-    Wants one of API_KEYS, but at the keyless doors. Refuses, before anything is read or routed, what there is no room for, and
-    what has waited in this process until its deadline. Refuses a body over MAX_UPLOAD_BYTES, by its Content-Length or else as
-    soon as that many bytes have come, and one that takes longer than UPLOAD_SECONDS. Counts and logs every request.
+    Wants one of API_KEYS, but at the keyless doors and for the page. Refuses, before anything is read or routed, what there is
+    no room for, and what has waited in this process until its deadline. Refuses a body over MAX_UPLOAD_BYTES, by its
+    Content-Length or else as soon as that many bytes have come, and one that takes longer than UPLOAD_SECONDS. Counts and logs
+    every request; Server-Timing says what each part of it took.
 
     doors: routes whose POST is work for the engine.
     """
@@ -78,6 +80,8 @@ class RequestContext:
             if message["type"] == "http.response.start":
                 status = int(message["status"])
                 answer = [*message.get("headers", ()), (b"x-request-id", request_id.encode()), *SECURITY_HEADERS]
+                if "seconds" in state:
+                    answer.append((b"server-timing", _server_timing(state["seconds"], time.monotonic() - arrived)))
                 if self._engine.state is State.DRAINING:
                     answer.append((b"connection", b"close"))
                 message["headers"] = answer
@@ -86,7 +90,7 @@ class RequestContext:
             await send(message)
 
         try:
-            refusal = self._keys.refusal(scope["path"], headers) or await self._refusal(scope, arrived)
+            refusal = self._keys.refusal(scope["method"], scope["path"], headers) or await self._refusal(scope, arrived)
             if refusal is None:
                 limited = self._limited(receive, scope, headers.get(b"content-length", b""))
                 encoding = headers.get(b"content-encoding")
@@ -159,21 +163,31 @@ class RequestContext:
         return limited
 
 
+def _server_timing(parts: dict[str, float], total: float) -> bytes:
+    """https://www.w3.org/TR/server-timing/, in milliseconds."""
+    return ", ".join(f"{name};dur={seconds * 1e3:.2f}" for name, seconds in (*parts.items(), ("total", total))).encode()
+
+
 def new_request_id() -> str:
     """32 hexadecimal digits. Of random numbers that are no secret: these need none."""
     return f"{getrandbits(128):032x}"
 
 
 class _Keys:
-    """Wants one of API_KEYS, as `Authorization: Bearer KEY` or `X-API-Key: KEY`, but at the keyless doors."""
+    """Wants one of API_KEYS, as `Authorization: Bearer KEY` or `X-API-Key: KEY`, but at the keyless doors.
+
+    The page has no secrets, and a browser no way to send a key for it: the page itself asks for the key.
+    """
 
     def __init__(self, settings: Settings) -> None:
         self._keys = [key.get_secret_value().encode() for key in settings.api_keys]
         self._keyless = tuple(f"/{name}" for name in settings.keyless)
 
-    def refusal(self, path: str, headers: dict[bytes, bytes]) -> ServiceError | None:
+    def refusal(self, method: str, path: str, headers: dict[bytes, bytes]) -> ServiceError | None:
         """Why a request may not pass, if it may not."""
         if not self._keys or any(path == prefix or path.startswith(f"{prefix}/") for prefix in self._keyless):
+            return None
+        if method in ("GET", "HEAD") and (path == PAGE or path.startswith(f"{FILES}/")):
             return None
         scheme, _, token = headers.get(b"authorization", b"").partition(b" ")
         given = token.strip() if scheme.lower() == b"bearer" else headers.get(b"x-api-key", b"")

@@ -14,7 +14,7 @@ from safetensors.numpy import save
 from app.api.asking import ask_one
 from app.api.bodies import OPENAPI_BODY, read_one
 from app.api.parameters import DEADLINE_PARAMETER, FeatureParameters, openapi_parameters
-from app.api.results import features, in_json
+from app.api.results import encoded, features, in_json
 from app.api.schemas import PROBLEMS
 from app.engine.engine import Engine
 from app.engine.runtime import Answer
@@ -80,7 +80,7 @@ async def extract(request: Request) -> Response:
     def write() -> bytes:
         started = time.monotonic()
         written = WRITERS[kind](flat(answer, parameters.feature_dtype))
-        engine.metrics.part("encode", time.monotonic() - started)
+        encoded(request, started)
         return written
 
     return Response(await asyncio.to_thread(write), media_type=kind)

@@ -48,13 +48,21 @@ def _feature_map(values: Array, feature_format: FeatureFormat, dtype: str) -> di
     return {"shape": list(values.shape), "dtype": dtype, "data": data}
 
 
+def encoded(request: Request, started: float) -> None:
+    """Note how long the body took to write, which began at that time."""
+    seconds = time.monotonic() - started
+    request.app.state.engine.metrics.part("encode", seconds)
+    if hasattr(request.state, "seconds"):
+        request.state.seconds["encode"] = seconds
+
+
 async def in_json(request: Request, body: Any, large: bool = False) -> Response:
     """A body as JSON. large: it has maps, and is written in a thread."""
 
     def encode() -> bytes:
         started = time.monotonic()
         written = orjson.dumps(body, option=orjson.OPT_SERIALIZE_NUMPY)
-        request.app.state.engine.metrics.part("encode", time.monotonic() - started)
+        encoded(request, started)
         return written
 
     return Response(await asyncio.to_thread(encode) if large else encode(), media_type="application/json")

@@ -25,7 +25,7 @@ RATE_BATCHES = 32
 class Job:
     """One picture on its way through the engine.
 
-    arrived, deadline, decoded, started: seconds of time.monotonic, which all processes of a machine share.
+    arrived, deadline, decoded, started, computed: seconds of time.monotonic, which all processes of a machine share.
     pixels: (H, W, 3), as Runtime.run takes them, until they are copied into their batch.
     dropped: set when nobody waits any more; a dropped job is not computed.
     """
@@ -36,6 +36,7 @@ class Job:
     pixels: Pixels | Array | None = None
     decoded: float = 0.0
     started: float = 0.0
+    computed: float = 0.0
     dropped: bool = False
 
     @property
@@ -175,7 +176,10 @@ class Batcher:
             job.started, job.pixels = started, None
         self._on_start(batch)
         answers = self._answers(runtime, pixels, [job.wanted for job in batch])
-        taken = time.monotonic() - started
+        computed = time.monotonic()
+        for job in batch:
+            job.computed = computed
+        taken = computed - started
         self._rate.append((len(batch), taken))
         self._on_batch(len(batch), taken)
         self._answered(batch, answers)

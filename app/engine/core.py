@@ -222,6 +222,7 @@ class EngineCore:
                 ).eval()
             pixel_values = prepared(self.loaded.processor, torch.from_numpy(pixels))
             seen = neighborhoods(self._explainer, pixel_values, *job.wanted.point)
+            job.computed = time.monotonic()
             nothing = np.empty(0, np.int64), np.empty(0, np.float32)
             self._answered([job], [Answer(*nothing, {}, seen)])
         except Exception as error:

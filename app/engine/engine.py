@@ -5,7 +5,7 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -34,6 +34,7 @@ class Picture(Job):
 
     data: Submitted
     answer: "asyncio.Future[Answer | Exception]"
+    seconds_to_decode: float = 0.0
 
 
 class Engine:
@@ -180,10 +181,9 @@ class Engine:
 
     async def _answers(self, jobs: list[Picture], decoding: "list[Future[None]]") -> list[Answer | ServiceError]:
         """What became of each job, by its deadline, which is one for all."""
-        waiting = [job.answer for job in jobs]
         over = asyncio.get_running_loop().call_later(jobs[0].deadline - time.monotonic(), _deliver, jobs, [_late()] * len(jobs))
         try:
-            answers = [_checked(await answer) for answer in waiting]
+            answers = [_checked(await job.answer, job) for job in jobs]
         finally:
             over.cancel()
             for job, running in zip(jobs, decoding, strict=True):
@@ -204,7 +204,8 @@ class Engine:
             self._answered([job], [error])
             return
         job.decoded = time.monotonic()
-        self.metrics.part("decode", job.decoded - started)
+        job.seconds_to_decode = job.decoded - started
+        self.metrics.part("decode", job.seconds_to_decode)
         self.core.put(job)
 
     def _pixels(self, data: Submitted, processor: DinatImageProcessor) -> Pixels | Array:
@@ -241,9 +242,12 @@ def _late() -> DeadlinePassed:
     return DeadlinePassed("the answer did not come within the deadline: send fewer pictures at once, or allow more time")
 
 
-def _checked(answer: Answer | Exception) -> Answer | ServiceError:
-    """An answer as a door may give it: what went wrong on this side is for the log alone."""
+def _checked(answer: Answer | Exception, job: Picture) -> Answer | ServiceError:
+    """An answer as a door may give it, with its times: what went wrong on this side is for the log alone."""
     if isinstance(answer, Exception) and not isinstance(answer, ServiceError):
         log.error("a picture could not be computed", exc_info=answer)
         return ServiceError("something went wrong on this side; the log has it under this request_id")
+    if isinstance(answer, Answer):
+        queue, compute = job.started - job.decoded, job.computed - job.started
+        return replace(answer, seconds={"decode": job.seconds_to_decode, "queue": queue, "compute": compute})
     return answer

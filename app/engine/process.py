@@ -207,9 +207,9 @@ class EngineProcess:
             arrays: list[Array] = []
             written = _written(answer, arrays)
             if arrays:
-                job.front.channel.send(["answers", self._core.rate, [[job.number, written]]], arrays)
+                job.front.channel.send(["answers", self._core.rate, [[job.number, job.started, job.computed, written]]], arrays)
             else:
-                plain[job.front].append([job.number, written])
+                plain[job.front].append([job.number, job.started, job.computed, written])
         for front, several in plain.items():
             front.channel.send(["answers", self._core.rate, several])
 

@@ -127,7 +127,7 @@ class RemoteCore:
         match kind:
             case "answers":
                 self.rate, answers = rest
-                self._give({number: _answer(given, arrays) for number, given in answers})
+                self._give([(number, times, _answer(given, arrays)) for number, *times, given in answers])
             case "loaded":
                 self._open(*rest, *descriptors)
             case "failed":
@@ -146,11 +146,17 @@ class RemoteCore:
         self._channel.send(["ready"])
         self._settled.set()
 
-    def _give(self, answers: dict[int, Answer | Exception]) -> None:
+    def _give(self, answers: Sequence[tuple[int, Sequence[float], Answer | Exception]]) -> None:
+        given: list[Job] = []
+        of_given: list[Answer | Exception] = []
         with self._lock:
-            jobs = [self._sent.pop(number, None) for number in answers]
-        given = [(job, answer) for job, answer in zip(jobs, answers.values(), strict=True) if job is not None]
-        self._answered([job for job, _ in given], [answer for _, answer in given])
+            for number, times, answer in answers:
+                job = self._sent.pop(number, None)
+                if job is not None:
+                    job.started, job.computed = times
+                    given.append(job)
+                    of_given.append(answer)
+        self._answered(given, of_given)
 
     def _ended(self) -> None:
         """The engine has died, or ended."""

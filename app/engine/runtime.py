@@ -1,7 +1,7 @@
 """What the engine asks of whoever computes, and what passes between them."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Protocol
 
 import numpy as np
@@ -38,13 +38,15 @@ class Answer:
     """What the network says of a picture.
 
     class_ids: (top_k,) int64 and scores: (top_k,) float32, best first, ties by class.  features: by name, (C, h, w) float32
-    maps, (C,) for pooled, a list of maps for hidden_states, (num_labels,) for LOGITS.
+    maps, (C,) for pooled, a list of maps for hidden_states, (num_labels,) for LOGITS.  seconds: what each part took, in order:
+    decode, queue (until its batch ran), compute (its whole batch).
     """
 
     class_ids: npt.NDArray[np.int64]
     scores: Array
     features: dict[str, Array | list[Array]]
     neighborhoods: Sequence[Neighborhood] = ()
+    seconds: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

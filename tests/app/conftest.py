@@ -50,6 +50,11 @@ def running(make_core: MakeCore = EngineCore, wait: bool = True, **changes: Any)
     assert not thread.is_alive()
 
 
+def server_timing(answer: httpx.Response) -> dict[str, float]:
+    """What each part took, in milliseconds."""
+    return {part: float(dur) for part, dur in (one.split(";dur=") for one in answer.headers["Server-Timing"].split(", "))}
+
+
 @pytest.fixture(scope="session")
 def service() -> Iterator[Service]:
     """A server of the embedded model, shared by the tests that leave it as it is."""

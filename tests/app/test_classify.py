@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 
 from model import DinatBackbone, DinatForImageClassification, DinatImageProcessor
-from tests.app.conftest import DIGITS, Service
+from tests.app.conftest import DIGITS, Service, server_timing
 from tests.app.pictures import encoded, noise, png_bomb
 
 
@@ -215,6 +215,22 @@ def test_request_id_is_the_clients_or_a_new_one(service: Service, seven: bytes) 
     assert len(new) == 2
     unfit = service.client.post("/classify", content=seven, headers={"X-Request-ID": "a b"})
     assert unfit.json()["request_id"] != "a b"
+
+
+@pytest.mark.parametrize("path", ["/classify", "/features", "/attention", "/"])
+def test_what_each_part_took_is_told(service: Service, seven: bytes, path: str) -> None:
+    parts = server_timing(service.client.post(path, content=seven))
+    assert list(parts) == ["decode", "queue", "compute", "encode", "total"]
+    assert all(milliseconds >= 0 for milliseconds in parts.values())
+    assert parts["decode"] > 0 and parts["compute"] > 0
+    total = parts.pop("total")
+    assert sum(parts.values()) <= total + 0.03  # each is rounded
+
+
+def test_several_pictures_have_no_parts_of_their_own(service: Service, seven: bytes) -> None:
+    answer = service.client.post("/classify/batch", files=[("image", seven), ("image", seven)])
+    assert answer.status_code == 200
+    assert "server-timing" not in answer.headers
 
 
 @pytest.mark.parametrize(("method", "path", "status"), [("GET", "/health/nowhere", 404), ("GET", "/classify", 405)])

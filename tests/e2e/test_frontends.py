@@ -17,6 +17,7 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from model import DinatForImageClassification, DinatImageProcessor
+from tests.app.conftest import server_timing
 from tests.app.pictures import encoded, noise
 from tests.e2e.processes import DIGITS, Server, load_until_refused
 
@@ -83,6 +84,14 @@ def test_several_processes_answer_as_one_does(one: Server, several: Server, aske
 def test_neighborhoods_through_several_processes(one: Server, several: Server) -> None:
     answers = [httpx.post(f"{server.url}/attention?y=0.1&x=0.9", content=PICTURES[0]) for server in (one, several)]
     assert without_id(answers[0]) == without_id(answers[1])
+
+
+@pytest.mark.parametrize("path", ["/classify", "/features", "/attention"])
+def test_what_each_part_took_is_told_by_several_processes(several: Server, path: str) -> None:
+    parts = server_timing(httpx.post(f"{several.url}{path}", content=PICTURES[0]))
+    total = parts.pop("total")
+    assert 0 < parts["compute"] < total < 10_000
+    assert 0 <= parts["queue"] < total
 
 
 def test_a_batch_through_several_processes(one: Server, several: Server) -> None:
