@@ -51,6 +51,7 @@ class Engine:
         self.on_started: Callable[[], object] = lambda: None
         self._draining = False
         self._closes = math.inf
+        self._closed = False
         self._drain_until = math.inf
         self._under_way = 0
         self._idle = asyncio.Event()
@@ -83,7 +84,7 @@ class Engine:
 
     @property
     def _takes_work(self) -> bool:
-        return self.core.state is State.READY and time.monotonic() < self._closes
+        return self.core.state is State.READY and not self._closed
 
     def why_not_ready(self) -> str:
         """One sentence."""
@@ -113,7 +114,9 @@ class Engine:
         self._draining = True
         self._closes = min(self._closes, now + lame_duck_seconds)
         self._drain_until = min(self._drain_until, self._closes + self.settings.drain_seconds)
-        await asyncio.sleep(self._closes - now)
+        if self._closes > now:
+            await asyncio.sleep(self._closes - now)
+        self._closed = True  # by the loop, not by the clock: what reached it in time is taken, however late its turn comes
         try:
             async with asyncio.timeout(self._drain_until - time.monotonic()):
                 await self._idle.wait()
