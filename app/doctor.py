@@ -37,6 +37,7 @@ from app.machine import cores
 from app.natten_wheel import PAGE, requirement
 from model import DinatConfig, DinatForImageClassification, DinatImageProcessor, attention
 from model.attention import choice
+from model.checkpoint import open_checkpoint
 
 PACKAGES = ("dinat-serve", "torch", "triton", "natten", "openvino", "onnxruntime", "transformers", "pillow", "numpy")
 SECONDS = 2.0
@@ -308,15 +309,15 @@ def decode_rate(processor: DinatImageProcessor) -> Row:
 def runtimes(folder: Path, device: torch.device, cache: Path) -> Iterator[tuple[str, Callable[[], Runtime]]]:
     """What may serve there, by name."""
     if device.type == "cuda":
-        yield "torch", lambda: TorchRuntime(str(folder), None, device, "auto", "auto", cache)
+        yield "torch", lambda: TorchRuntime(open_checkpoint(folder), device, "auto", "auto", cache)
         return
-    yield "torch", lambda: TorchRuntime(str(folder), None, device, "fp32", "auto")
+    yield "torch", lambda: TorchRuntime(open_checkpoint(folder), device, "fp32", "auto")
     if _version("openvino") != ABSENT:
 
         def openvino() -> Runtime:
             from app.engine.openvino_runtime import OpenVinoRuntime
 
-            return OpenVinoRuntime(str(folder), None, "auto", folder / "cache")
+            return OpenVinoRuntime(open_checkpoint(folder), "auto", folder / "cache")
 
         yield "openvino", openvino
 

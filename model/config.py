@@ -10,7 +10,8 @@ from typing import Any
 
 from torch import Tensor
 
-from model.errors import ConfigError
+from model.errors import CheckpointError, ConfigError
+from model.files import CONFIG, find_files
 
 DEFAULT_DILATIONS = [[1, 8, 1], [1, 4, 1, 4], [1, 2, 1, 2, 1, 2], [1, 1, 1, 1, 1]]
 
@@ -55,6 +56,16 @@ PRESETS: dict[str, dict[str, Any]] = {
     "large-11x11-384": _LARGE | {"dilations": _D8, "kernel_size": 11, "image_size": 384},
 }
 """The published ImageNet-1k models by short name, as they differ from the defaults (arXiv 2209.15001, table 2)."""
+
+NAT_PRESETS: dict[str, dict[str, Any]] = {
+    f"nat-{name}": {
+        **PRESETS[name],
+        "dilations": [[1] * depth for depth in PRESETS[name].get("depths", [3, 4, 6, 5])],
+        "layer_scale_init_value": 1e-5 if name in ("small", "base") else 0.0,
+    }
+    for name in ("mini", "tiny", "small", "base")
+}
+"""The published NAT models (arXiv 2204.07143): the same networks without dilation."""
 
 HUB_IDS = {
     "mini": "shi-labs/dinat-mini-in1k-224",
@@ -146,10 +157,11 @@ class DinatConfig:
 
     @classmethod
     def preset(cls, name: str, **changes: Any) -> "DinatConfig":
-        """One of the published models by short name (see PRESETS), 1,000 labels, with `changes` on top."""
-        if name not in PRESETS:
-            raise ConfigError(f"preset {name!r} is not known: take one of {', '.join(PRESETS)}")
-        return cls(**({"num_labels": 1000} | PRESETS[name] | changes))
+        """One of the published models by short name (see PRESETS, NAT_PRESETS), 1,000 labels, with `changes` on top."""
+        presets = PRESETS | NAT_PRESETS
+        if name not in presets:
+            raise ConfigError(f"preset {name!r} is not known: take one of {', '.join(presets)}")
+        return cls(**({"num_labels": 1000} | presets[name] | changes))
 
     @property
     def num_layers(self) -> int:
@@ -228,10 +240,16 @@ class DinatConfig:
 
     @classmethod
     def from_pretrained(cls, source: str | Path, **where: Any) -> "DinatConfig":
-        """The configuration of a checkpoint; `source` and `where` as model.checkpoint.open_checkpoint takes them."""
-        from model.checkpoint import open_checkpoint
+        """What config.json of a checkpoint says; `source` and `where` as model.files.find_files takes them.
 
-        return open_checkpoint(source, **where).config
+        Raises CheckpointError, also for an original file, which has none: model.checkpoint.open_checkpoint(file).config.
+        """
+        files = find_files(source, **where)
+        if files.original is not None:
+            raise CheckpointError(
+                f"{source} holds weights alone: model.checkpoint.open_checkpoint reads its configuration off them"
+            )
+        return cls.from_dict(files.read_config())
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write config.json into a folder, which is made where it is missing."""
@@ -241,7 +259,7 @@ class DinatConfig:
                 f"hidden_act {self.hidden_act!r} is a function and cannot be written to config.json: give its name"
             )
         Path(folder).mkdir(parents=True, exist_ok=True)
-        (Path(folder) / "config.json").write_text(json.dumps(values, indent=2, sort_keys=True) + "\n")
+        (Path(folder) / CONFIG).write_text(json.dumps(values, indent=2, sort_keys=True) + "\n")
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, DinatConfig) and self.to_dict() == other.to_dict()

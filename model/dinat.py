@@ -5,18 +5,19 @@ Maps are NHWC inside and NCHW at the doors (pixel_values, reshaped_hidden_states
 """
 
 from collections.abc import Callable, Collection
-from dataclasses import dataclass, fields
-from pathlib import Path
-from typing import Any, Self
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from model.attention import check_backend, neighborhood_attention, neighborhood_attention_with_weights
-from model.checkpoint import fit, open_checkpoint, save_checkpoint
+from model.attention import neighborhood_attention, neighborhood_attention_with_weights
 from model.config import DinatConfig
 from model.errors import ConfigError, DinatError
+from model.loss import classification_loss
+from model.outputs import BackboneOutput, DinatImageClassifierOutput, DinatModelOutput
+from model.pretrained import PreTrainedModel
 from model.product import product
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -292,136 +293,6 @@ class Encoder(nn.Module):
         return Encoded(before, after, tuple(attentions) if with_weights else None)
 
 
-class ModelOutput:
-    """Fields of an answer that were not asked for are None. Also reads as a tuple, or by key, of those that are not."""
-
-    def to_tuple(self) -> tuple[Any, ...]:
-        """The values that are there, in transformers' order; reshaped_hidden_states has no place in it."""
-        names = [field.name for field in fields(self) if field.name != "reshaped_hidden_states"]  # type: ignore[arg-type]
-        return tuple(value for name in names if (value := getattr(self, name)) is not None)
-
-    def __getitem__(self, key: int | str) -> Any:
-        return getattr(self, key) if isinstance(key, str) else self.to_tuple()[key]
-
-
-@dataclass
-class DinatModelOutput(ModelOutput):
-    """What DinatModel returns.
-
-    last_hidden_state: (B, h, w, C), after the final layer norm.  pooler_output: (B, C), its mean over the map, or None.
-    hidden_states: the embeddings, then each stage after its downsampler, NHWC.  attentions: of each stage's last layer,
-    (B, heads, H, W, kernel_size**2) with the padded H and W.  reshaped_hidden_states: the hidden states as NCHW.
-    """
-
-    last_hidden_state: Tensor
-    pooler_output: Tensor | None = None
-    hidden_states: tuple[Tensor, ...] | None = None
-    attentions: tuple[Tensor, ...] | None = None
-    reshaped_hidden_states: tuple[Tensor, ...] | None = None
-
-
-@dataclass
-class DinatImageClassifierOutput(ModelOutput):
-    """What DinatForImageClassification returns: loss () or None, logits (B, num_labels); the rest as in DinatModelOutput."""
-
-    loss: Tensor | None
-    logits: Tensor
-    hidden_states: tuple[Tensor, ...] | None = None
-    attentions: tuple[Tensor, ...] | None = None
-    reshaped_hidden_states: tuple[Tensor, ...] | None = None
-
-
-@dataclass
-class BackboneOutput(ModelOutput):
-    """What DinatBackbone returns: feature_maps, NCHW, one for each of out_features; the rest as in DinatModelOutput.
-
-    Here hidden_states are those before the downsamplers.
-    """
-
-    feature_maps: tuple[Tensor, ...]
-    hidden_states: tuple[Tensor, ...] | None = None
-    attentions: tuple[Tensor, ...] | None = None
-
-
-class PreTrainedModel(nn.Module):
-    """Loading, saving and initialising, the same for every network here."""
-
-    absent_prefixes: tuple[str, ...] = ()
-    """Keys of a checkpoint that this network may leave aside."""
-    fresh_prefixes: tuple[str, ...] = ()
-    """Keys of this network that a checkpoint may leave out; they keep their initial values."""
-
-    def __init__(self, config: DinatConfig, attention: str = "auto") -> None:
-        super().__init__()
-        check_backend(attention)
-        self.config = config
-
-    @classmethod
-    def from_pretrained(
-        cls,
-        source: str | Path,
-        attention: str = "auto",
-        device: str | torch.device | None = None,
-        dtype: torch.dtype | None = None,
-        *,
-        revision: str | None = None,
-        token: str | None = None,
-        cache_dir: str | Path | None = None,
-        local_files_only: bool = False,
-        config: DinatConfig | None = None,
-        **changes: Any,
-    ) -> Self:
-        """A network with a checkpoint's weights, in eval mode.
-
-        source: a folder in the Hub's layout, a Hub id, an original .pth or .pth.tar file, or "digits".
-        attention: backend, as neighborhood_attention takes it.  device: CPU if None.  dtype: float32 if None.
-        revision, token, cache_dir, local_files_only: for a Hub id.  config: instead of the checkpoint's own.
-        changes: fields of the configuration to replace, such as out_features.
-        Raises CheckpointError, with every missing, unexpected or wrongly shaped key, and ConfigError.
-        """
-        checkpoint = open_checkpoint(
-            source, revision=revision, token=token, cache_dir=cache_dir, local_files_only=local_files_only, config=config
-        )
-        settings = checkpoint.config
-        if changes:
-            settings = DinatConfig.from_dict(_without_stage_pair(settings.to_dict(), changes) | changes)
-        with torch.device("meta"):
-            network = cls(settings, attention=attention)
-        network._load(checkpoint.state_dict(), str(source))
-        return network.to(device=device, dtype=dtype or torch.float32).eval()
-
-    def save_pretrained(self, folder: str | Path) -> None:
-        """Write config.json and model.safetensors in the Hub's layout, as transformers 4.53.3 reads it."""
-        save_checkpoint(folder, self.config, self.state_dict(), architecture=type(self).__name__)
-
-    def _load(self, state_dict: dict[str, Tensor], source: str) -> None:
-        expected = self.state_dict()
-        prefixed = [key for key in expected if key.startswith("dinat.")]
-        if not prefixed:
-            state_dict = {key.removeprefix("dinat."): value for key, value in state_dict.items()}
-        fresh = {
-            name: torch.ones(value.shape) if name.endswith("weight") else torch.zeros(value.shape)
-            for name, value in expected.items()
-            if name.startswith(self.fresh_prefixes) and self.fresh_prefixes
-        }
-        self.load_state_dict(fit(fresh | state_dict, expected, source, ignored=self.absent_prefixes), strict=True, assign=True)
-
-    def _initialize(self) -> None:
-        """Normal weights of standard deviation config.initializer_range, zero biases (transformers' rule)."""
-        for module in self.modules():
-            if isinstance(module, nn.Linear | nn.Conv2d):
-                nn.init.normal_(module.weight, std=self.config.initializer_range)
-                if module.bias is not None:
-                    nn.init.zeros_(module.bias)
-
-
-def _without_stage_pair(values: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
-    """A new out_features or out_indices replaces both."""
-    if "out_features" in changes or "out_indices" in changes:
-        return {name: value for name, value in values.items() if name not in ("out_features", "out_indices")}
-    return values
-
-
 class DinatModel(PreTrainedModel):
     """DiNAT without a head: pixel_values (B, num_channels, H, W) -> DinatModelOutput. Any H and W."""
 
@@ -544,30 +415,6 @@ class DinatForImageClassification(PreTrainedModel):
 def _norm_in_float32(norm: nn.LayerNorm, x: Tensor) -> Tensor:
     """norm(x) in float32, whatever its parameters are kept in."""
     return F.layer_norm(x.float(), norm.normalized_shape, norm.weight.float(), norm.bias.float(), norm.eps)
-
-
-def classification_loss(logits: Tensor, labels: Tensor, config: DinatConfig) -> Tensor:
-    """Mean squared error, cross entropy (-100 is ignored) or binary cross entropy, by config.problem_type.
-
-    A problem_type of None is decided by the labels, and kept in the configuration, as transformers does.
-    """
-    if config.problem_type is None:
-        if config.num_labels == 1:
-            config.problem_type = "regression"
-        elif labels.dtype in (torch.long, torch.int):
-            config.problem_type = "single_label_classification"
-        else:
-            config.problem_type = "multi_label_classification"
-    if config.problem_type == "regression":
-        return F.mse_loss(logits.squeeze(), labels.squeeze()) if config.num_labels == 1 else F.mse_loss(logits, labels)
-    if config.problem_type == "single_label_classification":
-        return F.cross_entropy(logits.view(-1, config.num_labels), labels.view(-1).long())
-    if config.problem_type == "multi_label_classification":
-        return F.binary_cross_entropy_with_logits(logits, labels)
-    raise ConfigError(
-        f"problem_type {config.problem_type!r} is not known: take one of regression, single_label_classification, "
-        "multi_label_classification"
-    )
 
 
 class DinatBackbone(PreTrainedModel):

@@ -17,8 +17,9 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from model.checkpoint import PROCESSOR, Checkpoint, open_checkpoint
+from model.checkpoint import Checkpoint, open_checkpoint
 from model.errors import ImageError
+from model.files import PROCESSOR, find_files
 from model.kept import kept
 
 Picture = Image.Image | npt.NDArray[np.uint8] | Tensor
@@ -82,19 +83,19 @@ class DinatImageProcessor:
         return cls(**known)
 
     @classmethod
-    def from_pretrained(cls, source: str | Path, **where: Any) -> "DinatImageProcessor":
-        """A checkpoint's processor; `source` and `where` as model.checkpoint.open_checkpoint takes them.
+    def from_pretrained(cls, source: str | Path | Checkpoint, **where: Any) -> "DinatImageProcessor":
+        """A checkpoint's processor; `source` and `where` as model.files.find_files takes them; or an open one.
 
         A checkpoint without preprocessor_config.json gets that of the published models, at its image_size or 224.
         """
-        return cls.of(open_checkpoint(source, **where))
-
-    @classmethod
-    def of(cls, checkpoint: Checkpoint) -> "DinatImageProcessor":
-        """The same, of a checkpoint that is open already."""
-        if checkpoint.processor is not None:
-            return cls.from_dict(checkpoint.processor)
-        size = getattr(checkpoint.config, "image_size", 224)
+        if not isinstance(source, Checkpoint):
+            values = find_files(source, **where).read_json(PROCESSOR)
+            if values is not None:
+                return cls.from_dict(values)
+            source = open_checkpoint(source, **where)
+        if source.processor is not None:
+            return cls.from_dict(source.processor)
+        size = getattr(source.config, "image_size", 224)
         return cls(size=size, resample=3, image_mean=_IMAGENET_MEAN, image_std=_IMAGENET_STD)
 
     def to_dict(self) -> dict[str, Any]:

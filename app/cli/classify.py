@@ -1,6 +1,5 @@
 """`dinat classify`: the best labels of pictures on disk, by the service's own engine and batches."""
 
-import argparse
 import asyncio
 import csv
 import glob
@@ -11,10 +10,12 @@ import sys
 import time
 from collections import deque
 from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Annotated, Any, Literal, TextIO
 
 import numpy as np
+import typer
 from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
@@ -24,7 +25,7 @@ from app.api.features import flat
 from app.api.parameters import Parameters
 from app.api.results import predictions
 from app.cli import Refused
-from app.cli.flags import add_settings, read_settings
+from app.cli.flags import settings_flags
 from app.engine.engine import Engine
 from app.engine.runtime import Answer, Wanted
 from app.errors import ServiceError
@@ -47,35 +48,50 @@ SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", "
 STDIN = "-"
 PATIENCE_MS = 24 * 3600 * 1000
 
-
-def add_arguments(command: argparse.ArgumentParser) -> None:
-    """What to classify, how to write it, and those settings that are the engine's."""
-    command.epilog = "Exit status 1 where a picture could not be classified; those are listed at the end."
-    command.add_argument(
-        "paths", nargs="+", metavar="PATH", help="files, folders, patterns, or - for one picture on standard input"
-    )
-    command.add_argument("--top-k", type=int, help="how many labels; 5, or all if fewer")
-    command.add_argument("--output", choices=["table", "jsonl", "csv"], default="table")
-    command.add_argument("--to", type=Path, metavar="FILE", help="write jsonl or csv there, and go on where it stops already")
-    command.add_argument("--features", default="", metavar="NAMES", help="maps to keep, by comma: stem, stage1, ..., pooled")
-    command.add_argument("--maps", type=Path, metavar="FOLDER", help="where the maps go, a file for each picture")
-    command.add_argument("--maps-format", choices=["npz", "safetensors"], default="npz")
-    add_settings(command, SETTINGS)
+Output = Literal["table", "jsonl", "csv"]
+MapsFormat = Literal["npz", "safetensors"]
 
 
-def run(parsed: argparse.Namespace) -> int:
-    """Classify; 0 if every picture was."""
-    if parsed.to is not None and parsed.output == "table":
+@dataclass(frozen=True)
+class Maps:
+    """Which maps to keep, by comma, and where and how."""
+
+    names: str
+    folder: Path
+    kind: str
+
+
+@settings_flags(SETTINGS, deadline_ms=PATIENCE_MS, drain_seconds=0)
+def classify(
+    paths: Annotated[
+        list[str], typer.Argument(metavar="PATH", help="Files, folders, patterns, or - for one picture on standard input.")
+    ],
+    *,
+    top_k: Annotated[int | None, typer.Option(help="How many labels; 5, or all if fewer, if not given.")] = None,
+    output: Annotated[Output, typer.Option(help="How to write the labels.")] = "table",
+    to: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Write jsonl or csv there, and go on where it stops already.")
+    ] = None,
+    features: Annotated[
+        str, typer.Option(metavar="NAMES", help="Maps to keep, by comma: stem, stage1, ..., pooled, hidden_states, logits.")
+    ] = "",
+    maps: Annotated[Path | None, typer.Option(metavar="FOLDER", help="Where the maps go, a file for each picture.")] = None,
+    maps_format: Annotated[MapsFormat, typer.Option(help="How to write the maps.")] = "npz",
+    settings: Settings,
+) -> None:
+    """Say what is on pictures on disk. Exit status 1 where a picture could not be classified; those are listed at the end."""
+    if to is not None and output == "table":
         raise Refused("--to keeps jsonl or csv: say --output jsonl")
-    if bool(parsed.features) != bool(parsed.maps):
+    if bool(features) != bool(maps):
         raise Refused("--features says which maps, --maps where they go: one wants the other")
-    settings = read_settings(parsed, SETTINGS, deadline_ms=PATIENCE_MS, drain_seconds=0)
-    paths = list(found(parsed.paths))
-    if not paths:
-        raise Refused(f"no picture in {', '.join(parsed.paths)}: read are {', '.join(SUFFIXES)}")
+    files = list(found(paths))
+    if not files:
+        raise Refused(f"no picture in {', '.join(paths)}: read are {', '.join(SUFFIXES)}")
     configure_logs("auto", logging.WARNING)
-    with writer(parsed.output, parsed.to) as out:
-        return asyncio.run(_classify([path for path in paths if path not in out.done], settings, parsed, out))
+    with writer(output, to) as out:
+        left = [path for path in files if path not in out.done]
+        if not asyncio.run(_classify(left, settings, top_k, Maps(features, maps, maps_format) if maps else None, out)):
+            raise typer.Exit(1)
 
 
 def found(paths: Sequence[str]) -> Iterator[str]:
@@ -97,14 +113,15 @@ def found(paths: Sequence[str]) -> Iterator[str]:
                 yield one
 
 
-async def _classify(paths: Sequence[str], settings: Settings, parsed: argparse.Namespace, out: "Writer") -> int:
+async def _classify(paths: Sequence[str], settings: Settings, top_k: int | None, maps: Maps | None, out: "Writer") -> bool:
+    """Whether every picture was."""
     engine = Engine(settings)
     await engine.start()
     try:
         if engine.failure is not None:
             raise Refused(f"{settings.model} cannot be loaded: {engine.failure}")
         config = engine.loaded.config
-        wanted = Parameters(top_k=parsed.top_k, features=parsed.features).wanted(config)
+        wanted = Parameters(top_k=top_k, features=maps.names if maps else "").wanted(config)
         failed: dict[str, str] = {}
         console = Console(stderr=True)
         with Progress(console=console, disable=not console.is_terminal, transient=True) as progress:
@@ -115,8 +132,8 @@ async def _classify(paths: Sequence[str], settings: Settings, parsed: argparse.N
                     out.write(path, {"error": answer})
                 else:
                     out.write(path, {"predictions": predictions(answer, config)})
-                    if parsed.maps is not None:
-                        await asyncio.to_thread(_save_maps, answer, parsed.maps, path, parsed.maps_format)
+                    if maps is not None:
+                        await asyncio.to_thread(_save_maps, answer, maps, path)
                 progress.advance(task)
         out.close()
     except ServiceError as error:
@@ -127,7 +144,7 @@ async def _classify(paths: Sequence[str], settings: Settings, parsed: argparse.N
         print(f"dinat: {path}: {why}", file=sys.stderr)
     if failed:
         print(f"dinat: {len(failed)} of {len(paths)} pictures could not be classified", file=sys.stderr)
-    return int(bool(failed))
+    return not failed
 
 
 async def _answers(engine: Engine, paths: Sequence[str], wanted: Wanted) -> AsyncIterator[tuple[str, Answer | str]]:
@@ -152,17 +169,17 @@ async def _answers(engine: Engine, paths: Sequence[str], wanted: Wanted) -> Asyn
             task.cancel()
 
 
-def _save_maps(answer: Answer, folder: Path, path: str, kind: str) -> None:
+def _save_maps(answer: Answer, maps: Maps, path: str) -> None:
     """A picture's maps under its own name."""
-    maps = dict(flat(answer, "float32"))
+    arrays = dict(flat(answer, "float32"))
     name = "stdin" if path == STDIN else path
-    place = folder.joinpath(*(part for part in Path(name).parts if part not in ("..", Path(name).anchor)))
-    place = place.with_name(f"{place.name}.{kind}")
+    place = maps.folder.joinpath(*(part for part in Path(name).parts if part not in ("..", Path(name).anchor)))
+    place = place.with_name(f"{place.name}.{maps.kind}")
     place.parent.mkdir(parents=True, exist_ok=True)
-    if kind == "npz":
-        np.savez(place, **maps)  # type: ignore[arg-type]
+    if maps.kind == "npz":
+        np.savez(place, **arrays)  # type: ignore[arg-type]
     else:
-        save_file(maps, place)
+        save_file(arrays, place)
 
 
 class Writer:

@@ -1,33 +1,50 @@
 """`dinat convert`: write a checkpoint of any kind in the Hub's layout."""
 
-import argparse
+import json
 from pathlib import Path
+from typing import Annotated
 
-from model import DinatConfig, DinatError, DinatForImageClassification, DinatImageProcessor
-from model.config import PRESETS
+import typer
 
-
-def add_arguments(command: argparse.ArgumentParser) -> None:
-    """Source, destination, and what a .pth file does not say."""
-    command.add_argument("source", help="folder, Hub id, original .pth or .pth.tar file")
-    command.add_argument("destination", type=Path, help="folder to write")
-    command.add_argument("--preset", choices=PRESETS, help="which published model a .pth file is, where its name does not say")
-    command.add_argument("--labels", type=Path, help="file with the names of the classes, one a line")
+from app.cli import Refused
+from app.cli.flags import Revision, Source
+from model import DinatConfig, DinatForImageClassification, DinatImageProcessor
+from model.checkpoint import open_checkpoint
 
 
-def run(parsed: argparse.Namespace) -> int:
+def convert(
+    source: Source,
+    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="Folder to write.")],
+    *,
+    preset: Annotated[
+        str | None,
+        typer.Option(help="Which published network a .pth file is, where its name does not say: mini, nat-mini."),
+    ] = None,
+    config: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="The config.json of a .pth file whose sizes were never published.")
+    ] = None,
+    labels: Annotated[Path | None, typer.Option(metavar="FILE", help="Names of the classes, one a line.")] = None,
+    revision: Revision = None,
+) -> None:
     """Write a checkpoint of any kind in the Hub's layout."""
-    config = None
-    labels = parsed.labels.read_text().splitlines() if parsed.labels else None
-    if parsed.preset:
-        config = DinatConfig.preset(parsed.preset, **({"num_labels": len(labels)} if labels else {}))
-    network = DinatForImageClassification.from_pretrained(parsed.source, config=config)
-    if labels is not None:
-        if len(labels) != network.num_labels:
-            raise DinatError(f"{parsed.labels} names {len(labels)} labels, one a line; the checkpoint has {network.num_labels}")
-        network.config.id2label = dict(enumerate(labels))
-        network.config.label2id = {label: index for index, label in enumerate(labels)}
-    network.save_pretrained(parsed.destination)
-    DinatImageProcessor.from_pretrained(parsed.source, config=config).save_pretrained(parsed.destination)
-    print(f"{parsed.source} written to {parsed.destination}")
-    return 0
+    if preset and config:
+        raise Refused("--preset and --config both say what the file is: give one")
+    names = labels.read_text().splitlines() if labels else None
+    given = None
+    if preset:
+        given = DinatConfig.preset(preset, **({"num_labels": len(names)} if names else {}))
+    elif config:
+        try:
+            given = DinatConfig.from_dict(json.loads(config.read_text()))
+        except (ValueError, TypeError) as error:
+            raise Refused(f"{config} is no config.json of a DiNAT: {error}") from None
+    checkpoint = open_checkpoint(source, revision=revision, config=given)
+    network = DinatForImageClassification.from_pretrained(checkpoint)
+    if names is not None:
+        if len(names) != network.num_labels:
+            raise Refused(f"{labels} names {len(names)} labels, one a line; the checkpoint has {network.num_labels}")
+        network.config.id2label = dict(enumerate(names))
+        network.config.label2id = {label: index for index, label in enumerate(names)}
+    network.save_pretrained(folder)
+    DinatImageProcessor.from_pretrained(checkpoint).save_pretrained(folder)
+    print(f"{source} written to {folder}")

@@ -1,6 +1,5 @@
 """`dinat doctor`: what a user with a new machine runs first. Exit status 1 where something is wrong."""
 
-import argparse
 import json
 import os
 import sys
@@ -8,7 +7,9 @@ import warnings
 from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
+
+import typer
 
 from app.allocator import keep_freed_memory
 from app.doctor import Report, Row, examine
@@ -16,15 +17,13 @@ from app.engine.artefacts import default_cache
 from model.config import PRESETS
 
 
-def add_arguments(command: argparse.ArgumentParser) -> None:
-    """What to examine with, and how to say it."""
-    command.add_argument("--preset", choices=PRESETS, default="mini", help="network to measure with; mini if not given")
-    command.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
-    command.add_argument("--json", action="store_true", help="all that was found, as JSON on standard output")
-
-
-def run(parsed: argparse.Namespace) -> int:
-    """Examine, and say what was found."""
+def doctor(
+    *,
+    preset: Annotated[str, typer.Option(metavar="|".join(PRESETS), help="Published network to measure with.")] = "mini",
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
+    as_json: Annotated[bool, typer.Option("--json", help="All that was found, as JSON on standard output.")] = False,
+) -> None:
+    """See what this machine has, whether it computes rightly, and how fast. Exit status 1 where something is wrong."""
     warnings.simplefilter("ignore")
     keep_freed_memory()
     with suppress(ModuleNotFoundError):  # nor does the log want what is not there
@@ -32,12 +31,13 @@ def run(parsed: argparse.Namespace) -> int:
 
         configure_logs("console")
     cache = Path(os.environ.get("DINAT_CACHE_DIR") or default_cache())
-    report = examine(parsed.preset, parsed.device, cache, lambda what: print(f"measuring {what} ...", file=sys.stderr))
-    if parsed.json:
+    report = examine(preset, device, cache, lambda what: print(f"measuring {what} ...", file=sys.stderr))
+    if as_json:
         print(json.dumps(asdict(report), indent=2))
     else:
         _show(report)
-    return 1 if report.wrong else 0
+    if report.wrong:
+        raise typer.Exit(1)
 
 
 def _show(report: Report) -> None:

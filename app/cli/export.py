@@ -1,35 +1,17 @@
 """`dinat export`: write a checkpoint as a graph."""
 
-import argparse
 from pathlib import Path
+from typing import Annotated, Literal
 
+import typer
+
+from app.cli.flags import Revision, Source
 from model import DinatForImageClassification, DinatImageProcessor
-from model.export import FORMATS, export, format_of
+from model.checkpoint import open_checkpoint
+from model.export import export as write
+from model.export import format_of
 
-
-def add_arguments(command: argparse.ArgumentParser) -> None:
-    """Source, file, and the graph's shape and outputs."""
-    command.add_argument("source", help='folder, Hub id, .pth file or "digits"')
-    command.add_argument("file", type=Path, help="file to write: *.onnx, *.xml (and *.bin beside it) or *.pt2")
-    command.add_argument("--format", choices=FORMATS, help="of the file; by its name if not given")
-    command.add_argument("--batch", type=_batch, default=None, metavar="dynamic|N", help="pictures per call; dynamic for any")
-    command.add_argument("--size", type=_size, metavar="HxW", help="of the input, in pixels; the checkpoint's if not given")
-    command.add_argument(
-        "--features", type=_names, default=(), help="comma list of maps to give besides logits: stem, stage1, ..., pooled"
-    )
-    command.add_argument("--revision", help="branch, tag or commit of a Hub id")
-
-
-def run(parsed: argparse.Namespace) -> int:
-    """Write a checkpoint as a graph that its runtime opens without this project."""
-    file_format = parsed.format or format_of(parsed.file)
-    network = DinatForImageClassification.from_pretrained(parsed.source, revision=parsed.revision)
-    processor = DinatImageProcessor.from_pretrained(parsed.source, revision=parsed.revision)
-    difference = export(
-        network, processor, parsed.file, file_format, batch=parsed.batch, size=parsed.size, features=parsed.features
-    )
-    print(f"{parsed.source} written to {parsed.file}; its outputs are within {difference:.1e} of PyTorch's")
-    return 0
+Format = Literal["onnx", "openvino", "torch-export"]
 
 
 def _size(text: str) -> tuple[int, int]:
@@ -37,19 +19,39 @@ def _size(text: str) -> tuple[int, int]:
     try:
         sides = int(height), int(width if x else height)
     except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is no size: give HEIGHTxWIDTH, such as 224x224") from None
+        raise typer.BadParameter(f"{text!r} is no size: give HEIGHTxWIDTH, such as 224x224") from None
     if min(sides) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is no size: both sides must be at least 1")
+        raise typer.BadParameter(f"{text!r} is no size: both sides must be at least 1")
     return sides
-
-
-def _names(text: str) -> tuple[str, ...]:
-    return tuple(name.strip() for name in text.split(",") if name.strip())
 
 
 def _batch(text: str) -> int | None:
     if text == "dynamic":
         return None
     if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is no batch: give dynamic, or a number of at least 1")
+        raise typer.BadParameter(f"{text!r} is no batch: give dynamic, or a number of at least 1")
     return int(text)
+
+
+def export(
+    source: Source,
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="File to write: *.onnx, *.xml (and *.bin beside it) or *.pt2.")],
+    *,
+    file_format: Annotated[Format | None, typer.Option("--format", help="Of the file; by its name if not given.")] = None,
+    batch: Annotated[str, typer.Option(metavar="dynamic|N", help="Pictures per call; dynamic for any number.")] = "dynamic",
+    size: Annotated[
+        str | None, typer.Option(metavar="HxW", help="Of the input, in pixels; the checkpoint's if not given.")
+    ] = None,
+    features: Annotated[
+        str, typer.Option(metavar="NAMES", help="Maps to give besides logits, by comma: stem, stage1, ..., pooled.")
+    ] = "",
+    revision: Revision = None,
+) -> None:
+    """Write a checkpoint as a graph that its runtime opens without this project."""
+    count, sides = _batch(batch), None if size is None else _size(size)
+    checkpoint = open_checkpoint(source, revision=revision)
+    network = DinatForImageClassification.from_pretrained(checkpoint)
+    processor = DinatImageProcessor.from_pretrained(checkpoint)
+    names = tuple(name.strip() for name in features.split(",") if name.strip())
+    difference = write(network, processor, file, file_format or format_of(file), batch=count, size=sides, features=names)
+    print(f"{source} written to {file}; its outputs are within {difference:.1e} of PyTorch's")

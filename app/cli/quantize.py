@@ -1,40 +1,44 @@
 """`dinat quantize`: write a checkpoint with an 8-bit graph beside its weights."""
 
-import argparse
 import sys
 from pathlib import Path
+from typing import Annotated
 
+import typer
+
+from app.cli.flags import Revision, Source
 from app.errors import ServiceError
 from app.images import decode
 from app.settings import Settings
 from model import DinatForImageClassification, DinatImageProcessor
-from model.export import quantize
+from model.checkpoint import open_checkpoint
+from model.export import quantize as calibrate
 
 
-def add_arguments(command: argparse.ArgumentParser) -> None:
-    """Source, pictures to calibrate with, destination."""
-    command.add_argument("source", help='folder, Hub id, .pth file or "digits"')
-    command.add_argument("pictures", type=Path, help="folder of pictures to calibrate with, a few hundred like those to come")
-    command.add_argument("destination", type=Path, help="folder to write")
-    command.add_argument("--revision", help="branch, tag or commit of a Hub id")
-
-
-def run(parsed: argparse.Namespace) -> int:
+def quantize(
+    source: Source,
+    pictures: Annotated[
+        Path, typer.Argument(metavar="PICTURES", help="Folder of pictures to calibrate with, a few hundred like those to come.")
+    ],
+    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="Folder to write.")],
+    *,
+    revision: Revision = None,
+) -> None:
     """Write a checkpoint with an 8-bit graph beside its weights, and say what it costs."""
-    pictures = []
-    for path in sorted(path for path in parsed.pictures.rglob("*") if path.is_file()):
+    examples = []
+    for path in sorted(path for path in pictures.rglob("*") if path.is_file()):
         try:
-            pictures.append(decode(path.read_bytes(), Settings.model_fields["max_pixels"].default))
+            examples.append(decode(path.read_bytes(), Settings.model_fields["max_pixels"].default))
         except ServiceError as error:
             print(f"dinat: {path} is left out: {error.detail}", file=sys.stderr)
-    network = DinatForImageClassification.from_pretrained(parsed.source, revision=parsed.revision)
-    processor = DinatImageProcessor.from_pretrained(parsed.source, revision=parsed.revision)
-    cost = quantize(network, processor, pictures, parsed.destination)
-    network.save_pretrained(parsed.destination)
-    processor.save_pretrained(parsed.destination)
+    checkpoint = open_checkpoint(source, revision=revision)
+    network = DinatForImageClassification.from_pretrained(checkpoint)
+    processor = DinatImageProcessor.from_pretrained(checkpoint)
+    cost = calibrate(network, processor, examples, folder)
+    network.save_pretrained(folder)
+    processor.save_pretrained(folder)
     print(
-        f"{parsed.source} written to {parsed.destination}. On its {cost.pictures} pictures the 8-bit graph has the same best "
+        f"{source} written to {folder}. On its {cost.pictures} pictures the 8-bit graph has the same best "
         f"class for {cost.same_top1:.1%}, and logits within {cost.difference:.3g}, where the largest is {cost.largest:.3g}.\n"
-        f"Serve it with: dinat serve --model {parsed.destination} --precision int8"
+        f"Serve it with: dinat serve --model {folder} --precision int8"
     )
-    return 0

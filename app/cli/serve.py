@@ -1,10 +1,10 @@
 """`dinat serve`: answer HTTP requests until a signal says stop."""
 
-import argparse
+import typer
 
 from app.allocator import keep_freed_memory, keep_little_garbage
 from app.cli import Refused
-from app.cli.flags import add_settings, read_settings
+from app.cli.flags import settings_flags
 from app.engine.engine import Engine
 from app.logs import configure_logs
 from app.machine import allow_descriptors
@@ -14,15 +14,9 @@ from app.settings import Settings
 from app.supervisor import ServiceDied, Supervisor, resolve_frontends
 
 
-def add_arguments(command: argparse.ArgumentParser) -> None:
-    """A flag for every setting."""
-    command.description = "Every flag can also be set as DINAT_..., in capitals."
-    add_settings(command, Settings.model_fields)
-
-
-def run(parsed: argparse.Namespace) -> int:
-    """Serve; 0 after a signal."""
-    settings = read_settings(parsed, Settings.model_fields)
+@settings_flags(Settings.model_fields)
+def serve(*, settings: Settings) -> None:
+    """Answer HTTP requests until a signal says stop. Every flag can also be set as DINAT_..., in capitals."""
     configure_logs(settings.log_format)
     keep_freed_memory()
     allow_descriptors()
@@ -32,11 +26,12 @@ def run(parsed: argparse.Namespace) -> int:
             Supervisor(settings, front_ends).run()
         except ServiceDied as reason:
             raise Refused(str(reason)) from None
-        return 0
+        return
     keep_little_garbage()
     engine = Engine(settings)
     server = Server(create_app(settings, engine), engine)
     server.run()
     if engine.failure is not None:
         raise Refused(f"{settings.model} cannot be served: {engine.failure}")
-    return 0 if server.started else 1
+    if not server.started:
+        raise typer.Exit(1)

@@ -114,8 +114,7 @@ class Engine:
         self._draining = True
         self._closes = min(self._closes, now + lame_duck_seconds)
         self._drain_until = min(self._drain_until, self._closes + self.settings.drain_seconds)
-        if self._closes > now:
-            await asyncio.sleep(self._closes - now)
+        await asyncio.sleep(self._closes - now)
         self._closed = True  # by the loop, not by the clock: what reached it in time is taken, however late its turn comes
         try:
             async with asyncio.timeout(self._drain_until - time.monotonic()):

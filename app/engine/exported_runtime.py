@@ -10,7 +10,7 @@ import torch
 from app.engine.artefacts import artefact, digest, digest_of, in_own_process
 from app.engine.runtime import LOGITS, Answer, Array, LeftOut, Wanted, examples, prepared, rank
 from model import ConfigError, DinatForImageClassification, DinatImageProcessor
-from model.checkpoint import open_checkpoint
+from model.checkpoint import Checkpoint, open_checkpoint
 from model.export import FORMATS, export, output_names
 from model.image_processor import Pixels
 
@@ -34,21 +34,20 @@ class ExportedRuntime:
     left_out: Sequence[LeftOut] = ()
     default_batch = 8
 
-    def __init__(self, source: str, revision: str | None, cache: Path) -> None:
+    def __init__(self, checkpoint: Checkpoint, cache: Path) -> None:
         """Find or make the graph. Raises CheckpointError, ConfigError, ExportError."""
-        checkpoint = open_checkpoint(source, revision=revision)
         self.config = checkpoint.config
         if self.config.num_labels == 0:
-            raise ConfigError(f"{source} has no classifier: it cannot be served")
-        self.processor = DinatImageProcessor.of(checkpoint)
+            raise ConfigError(f"{checkpoint.source} has no classifier: it cannot be served")
+        self.processor = DinatImageProcessor.from_pretrained(checkpoint)
         features = ["pooled", *(name for name in self.config.feature_names if name != "pooled")]
         self._outputs = output_names(self.config.num_layers, features)
         self._cache = cache
         file = f"model{FORMATS[self.file_format][0]}"
 
         def make(folder: Path) -> None:
-            log.info("making the graph, once for this checkpoint", model=source, runtime=self.name, cache=str(cache))
-            arguments = (source, revision, folder / file, self.file_format, self.graph_batch, features)
+            log.info("making the graph, once for this checkpoint", model=checkpoint.source, runtime=self.name, cache=str(cache))
+            arguments = (checkpoint.source, checkpoint.revision, folder / file, self.file_format, self.graph_batch, features)
             in_own_process(export_checkpoint, *arguments)  # it takes several times the memory that serving does
 
         self._digest = digest_of(checkpoint, "torch", *self.packages)
@@ -110,6 +109,6 @@ def export_checkpoint(
     source: str, revision: str | None, path: Path, file_format: str, batch: int | None, features: Sequence[str]
 ) -> None:
     """model.export.export of a checkpoint, in a form that another process can be asked for."""
-    network = DinatForImageClassification.from_pretrained(source, revision=revision)
-    processor = DinatImageProcessor.from_pretrained(source, revision=revision)
-    export(network, processor, path, file_format, batch=batch, features=features)
+    checkpoint = open_checkpoint(source, revision=revision)
+    network = DinatForImageClassification.from_pretrained(checkpoint)
+    export(network, DinatImageProcessor.from_pretrained(checkpoint), path, file_format, batch=batch, features=features)

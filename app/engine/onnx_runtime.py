@@ -10,6 +10,7 @@ import torch
 from app.engine.exported_runtime import LABELS, ExportedRuntime
 from app.engine.runtime import Array
 from model import ConfigError
+from model.checkpoint import Checkpoint
 
 
 class OnnxRuntime(ExportedRuntime):
@@ -21,11 +22,11 @@ class OnnxRuntime(ExportedRuntime):
     graph_batch = None
     precision = "fp32"
 
-    def __init__(self, source: str, revision: str | None, precision: str, cache: Path) -> None:
+    def __init__(self, checkpoint: Checkpoint, precision: str, cache: Path) -> None:
         """Find or make the graph. Raises CheckpointError, ConfigError, ExportError."""
         if precision not in ("auto", "fp32"):
             raise ConfigError(f"precision {precision} is not served by ONNX Runtime: take auto or fp32")
-        super().__init__(source, revision, cache)
+        super().__init__(checkpoint, cache)
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = torch.get_num_threads()
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")  # others want the cores between batches

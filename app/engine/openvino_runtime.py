@@ -15,6 +15,7 @@ from app.engine.artefacts import artefact, digest
 from app.engine.exported_runtime import LABELS, ExportedRuntime
 from app.engine.runtime import Array
 from model import ConfigError
+from model.checkpoint import Checkpoint
 from model.export import INT8
 
 HINTS = {"fp32": "f32", "bf16": "bf16", "int8": "f32"}
@@ -52,16 +53,16 @@ class OpenVinoRuntime(ExportedRuntime):
     packages = ("openvino",)
     graph_batch = 1
 
-    def __init__(self, source: str, revision: str | None, precision: str, cache: Path) -> None:
+    def __init__(self, checkpoint: Checkpoint, precision: str, cache: Path) -> None:
         """Find or make the graph. Raises CheckpointError, ConfigError, ExportError."""
         self.precision = resolve_precision(precision)
-        self._label_graph = Path(source) / INT8 if precision == "int8" else None
+        self._label_graph = Path(checkpoint.source) / INT8 if precision == "int8" else None
         if self._label_graph is not None and not self._label_graph.is_file():
             raise ConfigError(
-                f"precision int8 needs {self._label_graph}: make it with `dinat quantize {source} PICTURES FOLDER`, "
+                f"precision int8 needs {self._label_graph}: make it with `dinat quantize {checkpoint.source} PICTURES FOLDER`, "
                 "and serve that folder"
             )
-        super().__init__(source, revision, cache)
+        super().__init__(checkpoint, cache)
         self._cores = torch.get_num_threads()
         self.default_batch = max(8, 2 * self._cores)
         self._core = openvino.Core()

@@ -7,6 +7,7 @@ from app.engine.runtime import Runtime
 from app.engine.torch_runtime import TorchRuntime, resolve_devices
 from app.settings import Settings
 from model import ConfigError, DinatImageProcessor
+from model.checkpoint import open_checkpoint
 
 
 def load_runtimes(settings: Settings) -> Sequence[Runtime]:
@@ -17,19 +18,17 @@ def load_runtimes(settings: Settings) -> Sequence[Runtime]:
     """
     name = settings.runtime
     devices = resolve_devices(settings.device)
+    checkpoint = open_checkpoint(settings.model, revision=settings.revision)
+    fixed_size = DinatImageProcessor.from_pretrained(checkpoint).output_size is not None
     on_cpu = devices[0].type == "cpu"
-
-    def fixed_size() -> bool:
-        return DinatImageProcessor.from_pretrained(settings.model, revision=settings.revision).output_size is not None
 
     if name == "auto":
         exported = on_cpu and settings.attention in ("auto", "tiled") and settings.precision != "fp16"
-        name = "openvino" if exported and find_spec("openvino") is not None and fixed_size() else "torch"
+        name = "openvino" if exported and find_spec("openvino") is not None and fixed_size else "torch"
     if name == "torch":
         return [
             TorchRuntime(
-                settings.model,
-                settings.revision,
+                checkpoint,
                 device,
                 settings.precision,
                 settings.attention,
@@ -40,7 +39,7 @@ def load_runtimes(settings: Settings) -> Sequence[Runtime]:
         ]
     if not on_cpu:
         raise ConfigError(f"runtime {name} computes on a CPU, device is {settings.device}: take runtime torch, or device cpu")
-    if not fixed_size():
+    if not fixed_size:
         raise ConfigError(f"runtime {name} wants pictures of one size, {settings.model} keeps their aspect: take runtime torch")
     if settings.attention not in ("auto", "tiled"):
         raise ConfigError(f"runtime {name} has attention tiled, not {settings.attention}: take runtime torch")
@@ -48,9 +47,9 @@ def load_runtimes(settings: Settings) -> Sequence[Runtime]:
         if name == "openvino":
             from app.engine.openvino_runtime import OpenVinoRuntime
 
-            return [OpenVinoRuntime(settings.model, settings.revision, settings.precision, settings.cache_dir)]
+            return [OpenVinoRuntime(checkpoint, settings.precision, settings.cache_dir)]
         from app.engine.onnx_runtime import OnnxRuntime
     except ImportError:
         extra = {"openvino": "cpu", "onnxruntime": "onnx"}[name]
         raise ConfigError(f"runtime {name} is not installed: pip install 'dinat-serve[{extra}]'") from None
-    return [OnnxRuntime(settings.model, settings.revision, settings.precision, settings.cache_dir)]
+    return [OnnxRuntime(checkpoint, settings.precision, settings.cache_dir)]

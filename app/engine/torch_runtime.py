@@ -17,6 +17,7 @@ from app.engine.runtime import LOGITS, Answer, Array, DeviceLost, LeftOut, Unfit
 from model import ConfigError, DinatForImageClassification, DinatImageProcessor, attention
 from model.attention import bias_cache
 from model.attention.choice import candidates, chosen, reason, trying
+from model.checkpoint import Checkpoint
 from model.image_processor import Pixels
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -55,20 +56,19 @@ class TorchRuntime:
 
     def __init__(
         self,
-        source: str,
-        revision: str | None,
+        checkpoint: Checkpoint,
         device: torch.device,
         precision: str,
         attention: str,
         cache: Path | None = None,
         self_check: bool = True,
     ) -> None:
-        """Load the checkpoint. Raises CheckpointError, ConfigError.
+        """Load the network. Raises CheckpointError, ConfigError.
 
         cache: where it is remembered which attention is the fastest on a card.  self_check: whether a card has to show right
         numbers before it serves.
         """
-        self._source, self._revision = source, revision
+        self._checkpoint = checkpoint
         self._device = device
         self.device = str(device)
         self.lanes = LANES if device.type == "cuda" else 1
@@ -80,16 +80,16 @@ class TorchRuntime:
         self._largest = 0
         if device.type == "cuda":
             _let_float32_be_float32()
-        self.processor = DinatImageProcessor.from_pretrained(source, revision=revision)
+        self.processor = DinatImageProcessor.from_pretrained(checkpoint)
         self._load(self._precision(precision))
         self.config = self._network.config
         if self.config.num_labels == 0:
-            raise ConfigError(f"{source} has no classifier: it cannot be served")
+            raise ConfigError(f"{checkpoint.source} has no classifier: it cannot be served")
 
     def _load(self, precision: str) -> None:
         self.precision, self._dtype = precision, PRECISIONS[precision]
         self._network = DinatForImageClassification.from_pretrained(
-            self._source, self._attention, self._device, self._dtype, revision=self._revision
+            self._checkpoint, self._attention, self._device, self._dtype
         )
 
     def run(self, pixels: Pixels | Array, wanted: Sequence[Wanted]) -> list[Answer]:
@@ -179,7 +179,7 @@ class TorchRuntime:
         few = batch[:2]
         exact: Tensor | None = None
         if self._self_check:
-            reference = DinatForImageClassification.from_pretrained(self._source, "tiled", revision=self._revision)
+            reference = DinatForImageClassification.from_pretrained(self._checkpoint, "tiled")
             exact = reference.classify(self.processor.normalize(few))[0]
         memory = None if self._cache is None else self._cache / "attention" / f"{_card(self._device)}.json"
         while True:

@@ -10,9 +10,10 @@ import httpx
 import pytest
 import torch
 
-from app.cli import main
-from model import DinatForImageClassification
+from app.cli import COMMANDS, main
+from model import DinatConfig, DinatForImageClassification
 from tests.app.conftest import DIGITS
+from tests.model.originals import random_network, to_original
 
 
 def test_serve_answers_until_it_is_told_to_stop() -> None:
@@ -67,6 +68,26 @@ def test_a_gpu_that_is_not_there_is_one_line(device: str) -> None:
     assert f"device '{device}' is not there: PyTorch sees 0 CUDA devices; take cpu, install the driver" in line
 
 
+def test_help_and_completion_are_there_before_pytorch_is() -> None:
+    look = "import sys; from app.cli import main; assert main({!r}) == 0; assert 'torch' not in sys.modules"
+    helped = subprocess.run([sys.executable, "-c", look.format(["--help"])], capture_output=True, text=True, timeout=60)
+    assert helped.returncode == 0, helped.stderr
+    assert all(f"  {name} " in helped.stdout for name in COMMANDS)
+    completing = {"_DINAT_COMPLETE": "complete_bash", "COMP_WORDS": "dinat in", "COMP_CWORD": "1"}
+    completed = subprocess.run(
+        [sys.executable, "-c", look.format([])], capture_output=True, text=True, timeout=60, env=os.environ | completing
+    )
+    assert completed.stdout.split() == ["info"], completed.stderr
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_says_what_it_takes(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([command, "--help"]) == 0
+    assert f"Usage: dinat {command}" in capsys.readouterr().out
+    assert main([command, "--no-such-flag"]) == 2
+    assert "--no-such-flag" in capsys.readouterr().err
+
+
 def test_info(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["info", "digits"]) == 0
     summary = json.loads(capsys.readouterr().out)
@@ -89,3 +110,33 @@ def test_convert_with_the_wrong_number_of_labels(tmp_path: Path, capsys: pytest.
     assert main(["convert", "digits", str(tmp_path / "copy"), "--labels", str(tmp_path / "labels.txt")]) == 1
     assert "names 2 labels, one a line; the checkpoint has 10" in capsys.readouterr().err
     assert not (tmp_path / "copy").exists()
+
+
+def test_convert_an_original_file_whose_name_says_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    network = random_network(DinatConfig(embed_dim=8, depths=[2, 1], num_heads=[1, 2], dilations=[[1, 2], [1]], kernel_size=3))
+    torch.save({"state_dict": to_original(network)}, tmp_path / "model_best.pth.tar")
+    source, copy = str(tmp_path / "model_best.pth.tar"), tmp_path / "copy"
+    assert main(["convert", source, str(copy)]) == 1
+    assert "give its configuration: dinat convert model_best.pth.tar FOLDER --config FILE" in capsys.readouterr().err
+    network.config.save_pretrained(tmp_path / "mine")
+    assert main(["convert", source, str(copy), "--config", str(tmp_path / "mine" / "config.json")]) == 0
+    pixels = torch.randn(1, 3, 32, 32)
+    loaded = DinatForImageClassification.from_pretrained(copy)
+    torch.testing.assert_close(loaded(pixels).logits, network(pixels).logits)
+    assert loaded.config.dilations == [[1, 2], [1]]
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--preset", "mini", "--config", "x.json"], "--preset and --config both say"),
+        (["--preset", "nano"], "preset 'nano' is not known: take one of mini,"),
+        (["--config", "/no/such.json"], "/no/such.json"),
+        (["--config", str(DIGITS / "0-1.png")], "is no config.json of a DiNAT"),
+    ],
+)
+def test_convert_with_a_wrong_configuration_is_one_line(
+    flags: list[str], words: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["convert", "digits", str(tmp_path / "copy"), *flags]) == 1
+    assert words in capsys.readouterr().err

@@ -15,6 +15,7 @@ from app.engine.torch_runtime import TorchRuntime
 from model import DinatConfig, DinatForImageClassification, DinatImageProcessor
 from model.attention import by_name, choice, neighborhood_attention
 from model.attention.choice import candidates, trying
+from model.checkpoint import open_checkpoint
 from tests.model.definition import assert_equals_the_definition
 
 pytestmark = [
@@ -40,7 +41,7 @@ def nothing_chosen() -> Iterator[None]:
 def runtime(
     source: str | Path = "digits", precision: str = "fp32", attention: str = "auto", **settings: object
 ) -> TorchRuntime:
-    return TorchRuntime(str(source), None, torch.device("cuda", 0), precision, attention, **settings)  # type: ignore[arg-type]
+    return TorchRuntime(open_checkpoint(source), torch.device("cuda", 0), precision, attention, **settings)  # type: ignore[arg-type]
 
 
 def pictures(count: int, side: int = 64, seed: int = 0) -> np.ndarray:
@@ -160,7 +161,8 @@ def test_auto_keeps_what_is_right_and_fastest_and_remembers_it(tmp_path: Path) -
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("attention", [*EXACT, "auto"])
 def test_the_service_says_on_a_card_what_it_says_on_a_cpu(precision: str, attention: str) -> None:
-    card, cpu = runtime("digits", precision, attention), TorchRuntime("digits", None, torch.device("cpu"), "fp32", "tiled")
+    card = runtime("digits", precision, attention)
+    cpu = TorchRuntime(open_checkpoint("digits"), torch.device("cpu"), "fp32", "tiled")
     most = 2 if REHEARSED else 8
     assert card.warm(most) == most
     assert [left for left in card.left_out if "natten" not in left.what] == []
@@ -203,7 +205,7 @@ def test_maps_of_two_threads_do_not_mix() -> None:
 def test_pictures_that_keep_their_aspect_are_served_at_every_size(tmp_path: Path) -> None:
     DinatForImageClassification.from_pretrained("digits").save_pretrained(tmp_path)
     DinatImageProcessor(size={"shortest_edge": 48}).save_pretrained(tmp_path)
-    card, cpu = runtime(tmp_path), TorchRuntime(str(tmp_path), None, torch.device("cpu"), "fp32", "tiled")
+    card, cpu = runtime(tmp_path), TorchRuntime(open_checkpoint(tmp_path), torch.device("cpu"), "fp32", "tiled")
     card.warm(2)
     for height, width in ((48, 48), (48, 64), (96, 48)):
         picture = np.random.default_rng(height).integers(0, 256, (height, width, 3), dtype=np.uint8)

@@ -21,7 +21,10 @@ from model import (
     DinatImageProcessor,
     DinatModel,
 )
-from model.checkpoint import convert_original, open_checkpoint
+from model.checkpoint import open_checkpoint
+from model.files import read_pickle
+from model.original import convert_original
+from tests.model.originals import random_network, to_original
 
 PIXELS = torch.randn(2, 3, 32, 40)
 
@@ -35,48 +38,6 @@ def small(**changes: Any) -> DinatConfig:
         "kernel_size": 3,
     }
     return DinatConfig(**(settings | {"num_labels": 4} | changes))
-
-
-def random_network(config: DinatConfig) -> DinatForImageClassification:
-    """A network none of whose weights is at its initial zero or one."""
-    network = DinatForImageClassification(config).eval()
-    for parameter in network.parameters():
-        torch.nn.init.normal_(parameter, std=0.2)
-    return network
-
-
-def to_original(network: DinatForImageClassification) -> dict[str, torch.Tensor]:
-    """A network's weights under the original repository's names, one name at a time."""
-    state = network.state_dict()
-    original = {}
-    for i, level in enumerate(network.dinat.encoder.levels):
-        for j, layer in enumerate(level.layers):
-            to, attention = f"levels.{i}.blocks.{j}", layer.attention
-            names = {
-                "norm1": layer.layernorm_before,
-                "norm2": layer.layernorm_after,
-                "attn.proj": attention.output.dense,
-                "mlp.fc1": layer.intermediate.dense,
-                "mlp.fc2": layer.output.dense,
-            }
-            original |= {
-                f"{to}.{name}.{key}": value for name, part in names.items() for key, value in part.state_dict().items()
-            }
-            attend = getattr(attention, "self")  # noqa: B009
-            original[f"{to}.attn.qkv.weight"], original[f"{to}.attn.qkv.bias"] = attend.qkv.weight, attend.qkv.bias
-            original[f"{to}.attn.rpb"] = attend.rpb
-            if layer.layer_scale_parameters is not None:
-                original[f"{to}.gamma1"], original[f"{to}.gamma2"] = layer.layer_scale_parameters
-        if level.downsample is not None:
-            original |= {f"levels.{i}.downsample.{key}": value for key, value in level.downsample.state_dict().items()}
-    for n in range(2):
-        for kind in ("weight", "bias"):
-            original[f"patch_embed.proj.{n}.{kind}"] = state[f"dinat.embeddings.patch_embeddings.projection.{n}.{kind}"]
-    for kind in ("weight", "bias"):
-        original[f"patch_embed.norm.{kind}"] = state[f"dinat.embeddings.norm.{kind}"]
-        original[f"norm.{kind}"] = state[f"dinat.layernorm.{kind}"]
-        original[f"head.{kind}"] = state[f"classifier.{kind}"]
-    return {name: value.detach().clone() for name, value in original.items()}
 
 
 @pytest.fixture
@@ -170,22 +131,97 @@ def test_original_files(network: DinatForImageClassification, tmp_path: Path, ki
     assert torch.equal(loaded.classifier.weight, network.classifier.weight)
 
 
-@pytest.mark.parametrize("preset", ["mini", "base", "large", "large-384", "large-11x11-384"])
-def test_configuration_of_an_original_file_is_found(preset: str, tmp_path: Path) -> None:
-    """The weights are one number each, spread out: their shapes are what is read."""
+PUBLISHED = {
+    "mini": "dinat_mini_in1k_224.pth",
+    "base": "dinat_base_in1k_224.pth",
+    "large": "dinat_large_in22k_in1k_224.pth",
+    "large-384": "dinat_large_in22k_in1k_384.pth",
+    "large-11x11-384": "dinat_large_in22k_in1k_384_11x11.pth",
+    "nat-mini": "nat_mini.pth.tar",
+    "nat-base": "nat_base.pth.tar",
+}
+
+
+def spread_out(preset: str, path: Path) -> DinatForImageClassification:
+    """Write an original file of a published network, its weights one number each: their shapes are what is read."""
     with torch.device("meta"):
         network = DinatForImageClassification(DinatConfig.preset(preset))
-    state = {name: torch.zeros(1).expand(value.shape) for name, value in to_original(network).items()}
-    name = {"large-384": "dinat_large_in22k_in1k_384.pth", "large-11x11-384": "dinat_large_in22k_in1k_384_11x11.pth"}.get(
-        preset, "x.pth"
-    )
-    torch.save(state, tmp_path / name)
-    assert (tmp_path / name).stat().st_size < 2**20
-    checkpoint = open_checkpoint(tmp_path / name)
+    torch.save({name: torch.zeros(1).expand(value.shape) for name, value in to_original(network).items()}, path)
+    assert path.stat().st_size < 2**20
+    return network
+
+
+@pytest.mark.parametrize("preset", PUBLISHED)
+def test_configuration_of_an_original_file_is_found(preset: str, tmp_path: Path) -> None:
+    path = tmp_path / PUBLISHED[preset]
+    network = spread_out(preset, path)
+    checkpoint = open_checkpoint(path)
     assert checkpoint.config == DinatConfig.preset(preset)
-    assert checkpoint.processor is not None
-    assert checkpoint.processor["size"] == (384 if "384" in preset else 224)
+    assert DinatImageProcessor.from_pretrained(checkpoint).size == (384 if "384" in preset else 224)
     assert {k: v.shape for k, v in checkpoint.state_dict().items()} == {k: v.shape for k, v in network.state_dict().items()}
+
+
+@pytest.mark.parametrize(
+    ("preset", "name", "candidates"),
+    [
+        ("mini", "model_best.pth.tar", "mini or nat-mini"),
+        ("nat-base", "denatured.pth", "base or nat-base"),
+        ("large", "dinat_large_in22k.pth", "large or large-384"),
+    ],
+)
+def test_a_file_that_may_be_several_networks_says_so(preset: str, name: str, candidates: str, tmp_path: Path) -> None:
+    spread_out(preset, tmp_path / name)
+    with pytest.raises(CheckpointError, match=f"may be {candidates}, which differ in dilations alone.*--preset"):
+        open_checkpoint(tmp_path / name)
+    assert open_checkpoint(tmp_path / name, config=DinatConfig.preset(preset)).config.dilations == (
+        DinatConfig.preset(preset).dilations
+    )
+
+
+def test_an_original_file_is_read_once_and_its_weights_are_nobody_elses(
+    network: DinatForImageClassification, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "mine.pth"
+    torch.save(to_original(network), path)
+    read: list[Path] = []
+    monkeypatch.setattr("model.original.read_pickle", lambda path: (read.append(path), read_pickle(path))[1])
+    checkpoint = open_checkpoint(path, config=network.config)
+    DinatImageProcessor.from_pretrained(checkpoint)
+    first = DinatForImageClassification.from_pretrained(checkpoint)
+    assert read == [path]
+    second = DinatForImageClassification.from_pretrained(checkpoint)
+    torch.nn.init.zeros_(first.classifier.weight)
+    assert torch.equal(second.classifier.weight, network.classifier.weight)
+
+
+@pytest.mark.parametrize("wrap", ["state_dict", "model"])
+def test_the_backbone_within_a_detector(network: DinatForImageClassification, tmp_path: Path, wrap: str) -> None:
+    original = {name: value for name, value in to_original(network).items() if not name.startswith(("norm.", "head."))}
+    norms = {f"norm{i}.{kind}": torch.randn(8 * 2**i) for i in range(2) for kind in ("weight", "bias")}
+    whole = {f"backbone.{name}": value for name, value in (original | norms).items()} | {"neck.conv.weight": torch.ones(1)}
+    torch.save({wrap: whole, "meta": {"epoch": 36}}, tmp_path / "detector.pth")
+    with pytest.raises(CheckpointError, match=r"backbone of a detector.*give its configuration"):
+        open_checkpoint(tmp_path / "detector.pth")
+    backbone = DinatBackbone.from_pretrained(
+        tmp_path / "detector.pth", config=network.config, out_features=["stage1", "stage2"]
+    )
+    expected = DinatBackbone.from_pretrained(_saved(network, tmp_path / "classifier"), out_features=["stage1", "stage2"])
+    for i, norm in enumerate(expected.hidden_states_norms.values()):
+        norm.load_state_dict({kind: norms[f"norm{i}.{kind}"] for kind in ("weight", "bias")})
+    for ours, wanted in zip(backbone(PIXELS).feature_maps, expected(PIXELS).feature_maps, strict=True):
+        torch.testing.assert_close(ours, wanted)
+
+
+def _saved(network: DinatForImageClassification, folder: Path) -> Path:
+    network.save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("keys", [["patch_embed.proj.weight"], ["anything"]], ids=["DiNAT_s", "other"])
+def test_other_networks_of_the_repository_are_named(keys: list[str], tmp_path: Path) -> None:
+    torch.save(dict.fromkeys(keys, torch.zeros(1)), tmp_path / "x.pth")
+    with pytest.raises(CheckpointError, match=r"no original DiNAT or NAT.*DiNAT_s"):
+        open_checkpoint(tmp_path / "x.pth")
 
 
 def test_original_file_of_no_published_size_asks_for_its_configuration(

@@ -6,6 +6,7 @@ import torch
 
 from app.engine.runtime import Wanted
 from app.engine.torch_runtime import TorchRuntime, resolve_devices
+from model.checkpoint import open_checkpoint
 from tests.rehearsal import card, clocks
 
 pytestmark = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="one card")
@@ -17,12 +18,12 @@ def test_every_card_is_taken_or_the_one_that_is_named() -> None:
 
 
 def test_a_second_card_computes_though_the_first_is_current() -> None:
-    cpu = TorchRuntime("digits", None, torch.device("cpu"), "fp32", "tiled")
+    cpu = TorchRuntime(open_checkpoint("digits"), torch.device("cpu"), "fp32", "tiled")
     pixels = np.random.default_rng(0).integers(0, 256, (2, 64, 64, 3), dtype=np.uint8)
     expected = cpu.run(pixels, [Wanted(10)] * 2)
     with clocks.one_host():
         for index in (0, 1):
-            runtime = TorchRuntime("digits", None, torch.device("cuda", index), "fp32", "auto")
+            runtime = TorchRuntime(open_checkpoint("digits"), torch.device("cuda", index), "fp32", "auto")
             torch.cuda.set_device(0)
             assert runtime.warm(2) == 2
             assert runtime.left_out == []
