@@ -110,8 +110,9 @@ def _config_of(state_dict: StateDict, path: Path) -> DinatConfig:
     ]
     if not fitting:
         raise CheckpointError(
-            f"{path} fits none of the published networks ({', '.join((*PRESETS, *NAT_PRESETS))}), and dilations leave no "
-            f"trace in weights: give its configuration: dinat convert {path.name} FOLDER --config FILE, in Python config=DinatConfig(...)"
+            f"{path} fits none of the published networks ({', '.join((*PRESETS, *NAT_PRESETS))}), and dilations leave no trace "
+            f"in weights: give its configuration: dinat convert {path.name} FOLDER --config FILE, in Python "
+            "config=DinatConfig(...)"
         )
     named = [name for name in fitting if _is_named(name, path.name.lower())] if len(fitting) > 1 else fitting
     if len(named) != 1:
