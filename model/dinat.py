@@ -107,13 +107,11 @@ class NeighborhoodSelfAttention(nn.Module):
         self.dropout = config.attention_probs_dropout_prob
         side = 2 * config.kernel_size - 1
         self.rpb = nn.Parameter(torch.zeros(heads, side, side))
-        self.qkv = nn.Linear(channels, 3 * channels, bias=config.qkv_bias)
-        self.register_state_dict_post_hook(_split_qkv)  # type: ignore[no-untyped-call]
-        self.register_load_state_dict_pre_hook(_join_qkv)  # type: ignore[no-untyped-call]
+        self.qkv: nn.Linear | None = nn.Linear(channels, 3 * channels, bias=config.qkv_bias)
 
     def forward(self, x: Tensor, with_weights: bool) -> tuple[Tensor, Tensor | None]:
         """(B, H, W, C) -> the same shape, and (B, heads, H, W, kernel_size**2) if the weights are wanted."""
-        q, k, v = (part.view(*x.shape[:-1], self.heads, -1) for part in product(x, self.qkv).chunk(3, dim=-1))
+        q, k, v = (part.view(*x.shape[:-1], self.heads, -1) for part in self.project(x))
         settings: dict[str, Any] = {"dropout": self.dropout if self.training else 0.0}
         weights = None
         if with_weights:
@@ -126,25 +124,19 @@ class NeighborhoodSelfAttention(nn.Module):
             )
         return attended.flatten(-2), weights
 
+    def project(self, x: Tensor) -> tuple[Tensor, ...]:
+        """(B, H, W, C) -> query, key and value, each of the same shape."""
+        if self.qkv is None:
+            return product(x, self.query), product(x, self.key), product(x, self.value)
+        return product(x, self.qkv).chunk(3, dim=-1)
 
-QKV = ("query", "key", "value")
-"""The Hub's names of the three products that are one here. They have their names in every state dict."""
-
-
-def _split_qkv(module: nn.Module, state_dict: dict[str, Any], prefix: str, metadata: Any) -> None:
-    """Write a state dict as the Hub has it."""
-    for kind in ("weight", "bias"):
-        joined = state_dict.pop(f"{prefix}qkv.{kind}", None)
-        if joined is not None:
-            state_dict.update({f"{prefix}{name}.{kind}": part for name, part in zip(QKV, joined.chunk(3), strict=True)})
-
-
-def _join_qkv(module: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
-    """Read a state dict as the Hub has it."""
-    for kind in ("weight", "bias"):
-        names = [f"{prefix}{name}.{kind}" for name in QKV]
-        if all(name in state_dict for name in names):
-            state_dict[f"{prefix}qkv.{kind}"] = torch.cat([state_dict.pop(name) for name in names])
+    def part(self) -> None:
+        """Have query, key and value as modules of their own, as adapters and quantizers look for them, with fresh weights."""
+        if self.qkv is None:
+            return
+        channels, bias = self.qkv.in_features, self.qkv.bias is not None
+        self.qkv = None
+        self.query, self.key, self.value = (nn.Linear(channels, channels, bias=bias) for _ in range(3))
 
 
 class AttentionOutput(nn.Module):
@@ -165,7 +157,14 @@ class Attention(nn.Module):
     The padding is zeros to the right and below, before the query, key and value products and without a mask, as published.
     """
 
-    def __init__(self, config: DinatConfig, channels: int, heads: int, dilation: int, backend: str) -> None:
+    def __init__(
+        self,
+        config: DinatConfig,
+        channels: int,
+        heads: int,
+        dilation: int,
+        backend: str,
+    ) -> None:
         super().__init__()
         self.self = NeighborhoodSelfAttention(config, channels, heads, dilation, backend)
         self.output = AttentionOutput(config, channels)
@@ -243,11 +242,13 @@ class Layer(nn.Module):
 class Stage(nn.Module):
     """Layers of one resolution, and the downsampler to the next."""
 
-    def __init__(self, config: DinatConfig, index: int, drop_paths: list[float], backend: str) -> None:
+    def __init__(
+        self, config: DinatConfig, index: int, drop_paths: list[float], backend: str, layer: type[Layer] = Layer
+    ) -> None:
         super().__init__()
         channels, heads = config.channels_of(index), config.num_heads[index]
         self.layers = nn.ModuleList(
-            Layer(config, channels, heads, dilation, drop_path, backend)
+            layer(config, channels, heads, dilation, drop_path, backend)
             for dilation, drop_path in zip(config.dilations[index], drop_paths, strict=True)
         )
         self.downsample = Downsampler(channels) if index < config.num_layers - 1 else None
@@ -271,15 +272,15 @@ class Encoded:
 
 
 class Encoder(nn.Module):
-    """All stages."""
+    """All stages. layer: what their layers are, a kind of Layer."""
 
-    def __init__(self, config: DinatConfig, backend: str) -> None:
+    def __init__(self, config: DinatConfig, backend: str, layer: type[Layer] = Layer) -> None:
         super().__init__()
         total = sum(config.depths)
         rates = [config.drop_path_rate * i / max(1, total - 1) for i in range(total)]
         starts = [sum(config.depths[:i]) for i in range(config.num_layers)]
         self.levels = nn.ModuleList(
-            Stage(config, i, rates[start : start + depth], backend)
+            Stage(config, i, rates[start : start + depth], backend, layer)
             for i, (start, depth) in enumerate(zip(starts, config.depths, strict=True))
         )
 

@@ -73,7 +73,7 @@ def _weights(module: NeighborhoodSelfAttention, x: Tensor, query: tuple[int, int
         [table[place] for table in neighbors(length, module.kernel_size, module.dilation)]
         for place, length in zip(query, x.shape[:2], strict=True)
     )
-    q = module.qkv(x[query]).chunk(3)[0].view(module.heads, -1)
-    k = module.qkv(x[rows][:, columns]).chunk(3, dim=-1)[1].unflatten(-1, (module.heads, -1))
+    q = module.project(x[query])[0].view(module.heads, -1)
+    k = module.project(x[rows][:, columns])[1].view(*rows.shape, *columns.shape, module.heads, -1)
     scores = torch.einsum("nd,ijnd->nij", q * q.shape[-1] ** -0.5, k) + module.rpb[:, row_bias][:, :, column_bias]
     return rows, columns, scores.flatten(1).softmax(-1).view_as(scores).float().cpu()

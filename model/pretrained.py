@@ -23,6 +23,8 @@ class PreTrainedModel(nn.Module):
         super().__init__()
         check_backend(attention)
         self.config = config
+        self.register_state_dict_post_hook(_part_qkv)  # type: ignore[no-untyped-call]
+        self.register_load_state_dict_pre_hook(_join_qkv)  # type: ignore[no-untyped-call]
 
     @classmethod
     def from_pretrained(
@@ -89,3 +91,27 @@ def _without_stage_pair(values: dict[str, Any], changes: dict[str, Any]) -> dict
     if "out_features" in changes or "out_indices" in changes:
         return {name: value for name, value in values.items() if name not in ("out_features", "out_indices")}
     return values
+
+
+QKV = ("query", "key", "value")
+"""The Hub's names of the three products that are one in the network. They have their names in every state dict."""
+
+
+def _part_qkv(module: nn.Module, state_dict: dict[str, Any], prefix: str, metadata: Any) -> None:
+    """Write a state dict as the Hub has it, in its order."""
+    whole = dict(state_dict)
+    state_dict.clear()
+    for key, value in whole.items():
+        place, qkv, kind = key.rpartition(".qkv.")
+        if qkv and key.startswith(prefix):
+            state_dict.update({f"{place}.{name}.{kind}": part for name, part in zip(QKV, value.chunk(3), strict=True)})
+        else:
+            state_dict[key] = value
+
+
+def _join_qkv(module: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
+    """Read a state dict as the Hub has it."""
+    for key in [key for key in state_dict if key.startswith(prefix) and ".self.query." in key]:
+        names = [key.replace(".self.query.", f".self.{name}.") for name in QKV]
+        if all(name in state_dict for name in names):
+            state_dict[key.replace(".self.query.", ".self.qkv.")] = torch.cat([state_dict.pop(name) for name in names])

@@ -14,9 +14,10 @@ def product(x: Tensor, linear: nn.Linear, gelu: bool = False, add: Tensor | None
     """linear(x), then the exact GELU if asked for, or a sum with `add`.
 
     x: (..., in_features);  add and what is returned: (..., out_features).
-    For float32 on a CPU without gradients all of it is one kernel: the product is not written, read and written again.
+    For float32 on a CPU without gradients all of it is one kernel: the product is not written, read and written again. What was
+    put around the layer (an adapter, a hook, weights that lie elsewhere) is called.
     """
-    if _ONEDNN is None or x.device.type != "cpu" or x.dtype != torch.float32 or _is_watched():
+    if _ONEDNN is None or x.device.type != "cpu" or x.dtype != torch.float32 or _is_watched() or not _is_plain(linear):
         y = linear(x)
         return F.gelu(y) if gelu else y if add is None else add + y
     if add is not None:
@@ -29,3 +30,8 @@ def product(x: Tensor, linear: nn.Linear, gelu: bool = False, add: Tensor | None
 def _is_watched() -> bool:
     """Whether autograd, autocast or a compiler must see each step."""
     return torch.is_grad_enabled() or torch.is_autocast_enabled("cpu") or torch.compiler.is_compiling()
+
+
+def _is_plain(linear: nn.Linear) -> bool:
+    """Whether calling it is nothing but its product."""
+    return type(linear) is nn.Linear and not (linear._forward_hooks or linear._forward_pre_hooks or "forward" in vars(linear))

@@ -24,10 +24,11 @@ def reference_attention(
 ) -> tuple[Tensor, Tensor]:
     """Neighborhood attention, DiNAT section 3. Returns (output, weights).
 
-    q, k, v, output: (B, H, W, heads, head_dim);  weights: (B, H, W, heads, kernel_size**2), after dropout.
+    q, k, v, output: (B, H, W, heads, head_dim);  weights: (B, heads, H, W, kernel_size**2), after dropout. The output is made
+    of these weights, so that they have its gradient.
     """
-    weights = F.dropout(attention_weights(q, k, rpb, kernel_size, dilation, scale), dropout)
-    return torch.einsum("bhwnk,bhwknd->bhwnd", weights, gather(v, kernel_size, dilation)), weights
+    weights = F.dropout(attention_weights(q, k, rpb, kernel_size, dilation, scale), dropout).permute(0, 3, 1, 2, 4)
+    return torch.einsum("bnhwk,bhwknd->bhwnd", weights, gather(v, kernel_size, dilation)), weights
 
 
 def gather(x: Tensor, kernel_size: int, dilation: int) -> Tensor:
