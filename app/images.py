@@ -17,6 +17,9 @@ from model.image_processor import to_rgb
 ALWAYS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
 """What is always read. Pillow reads more, much of it seldom tried by anybody: a hostile file has fewer ways in."""
 
+SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif", ".heic", ".heif")
+"""Of files that are taken for pictures where a folder is searched."""
+
 PNG, JPEG = b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff"
 
 

@@ -8,8 +8,7 @@ import json
 import logging
 import sys
 import time
-from collections import deque
-from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, TextIO
@@ -17,7 +16,6 @@ from typing import Annotated, Any, Literal, TextIO
 import numpy as np
 import typer
 from rich.console import Console
-from rich.progress import Progress
 from rich.table import Table
 from safetensors.numpy import save_file
 
@@ -25,28 +23,15 @@ from app.api.features import flat
 from app.api.parameters import Parameters
 from app.api.results import predictions
 from app.cli import Refused
-from app.cli.flags import settings_flags
-from app.engine.engine import Engine
-from app.engine.runtime import Answer, Wanted
-from app.errors import ServiceError
+from app.cli.answering import PATIENCE_MS, answers, started
+from app.cli.flags import ENGINE, settings_flags
+from app.engine.engine import Submitted
+from app.engine.runtime import Answer
+from app.images import SUFFIXES
 from app.logs import configure_logs
 from app.settings import Settings
 
-SETTINGS = (
-    "model",
-    "revision",
-    "device",
-    "runtime",
-    "precision",
-    "attention",
-    "max_batch",
-    "cache_dir",
-    "decode",
-    "max_pixels",
-)
-SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif", ".heic", ".heif")
 STDIN = "-"
-PATIENCE_MS = 24 * 3600 * 1000
 
 Output = Literal["table", "jsonl", "csv"]
 MapsFormat = Literal["npz", "safetensors"]
@@ -61,7 +46,7 @@ class Maps:
     kind: str
 
 
-@settings_flags(SETTINGS, deadline_ms=PATIENCE_MS, drain_seconds=0)
+@settings_flags(ENGINE, deadline_ms=PATIENCE_MS, drain_seconds=0)
 def classify(
     paths: Annotated[
         list[str], typer.Argument(metavar="PATH", help="Files, folders, patterns, or - for one picture on standard input.")
@@ -115,31 +100,19 @@ def found(paths: Sequence[str]) -> Iterator[str]:
 
 async def _classify(paths: Sequence[str], settings: Settings, top_k: int | None, maps: Maps | None, out: "Writer") -> bool:
     """Whether every picture was."""
-    engine = Engine(settings)
-    await engine.start()
-    try:
-        if engine.failure is not None:
-            raise Refused(f"{settings.model} cannot be loaded: {engine.failure}")
+    failed: dict[str, str] = {}
+    async with started(settings) as engine:
         config = engine.loaded.config
         wanted = Parameters(top_k=top_k, features=maps.names if maps else "").wanted(config)
-        failed: dict[str, str] = {}
-        console = Console(stderr=True)
-        with Progress(console=console, disable=not console.is_terminal, transient=True) as progress:
-            task = progress.add_task("classifying", total=len(paths))
-            async for path, answer in _answers(engine, paths, wanted):
-                if isinstance(answer, str):
-                    failed[path] = answer
-                    out.write(path, {"error": answer})
-                else:
-                    out.write(path, {"predictions": predictions(answer, config)})
-                    if maps is not None:
-                        await asyncio.to_thread(_save_maps, answer, maps, path)
-                progress.advance(task)
+        async for path, answer in answers(engine, paths, wanted, _read, "classifying"):
+            if isinstance(answer, str):
+                failed[path] = answer
+                out.write(path, {"error": answer})
+            else:
+                out.write(path, {"predictions": predictions(answer, config)})
+                if maps is not None:
+                    await asyncio.to_thread(_save_maps, answer, maps, path)
         out.close()
-    except ServiceError as error:
-        raise Refused(error.detail) from None
-    finally:
-        await engine.stop()
     for path, why in failed.items():
         print(f"dinat: {path}: {why}", file=sys.stderr)
     if failed:
@@ -147,26 +120,8 @@ async def _classify(paths: Sequence[str], settings: Settings, top_k: int | None,
     return not failed
 
 
-async def _answers(engine: Engine, paths: Sequence[str], wanted: Wanted) -> AsyncIterator[tuple[str, Answer | str]]:
-    """What becomes of each picture, in order. As many are under way as may wait in the engine, and no more are in memory."""
-
-    async def one(path: str) -> Answer | str:
-        (answer,) = await engine.submit([sys.stdin.buffer.read() if path == STDIN else Path(path)], wanted)
-        return answer.detail if isinstance(answer, ServiceError) else answer
-
-    under_way: deque[tuple[str, asyncio.Task[Answer | str]]] = deque()
-    try:
-        for path in paths:
-            if len(under_way) == engine.settings.queue_limit:
-                first, task = under_way.popleft()
-                yield first, await task
-            under_way.append((path, asyncio.create_task(one(path))))
-        while under_way:
-            first, task = under_way.popleft()
-            yield first, await task
-    finally:
-        for _, task in under_way:
-            task.cancel()
+async def _read(path: str) -> Submitted:
+    return sys.stdin.buffer.read() if path == STDIN else Path(path)
 
 
 def _save_maps(answer: Answer, maps: Maps, path: str) -> None:

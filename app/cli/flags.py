@@ -15,6 +15,21 @@ Source = Annotated[str, typer.Argument(metavar="SOURCE", help='Folder, Hub id, o
 Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit of a Hub id.")]
 
 
+ENGINE = (
+    "model",
+    "revision",
+    "device",
+    "runtime",
+    "precision",
+    "attention",
+    "max_batch",
+    "cache_dir",
+    "decode",
+    "max_pixels",
+)
+"""The settings that are the engine's, not the service's."""
+
+
 def settings_flags(names: Iterable[str], **fixed: Any) -> Callable[[Callable[..., None]], Callable[..., None]]:
     """A flag for each of these settings; the command is called with `settings`: the flags, else the environment, else .env.
 
