@@ -30,12 +30,6 @@ class NotFound(ServiceError):
     status = HTTPStatus.NOT_FOUND
 
 
-class MethodNotAllowed(ServiceError):
-    """Not by this method."""
-
-    status = HTTPStatus.METHOD_NOT_ALLOWED
-
-
 class NotAcceptable(ServiceError):
     """None of the types that the client would have is written here."""
 

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from fastapi import APIRouter, Request, Response
+from fastapi.responses import HTMLResponse
 from starlette.staticfiles import StaticFiles
 from starlette.types import Scope
 
@@ -25,7 +26,7 @@ HEADERS = {
     "Cache-Control": "no-cache",  # a new version's files all at once: their ETags say what is old
 }
 
-router = APIRouter(include_in_schema=False)
+router = APIRouter()
 
 
 class _Files(StaticFiles):
@@ -41,7 +42,7 @@ class _Files(StaticFiles):
 files = _Files(directory=Path(__file__).parents[1] / "web")
 
 
-@router.get(PAGE)
+@router.get(PAGE, response_class=HTMLResponse, summary="The page that shows all this")
 async def page(request: Request) -> Response:
     """The page."""
     return await files.get_response("index.html", request.scope)

@@ -10,6 +10,7 @@ from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
+from starlette.routing import Match
 
 from app.errors import ServiceError
 
@@ -22,6 +23,15 @@ CLIENT_GONE = 499
 
 OWN = ("classify", "features", "attention", "health", "model", "metrics")
 """How the paths of our own doors begin. Clients of others look for a member `error`, which RFC 9457 lets a problem have."""
+
+
+def _allowed(request: Request) -> str:
+    """The methods that a path takes; Starlette names those of the first of its routes alone."""
+    scopes = {method: {**request.scope, "method": method} for method in ("GET", "POST", "PUT", "PATCH", "DELETE")}
+    routes = request.app.routes
+    return ", ".join(
+        method for method, scope in scopes.items() if any(route.matches(scope)[0] is Match.FULL for route in routes)
+    )
 
 
 def problem_fields(request_id: str, status: int, detail: str, path: str = "") -> dict[str, str | int]:
@@ -54,7 +64,8 @@ def add_error_handlers(app: FastAPI) -> None:
 
     async def on_http_exception(request: Request, error: Any) -> Response:
         detail = f"{request.method} {request.url.path}: {error.detail}"
-        return problem(request, error.status_code, detail, error.headers)
+        headers = {"Allow": _allowed(request)} if error.status_code == HTTPStatus.METHOD_NOT_ALLOWED else error.headers
+        return problem(request, error.status_code, detail, headers)
 
     async def on_anything_else(request: Request, error: Exception) -> Response:
         log.error("a request failed", path=request.url.path, exc_info=error)

@@ -3,6 +3,7 @@
 As Triton, KServe, MLServer and Seldon speak it: https://github.com/kserve/open-inference-protocol.
 """
 
+import math
 import struct
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ import numpy.typing as npt
 import orjson
 from fastapi import APIRouter, Request, Response
 from fastapi.responses import JSONResponse
+from starlette.convertors import PathConvertor, register_url_convertor
 
 from app.api.asking import ask_all
 from app.api.parameters import DEADLINE_PARAMETER, read_deadline
@@ -23,7 +25,7 @@ from app.api.schemas import NOT_FOUND, PROBLEMS
 from app.engine.core import State
 from app.engine.engine import Engine
 from app.engine.runtime import LOGITS, Answer, Array, Loaded, Wanted
-from app.errors import BadRequest, MethodNotAllowed, NotFound, TooLarge, Unprocessable
+from app.errors import BadRequest, NotFound, TooLarge, Unprocessable
 from app.images import decode_base64
 from model import DinatConfig
 from model.image_processor import Pixels
@@ -140,11 +142,18 @@ async def infer(request: Request, name: str) -> Response:
     return Response(b"".join([said, *blobs]), media_type=BINARY, headers={HEADER: str(len(said))})
 
 
-@router.get("/models/{name:path}")
+class _ModelName(PathConvertor):
+    """A path that is not the way to infer: GET there is a method that is not allowed."""
+
+    regex = "(?!.*/infer$).*"
+
+
+register_url_convertor("model_name", _ModelName())
+
+
+@router.get("/models/{name:model_name}")
 async def metadata(request: Request, name: str) -> dict[str, Any]:
     """Names, types and shapes of what goes in and comes out; -1 for any number."""
-    if name.endswith("/infer"):
-        raise MethodNotAllowed("infer is asked by POST", {"Allow": "POST"})
     name = _known(request, name)
     loaded = _engine(request).loaded
     height, width = loaded.processor.output_size or (-1, -1)
@@ -237,7 +246,7 @@ def _tensor(given: Mapping[str, Any], blob: bytes | None) -> Tensor | list[bytes
         raise BadRequest(f"input {name}: shape is {shape!r}, a list of whole numbers is wanted")
     if blob is None and not isinstance(given.get("data"), list):
         raise BadRequest(f"input {name} has no list of data, nor binary_data_size")
-    count = int(np.prod(shape, dtype=np.int64))
+    count = math.prod(shape)
     if datatype == "BYTES":
         values = _strings(blob) if blob is not None else [_text(one) for one in _flat(given.get("data"))]
         if len(values) != count:
@@ -249,14 +258,18 @@ def _tensor(given: Mapping[str, Any], blob: bytes | None) -> Tensor | list[bytes
     if blob is not None:
         if len(blob) != count * dtype.itemsize:
             raise BadRequest(f"input {name}: shape {shape} of {datatype} is {count * dtype.itemsize} bytes, got {len(blob)}")
-        return np.frombuffer(blob, dtype).reshape(shape)
+        array = np.frombuffer(blob, dtype)
+    else:
+        try:
+            array = np.array(given.get("data"), dtype)
+        except (TypeError, ValueError, OverflowError) as error:
+            raise BadRequest(f"input {name}: the data are no {datatype}: {error}") from None
+        if array.size != count:
+            raise BadRequest(f"input {name}: shape {shape} is {count} elements, the data are {array.size}")
     try:
-        array = np.array(given.get("data"), dtype)
-    except (TypeError, ValueError, OverflowError) as error:
-        raise BadRequest(f"input {name}: the data are no {datatype}: {error}") from None
-    if array.size != count:
-        raise BadRequest(f"input {name}: shape {shape} is {count} elements, the data are {array.size}")
-    return array.reshape(shape)
+        return array.reshape(shape)
+    except (ValueError, OverflowError) as error:  # no elements, and sides that no array has
+        raise BadRequest(f"input {name}: shape {shape}: {error}") from None
 
 
 def _flat(data: Any) -> list[Any]:

@@ -36,3 +36,8 @@ def test_the_page_wants_no_key_and_what_it_asks_does() -> None:
         assert [service.client.get(path).status_code for path in FILES] == [200] * len(FILES)
         assert service.client.get("/model").status_code == 401
         assert service.client.post("/", content=b"").status_code == 401  # a door of its own
+
+
+def test_the_path_of_the_page_takes_two_methods(service: Service) -> None:
+    answer = service.client.put("/")
+    assert (answer.status_code, answer.headers["allow"]) == (405, "GET, POST")

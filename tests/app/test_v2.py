@@ -34,6 +34,7 @@ def images(*pictures: bytes, binary: bool = True) -> triton.InferInput:
 
 
 WHOLE = {"name": "image", "datatype": "BYTES", "shape": [1], "data": [base64.b64encode(PICTURES[0]).decode()]}
+EMPTY = {"name": "image", "datatype": "UINT8", "data": []}
 
 
 def one_image(size: int, elements: int = 1) -> dict[str, Any]:
@@ -159,6 +160,8 @@ def test_errors_reach_tritons_client(client: Any) -> None:
         ({"inputs": [WHOLE], "outputs": [{"name": "scores", "parameters": 1}]}, "parameters of output scores is int"),
         ({"inputs": [WHOLE], "outputs": [{"name": "scores", "parameters": {"classification": -1}}]}, "classification is -1"),
         ({"inputs": [WHOLE], "parameters": {"timeout": "soon"}}, "timeout is 'soon'"),
+        ({"inputs": [EMPTY | {"shape": [2**62, 4]}]}, "is 18446744073709551616 elements"),
+        ({"inputs": [EMPTY | {"shape": [0, 2**63]}]}, "shape [0, 9223372036854775808]"),
     ],
 )  # fmt: skip
 def test_broken_requests_are_named(service: Service, asked: dict[str, Any], detail: str) -> None:
