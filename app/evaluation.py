@@ -11,6 +11,9 @@ import numpy.typing as npt
 BINS = 15
 """Of the scores, for calibration (Guo et al., arXiv 1706.04599)."""
 
+MOST_SHOWN = 40
+"""Classes up to which tables and figures have them all."""
+
 
 @dataclass
 class Evaluation:
@@ -100,6 +103,17 @@ class Evaluation:
             )
         return rows
 
+    @property
+    def shown_classes(self) -> list[dict[str, Any]]:
+        """Those of by_class that a page has room for: all, or the MOST_SHOWN of lowest recall."""
+        rows = self.by_class
+        return rows if len(rows) <= MOST_SHOWN else sorted(rows, key=lambda row: row["recall"])[:MOST_SHOWN]
+
+    @property
+    def pictures_per_second(self) -> float:
+        """Decoding included."""
+        return self.pictures / self.seconds
+
     def to_dict(self) -> dict[str, Any]:
         """All of it, for JSON."""
         return {
@@ -108,7 +122,7 @@ class Evaluation:
             "top1": self.top1,
             "top5": self.top5,
             "calibration_error": self.calibration_error,
-            "pictures_per_second": self.pictures / self.seconds,
+            "pictures_per_second": self.pictures_per_second,
             "classes": self.by_class,
             "reliability": self.reliability,
             "confusion": {"labels": list(self.names), "rows": self.confusion.tolist()} if len(self.names) <= 100 else None,

@@ -8,10 +8,7 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from app.evaluation import Evaluation
-
-MOST_NAMED = 40
-"""Classes up to which a confusion matrix names them, and a table has them all; of more, those with the lowest recall."""
+from app.evaluation import MOST_SHOWN, Evaluation
 
 STYLE = """
 body { font: 16px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem; color: #222 }
@@ -32,7 +29,7 @@ def page(evaluations: Sequence[Evaluation], title: str) -> str:
                 "top-1": f"{one.top1:.2%}",
                 "top-5": f"{one.top5:.2%}",
                 "calibration error": f"{one.calibration_error:.2%}",
-                "pictures/s": f"{one.pictures / one.seconds:.1f}",
+                "pictures/s": f"{one.pictures_per_second:.1f}",
             }
             for one in evaluations
         ]
@@ -41,9 +38,8 @@ def page(evaluations: Sequence[Evaluation], title: str) -> str:
     for one in evaluations:
         parts.append(f"<h2>{escape(', '.join(one.setting.values()))}</h2>")
         parts += [_picture(confusion_figure(one), "confusion matrix"), _picture(reliability_figure(one), "reliability curve")]
-        worst = sorted(one.by_class, key=lambda row: row["recall"])
-        shown = one.by_class if len(worst) <= MOST_NAMED else worst[:MOST_NAMED]
-        parts.append(f"<h3>{'Classes' if shown is one.by_class else f'The {MOST_NAMED} classes of lowest recall'}</h3>")
+        shown = one.shown_classes
+        parts.append(f"<h3>{'Classes' if shown is one.by_class else f'The {MOST_SHOWN} classes of lowest recall'}</h3>")
         parts.append(_table([row | {name: _share(row[name]) for name in ("recall", "precision")} for row in shown]))
         if one.unreadable:
             parts.append("<h3>Left out</h3>")
@@ -63,7 +59,7 @@ def confusion_figure(evaluation: Evaluation) -> Figure:
     image = axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
     figure.colorbar(image, ax=axes, label="share of the class")
     axes.set(xlabel="said", ylabel="true")
-    if len(evaluation.names) <= MOST_NAMED:
+    if len(evaluation.names) <= MOST_SHOWN:
         places = range(len(evaluation.names))
         axes.set_xticks(places, evaluation.names, rotation=90)
         axes.set_yticks(places, evaluation.names)

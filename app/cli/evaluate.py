@@ -20,7 +20,7 @@ from app.cli.answering import PATIENCE_MS, answers, started
 from app.cli.flags import ENGINE, Source, settings_flags
 from app.engine.engine import Engine, Submitted
 from app.engine.runtime import Wanted
-from app.evaluation import Evaluation
+from app.evaluation import MOST_SHOWN, Evaluation
 from app.images import decode
 from app.labelled import Data, class_ids, read_data
 from app.logs import configure_logs
@@ -28,8 +28,6 @@ from app.settings import Settings
 from model import DinatImageProcessor
 
 Preprocessing = Literal["checkpoint", "original", "both"]
-MOST_ROWS = 40
-"""Classes up to which the table has them all; of more, those with the lowest recall."""
 
 
 @settings_flags([name for name in ENGINE if name != "model"], deadline_ms=PATIENCE_MS, drain_seconds=0)
@@ -147,13 +145,12 @@ def _show(found: list[Evaluation]) -> None:
     table = Table(*found[0].setting, "pictures", "top-1", "top-5", "calibration error", "per second")
     for one in found:
         shares = (f"{share:.2%}" for share in (one.top1, one.top5, one.calibration_error))
-        table.add_row(*one.setting.values(), str(one.pictures), *shares, f"{one.pictures / one.seconds:.1f}")
+        table.add_row(*one.setting.values(), str(one.pictures), *shares, f"{one.pictures_per_second:.1f}")
     console.print(table)
     for one in found:
-        rows = one.by_class
-        if len(rows) > MOST_ROWS:
-            rows = sorted(rows, key=lambda row: row["recall"])[:MOST_ROWS]
-            console.print(f"The {MOST_ROWS} classes of lowest recall")
+        rows = one.shown_classes
+        if rows is not one.by_class:
+            console.print(f"The {MOST_SHOWN} classes of lowest recall")
         table = Table(*rows[0], title=", ".join(one.setting.values()) if len(found) > 1 else None, title_justify="left")
         for row in rows:
             table.add_row(*(f"{value:.1%}" if isinstance(value, float) else str(value or "") for value in row.values()))
