@@ -10,6 +10,7 @@ COMMANDS = {
     "serve": "Answer HTTP requests.",
     "classify": "Say what is on pictures on disk.",
     "evaluate": "Say how good a checkpoint is on labelled pictures.",
+    "train": "Train a classifier on labelled pictures.",
     "doctor": "See what this machine has, whether it computes rightly, and how fast.",
     "convert": "Write a checkpoint in the Hub's layout.",
     "export": "Write a graph for ONNX Runtime, OpenVINO or torch.export.",

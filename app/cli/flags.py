@@ -6,10 +6,12 @@ from functools import wraps
 from typing import Annotated, Any, Literal, get_args, get_origin
 
 import typer
-from pydantic import ValidationError
+from pydantic import BaseModel, ValidationError
+from pydantic.fields import FieldInfo
 
 from app.cli import Refused
 from app.settings import Settings, explain
+from app.training.recipe import Recipe
 
 Source = Annotated[str, typer.Argument(metavar="SOURCE", help='Folder, Hub id, original .pth file, or "digits".')]
 Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit of a Hub id.")]
@@ -35,19 +37,36 @@ def settings_flags(names: Iterable[str], **fixed: Any) -> Callable[[Callable[...
 
     fixed: settings that this command decides itself.  A wrong value ends the command, as Refused.
     """
+    return _flags(Settings, "settings", names, explain, fixed, shown=False)
+
+
+def recipe_flags() -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """A flag for each field of a training's recipe; the command is called with `recipe`. A wrong value ends it, as Refused."""
+    return _flags(Recipe, "recipe", Recipe.model_fields, _explain_flags, {}, shown=True)
+
+
+def _flags(
+    kind: type[BaseModel],
+    to: str,
+    names: Iterable[str],
+    explain: Callable[[ValidationError], str],
+    fixed: dict[str, Any],
+    shown: bool,
+) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Flags for fields of a model, which the command then gets whole, under the name `to`. shown: whether help has defaults."""
 
     def decorate(command: Callable[..., None]) -> Callable[..., None]:
         @wraps(command)
         def run(**given: Any) -> None:
             flags = {name: value for name in names if (value := given.pop(name)) is not None}
             try:
-                settings = Settings(**flags, **fixed)
+                values = kind(**flags, **fixed)
             except ValidationError as error:
                 raise Refused(explain(error)) from None
-            command(settings=settings, **given)
+            command(**{to: values}, **given)
 
-        own = [parameter for name, parameter in inspect.signature(command).parameters.items() if name != "settings"]
-        parameters = [*own, *map(_flag, names)]
+        own = [parameter for name, parameter in inspect.signature(command).parameters.items() if name != to]
+        parameters = [*own, *(_flag(kind.model_fields[name], name, shown) for name in names)]
         run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]  # what Typer reads
         run.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
         return run
@@ -55,8 +74,17 @@ def settings_flags(names: Iterable[str], **fixed: Any) -> Callable[[Callable[...
     return decorate
 
 
-def _flag(name: str) -> inspect.Parameter:
-    field = Settings.model_fields[name]
+def _flag(field: FieldInfo, name: str, shown: bool) -> inspect.Parameter:
     choices = "|".join(get_args(field.annotation)) if get_origin(field.annotation) is Literal else name.upper()
-    option = typer.Option(f"--{name.replace('_', '-')}", metavar=choices, help=field.description, show_default=False)
+    default = str(field.default) if shown and field.default is not None else False
+    option = typer.Option(f"--{name.replace('_', '-')}", metavar=choices, help=field.description, show_default=default)
     return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Annotated[str | None, option])
+
+
+def _explain_flags(error: ValidationError) -> str:
+    """One line that names every wrong flag and what is wrong with it."""
+    faults = [
+        f"--{str(fault['loc'][0]).replace('_', '-')} {fault['input']}: {fault['msg']}" if fault["loc"] else fault["msg"]
+        for fault in error.errors()
+    ]
+    return "; ".join(faults)

@@ -16,7 +16,7 @@ from app.engine.exported_runtime import ExportedRuntime
 from app.engine.runtime import Runtime, Wanted
 from app.engine.runtimes import load_runtimes
 from app.settings import Settings
-from examples.train_digits import split
+from examples.digits_data import split
 from model import ConfigError, DinatConfig, DinatForImageClassification, DinatImageProcessor
 from model.export import quantize
 from tests.app.conftest import DIGITS

@@ -1,0 +1,1 @@
+"""Training a classifier, on transformers' Trainer. Needs the extra `train`."""
