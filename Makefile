@@ -69,7 +69,8 @@ bench-frontends: install
 	$(BIN)/python -m benchmarks.frontends --overload 60 --json benchmarks/results/frontends-cpu.json
 
 digits: install
-	$(BIN)/python -m examples.train_digits evaluate
+	$(BIN)/python -m examples.digits_data build/digits
+	$(BIN)/dinat evaluate digits build/digits/held-out --runtime torch
 
 clean:
 	rm -rf .venv build *.egg-info

@@ -108,6 +108,10 @@ class DinatPreTrainedModel(transformers.PreTrainedModel):
         elif isinstance(module, Layer) and module.layer_scale_parameters is not None:
             nn.init.constant_(module.layer_scale_parameters, self.config.layer_scale_init_value)
 
+    def get_input_embeddings(self) -> PatchEmbeddings:
+        """The module that takes the pixels."""
+        return getattr(self, self.base_model_prefix, self).embeddings.patch_embeddings
+
     def _build(self) -> None:
         """The embeddings and the encoder."""
         config = network_config(self.config)
@@ -135,10 +139,6 @@ class DinatModel(DinatPreTrainedModel):
         self.layernorm = nn.LayerNorm(self.num_features, eps=config.layer_norm_eps)
         self.add_pooling_layer = add_pooling_layer
         self.post_init()
-
-    def get_input_embeddings(self) -> PatchEmbeddings:
-        """The module that takes the pixels."""
-        return self.embeddings.patch_embeddings
 
     def forward(
         self,
@@ -217,10 +217,6 @@ class DinatBackbone(BackboneMixin, DinatPreTrainedModel):
             {stage: nn.LayerNorm(width) for stage, width in zip(self.out_features, self.channels, strict=True)}
         )
         self.post_init()
-
-    def get_input_embeddings(self) -> PatchEmbeddings:
-        """The module that takes the pixels."""
-        return self.embeddings.patch_embeddings
 
     def forward(
         self,

@@ -1,6 +1,7 @@
 """Many pictures through the service's own engine, from the command line."""
 
 import asyncio
+import sys
 from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
@@ -48,9 +49,8 @@ async def answers(
             return str(error)
         return answer.detail if isinstance(answer, ServiceError) else answer
 
-    console = Console(stderr=True)
     under_way: deque[tuple[str, asyncio.Task[Answer | str]]] = deque()
-    with Progress(console=console, disable=not console.is_terminal, transient=True) as progress:
+    with Progress(console=Console(stderr=True), disable=not sys.stderr.isatty(), transient=True) as progress:
         task = progress.add_task(doing, total=len(paths))
         try:
             for path in paths:

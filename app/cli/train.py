@@ -56,8 +56,7 @@ def train(
     from app.training.run import train as run
     from app.training.task import Task
 
-    console = Console(stderr=True)
-    with Progress(console=console, disable=not console.is_terminal, transient=True) as bar:
+    with Progress(console=Console(stderr=True), disable=not sys.stderr.isatty(), transient=True) as bar:
         trained = run(
             Task(source, revision, data, validate_on, out, recipe, max_pixels),
             device=device,
