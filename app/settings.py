@@ -28,13 +28,15 @@ class Settings(BaseSettings):
     revision: str | None = Field(None, description="branch, tag or commit of a Hub id")
     device: str = Field("auto", description='"cuda" (every GPU), "cuda:1", "cpu"; "auto": cuda where there is a GPU, else cpu')
     runtime: Literal["auto", "torch", "openvino", "onnxruntime"] = Field(
-        "auto", description="auto: OpenVINO on a CPU where it is installed, else PyTorch"
+        "auto",
+        description="auto: PyTorch on a GPU, or a CPU with AVX-512 and a C compiler; else OpenVINO where it is installed",
     )
     precision: Literal["auto", "fp32", "bf16", "fp16", "int8"] = Field(
-        "auto", description="auto: bf16 on a GPU or, by OpenVINO, a CPU that is fast at it, else fp32"
+        "auto", description="auto: bf16 where the GPU or the CPU is fast at it, else fp32"
     )
-    attention: Literal["auto", "reference", "tiled", "natten", "triton"] = Field(
-        "auto", description="attention backend; auto: on a GPU the fastest that is there, timed at start, else tiled"
+    attention: Literal["auto", "reference", "tiled", "compiled", "natten", "triton"] = Field(
+        "auto",
+        description="attention backend; auto: on a GPU the fastest of those there, timed at start; on a CPU compiled, or tiled",
     )
     self_check: bool = Field(
         True, description="at start a GPU shows right numbers before it serves; off starts sooner, and trusts it"

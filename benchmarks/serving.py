@@ -38,8 +38,12 @@ from benchmarks.timing import report, take_turns
 from model import DinatConfig, DinatForImageClassification, DinatImageProcessor
 
 CONNECTIONS = (1, 8, 32)
-OURS = {"ours, torch fp32": ["--runtime", "torch"], "ours": []}
-"""This service by the runtime that the peers have too, and as it comes."""
+OURS = {
+    "ours, torch fp32": ["--runtime", "torch", "--precision", "fp32"],
+    "ours, OpenVINO": ["--runtime", "openvino"],
+    "ours": [],
+}
+"""This service by the runtime that the peers have too, by OpenVINO, and as it comes."""
 SLICES = 6
 DIRECT_ROUNDS = 5
 DEADLINE_SECONDS = 20

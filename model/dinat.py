@@ -15,10 +15,10 @@ from torch import Tensor, nn
 from model.attention import neighborhood_attention, neighborhood_attention_with_weights
 from model.config import DinatConfig
 from model.errors import ConfigError, DinatError
+from model.kernels import LayerNorm, product
 from model.loss import classification_loss
 from model.outputs import BackboneOutput, DinatImageClassifierOutput, DinatModelOutput
 from model.pretrained import PreTrainedModel
-from model.product import product
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "gelu": F.gelu,
@@ -76,7 +76,7 @@ class Embeddings(nn.Module):
     def __init__(self, config: DinatConfig) -> None:
         super().__init__()
         self.patch_embeddings = PatchEmbeddings(config)
-        self.norm = nn.LayerNorm(config.embed_dim)
+        self.norm = LayerNorm(config.embed_dim)
         self.dropout = nn.Dropout(config.hidden_dropout_prob)
 
     def forward(self, pixel_values: Tensor) -> Tensor:
@@ -89,7 +89,7 @@ class Downsampler(nn.Module):
     def __init__(self, channels: int) -> None:
         super().__init__()
         self.reduction = nn.Conv2d(channels, 2 * channels, 3, stride=2, padding=1, bias=False)
-        self.norm = nn.LayerNorm(2 * channels)
+        self.norm = LayerNorm(2 * channels)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.norm(self.reduction(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1))
@@ -215,10 +215,10 @@ class Layer(nn.Module):
 
     def __init__(self, config: DinatConfig, channels: int, heads: int, dilation: int, drop_path: float, backend: str) -> None:
         super().__init__()
-        self.layernorm_before = nn.LayerNorm(channels, eps=config.layer_norm_eps)
+        self.layernorm_before = LayerNorm(channels, eps=config.layer_norm_eps)
         self.attention = Attention(config, channels, heads, dilation, backend)
         self.drop_path = DropPath(drop_path) if drop_path > 0 else nn.Identity()
-        self.layernorm_after = nn.LayerNorm(channels, eps=config.layer_norm_eps)
+        self.layernorm_after = LayerNorm(channels, eps=config.layer_norm_eps)
         self.intermediate = Intermediate(config, channels)
         self.output = Output(config, channels)
         self.layer_scale_parameters = None
@@ -303,7 +303,7 @@ class DinatModel(PreTrainedModel):
         super().__init__(config, attention)
         self.embeddings = Embeddings(config)
         self.encoder = Encoder(config, attention)
-        self.layernorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.layernorm = LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.add_pooling_layer = add_pooling_layer
         self._initialize()
 
@@ -432,7 +432,7 @@ class DinatBackbone(PreTrainedModel):
         self.embeddings = Embeddings(config)
         self.encoder = Encoder(config, attention)
         self.hidden_states_norms = nn.ModuleDict(
-            {stage: nn.LayerNorm(width) for stage, width in zip(self.out_features, self.channels, strict=True)}
+            {stage: LayerNorm(width) for stage, width in zip(self.out_features, self.channels, strict=True)}
         )
         self._initialize()
 

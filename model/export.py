@@ -22,7 +22,7 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.export import ExportedProgram
 
-from model.dinat import DinatForImageClassification
+from model.dinat import DinatForImageClassification, NeighborhoodSelfAttention
 from model.errors import ExportError
 from model.image_processor import DinatImageProcessor
 
@@ -120,10 +120,24 @@ def export(
 def trace(graph: Graph, batch: int | None, size: tuple[int, int]) -> ExportedProgram:
     """The graph as PyTorch's exported program."""
     example = torch.zeros(batch or 2, graph.network.config.num_channels, *size)
-    with torch.no_grad():
+    with torch.no_grad(), _by_tiles(graph.network):
         graph(example[:1])  # makes the tables of positions, of real tensors; tracing would make them of symbols
         dynamic = {} if batch else {0: torch.export.Dim("batch", min=1)}
         return torch.export.export(graph, (example,), dynamic_shapes=(dynamic,))
+
+
+@contextmanager
+def _by_tiles(network: nn.Module) -> Iterator[None]:
+    """Within it, attention is of plain operators."""
+    layers = [module for module in network.modules() if isinstance(module, NeighborhoodSelfAttention)]
+    before = [layer.backend for layer in layers]
+    for layer in layers:
+        layer.backend = "tiled"
+    try:
+        yield
+    finally:
+        for layer, backend in zip(layers, before, strict=True):
+            layer.backend = backend
 
 
 Shape = tuple[int | None, int, int, int]

@@ -25,6 +25,7 @@ from transformers.modeling_outputs import BackboneOutput
 
 from model.config import DinatConfig as NetworkConfig
 from model.dinat import Embeddings, Encoded, Encoder, Layer, NeighborhoodSelfAttention, PatchEmbeddings
+from model.kernels import LayerNorm
 
 try:
     from transformers.backbone_utils import BackboneMixin
@@ -136,7 +137,7 @@ class DinatModel(DinatPreTrainedModel):
         self._build()
         self.num_levels = len(config.depths)
         self.num_features = int(config.embed_dim * 2 ** (self.num_levels - 1))
-        self.layernorm = nn.LayerNorm(self.num_features, eps=config.layer_norm_eps)
+        self.layernorm = LayerNorm(self.num_features, eps=config.layer_norm_eps)
         self.add_pooling_layer = add_pooling_layer
         self.post_init()
 
@@ -214,7 +215,7 @@ class DinatBackbone(BackboneMixin, DinatPreTrainedModel):
         self._build()
         self.num_features = [config.embed_dim, *(int(config.embed_dim * 2**i) for i in range(len(config.depths)))]
         self.hidden_states_norms = nn.ModuleDict(
-            {stage: nn.LayerNorm(width) for stage, width in zip(self.out_features, self.channels, strict=True)}
+            {stage: LayerNorm(width) for stage, width in zip(self.out_features, self.channels, strict=True)}
         )
         self.post_init()
 

@@ -6,14 +6,17 @@ from importlib.util import find_spec
 from app.engine.runtime import Runtime
 from app.engine.torch_runtime import TorchRuntime, resolve_devices
 from app.settings import Settings
-from model import ConfigError, DinatImageProcessor
+from model import ConfigError, DinatConfig, DinatImageProcessor
+from model.attention.compiled import HEAD_DIM
 from model.checkpoint import open_checkpoint
+from model.native import library
 
 
 def load_runtimes(settings: Settings) -> Sequence[Runtime]:
     """Load the checkpoint into the runtime that the settings name, once for each device.
 
-    auto: OpenVINO on a CPU where it is installed and nothing is asked for that only PyTorch has; PyTorch otherwise.
+    auto: PyTorch on a GPU, and on a CPU that attention is compiled for with vectors of 512 bits, which beats all else there; on
+    others OpenVINO, where it is installed and nothing is asked for that only PyTorch has; PyTorch otherwise.
     Raises CheckpointError, ConfigError, ExportError, in one line that says what is missing and what to do.
     """
     name = settings.runtime
@@ -23,8 +26,11 @@ def load_runtimes(settings: Settings) -> Sequence[Runtime]:
     on_cpu = devices[0].type == "cpu"
 
     if name == "auto":
-        exported = on_cpu and settings.attention in ("auto", "tiled") and settings.precision != "fp16"
-        name = "openvino" if exported and find_spec("openvino") is not None and fixed_size else "torch"
+        exported = on_cpu and settings.attention in ("auto", "tiled") and settings.precision != "fp16" and fixed_size
+        is_best = exported and (
+            settings.precision == "int8" or settings.attention == "tiled" or not _is_compiled(checkpoint.config)
+        )
+        name = "openvino" if is_best and find_spec("openvino") is not None else "torch"
     if name == "torch":
         return [
             TorchRuntime(
@@ -53,3 +59,10 @@ def load_runtimes(settings: Settings) -> Sequence[Runtime]:
         extra = {"openvino": "cpu", "onnxruntime": "onnx"}[name]
         raise ConfigError(f"runtime {name} is not installed: pip install 'dinat-serve[{extra}]'") from None
     return [OnnxRuntime(checkpoint, settings.precision, settings.cache_dir)]
+
+
+def _is_compiled(config: DinatConfig) -> bool:
+    """Whether every layer's attention is compiled here, for vectors of 512 bits."""
+    found = library()
+    widths = {config.channels_of(stage) // heads for stage, heads in enumerate(config.num_heads)}
+    return found is not None and found.lanes == 16 and widths == {HEAD_DIM}

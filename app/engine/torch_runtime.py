@@ -19,6 +19,8 @@ from model.attention import bias_cache
 from model.attention.choice import candidates, chosen, reason, trying
 from model.checkpoint import Checkpoint
 from model.image_processor import Pixels
+from model.kernels import pack
+from model.processor import has_bf16
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 LIMITS = {"fp32": 1e-4, "bf16": 5e-2, "fp16": 5e-2}
@@ -72,7 +74,7 @@ class TorchRuntime:
         self._device = device
         self.device = str(device)
         self.lanes = LANES if device.type == "cuda" else 1
-        self.default_batch = 64 if device.type == "cuda" else 8
+        self.default_batch = 64 if device.type == "cuda" else max(8, 2 * torch.get_num_threads())
         self.left_out: list[LeftOut] = []
         self._attention = attention
         self._cache, self._self_check = cache, self_check
@@ -91,6 +93,8 @@ class TorchRuntime:
         self._network = DinatForImageClassification.from_pretrained(
             self._checkpoint, self._attention, self._device, self._dtype
         )
+        if self._device.type == "cpu":
+            pack(self._network.dinat)  # its head is computed in float32
 
     def run(self, pixels: Pixels | Array, wanted: Sequence[Wanted]) -> list[Answer]:
         """See Runtime."""
@@ -265,7 +269,7 @@ class TorchRuntime:
         if asked != "auto":
             return asked
         if self._device.type != "cuda":
-            return "fp32"
+            return "bf16" if has_bf16() else "fp32"
         return half_precision(self._device)
 
 

@@ -7,8 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from model.attention import choice
+from model.attention import choice, compiled
 from model.attention.choice import Layer, candidates, choose
+from model.attention.compiled import compiled_attention
 from model.attention.geometry import check_geometry
 from model.attention.reference import reference_attention
 from model.attention.tiled import tiled_attention
@@ -38,6 +39,7 @@ def _triton(*arguments: Any, **settings: Any) -> Tensor:
 BACKENDS: dict[str, Backend] = {
     "reference": _reference,
     "tiled": tiled_attention,
+    "compiled": compiled_attention,
     "natten": _natten,
     "triton": _triton,
 }
@@ -86,7 +88,7 @@ def neighborhood_attention(
     q, k, v: (B, H, W, heads, head_dim), one floating dtype and device; H and W at least kernel_size * dilation.
     rpb: (heads, 2 * kernel_size - 1, 2 * kernel_size - 1) relative positional bias, axis 1 is height, or None.
     scale: of q k^T, head_dim**-0.5 if None (the bias is not scaled);  dropout: probability, on the attention weights.
-    backend: auto, reference, tiled, natten or triton.  Returns (B, H, W, heads, head_dim).
+    backend: auto, reference, tiled, compiled, natten or triton.  Returns (B, H, W, heads, head_dim).
     Raises AttentionError for shapes, kernels, dilations or a backend that cannot be.
     Source: DiNAT, arXiv 2209.15001, section 3; the rule at borders is NATTEN's (model/attention/geometry.py).
     """
@@ -99,6 +101,8 @@ def neighborhood_attention(
 
     if dropout and backend == "auto":
         backend = "tiled"  # which alone has it
+    elif q.device.type == "cpu" and backend == "auto":
+        backend = "compiled" if _is_inference(q, k, v, rpb) and compiled.takes(q, kernel_size) else "tiled"
     elif q.device.type == "cuda" and backend != "reference" and not torch.compiler.is_compiling():
         layer = Layer.of(q, kernel_size, dilation, scale, rpb is not None, backend)
         names = candidates(q.device, q.dtype, q.shape[-1], backend)
@@ -108,6 +112,13 @@ def neighborhood_attention(
         fits = q.device.type == "cuda" and q.dtype in choice.LIMITS and 8 <= q.shape[-1] <= 128
         backend = "triton" if fits else "tiled"
     return attend(backend, q, k, v, rpb)
+
+
+def _is_inference(*inputs: Tensor | None) -> bool:
+    """Whether neither a gradient is wanted nor a compiler looks on."""
+    if torch.compiler.is_compiling():
+        return False
+    return not torch.is_grad_enabled() or not any(x is not None and x.requires_grad for x in inputs)
 
 
 def neighborhood_attention_with_weights(

@@ -19,6 +19,7 @@ from statistics import median
 import torch
 from torch import Tensor
 
+from model.attention import compiled
 from model.attention.reference import reference_attention
 from model.errors import AttentionError
 
@@ -82,7 +83,7 @@ chosen: dict[Layer, Choice] = {}
 def candidates(device: torch.device, dtype: torch.dtype, head_dim: int, asked: str = "auto") -> list[str]:
     """What may compute a layer, the one that is taken untried first. "triton" has a name for each of its cuts."""
     if asked == "auto" and device.type != "cuda":
-        return ["tiled"]
+        return ["compiled", "tiled"] if compiled.computes(dtype, head_dim) else ["tiled"]
     names = [asked]
     if asked == "auto":
         names = [*_libraries(), "tiled"] if dtype in LIMITS else ["tiled"]

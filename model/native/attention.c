@@ -1,0 +1,319 @@
+/* Neighborhood attention on a processor: tiles of a few queries, the lanes of a vector, against the keys they see between
+ * them. Nothing is gathered in memory beforehand: rows of q, k and v are read where they lie.
+ *
+ * Where the processor has matrix units (AMX) bfloat16 goes through them. model/attention/compiled.py calls it;
+ * model/attention/tiled.py says what a tile is. */
+
+#include "vectors.h"
+
+#ifdef __AMX_BF16__
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
+/* DIMS: sums that are kept in registers while values are added up. */
+enum { DIM = 32, MOST_KEYS = 256, BLOCK = 8, DIMS = LANES == 8 ? 8 : 16 };
+
+/* What one tile reads and writes. Positions are those of a flattened map, `stride` numbers apart. bias: a row of lanes for each
+ * key, -inf where a query does not see it, then -inf up to a multiple of BLOCK rows. Both bias and scale are times log2(e): the
+ * exponential is a power of 2. */
+typedef struct {
+    const void *q, *k, *v;
+    void *out;
+    int64_t stride, out_stride;
+    const int32_t *queries, *keys;
+    int64_t query_count, key_count;
+    const float *bias;
+    float scale;
+} tile;
+
+/* 2^x for x <= 0: by its Taylor series, to 2e-7 of itself, or to 4e-5, which is far less than bfloat16 tells apart, where it is
+ * rough. 0 below -126, where a float has less digits and is slow. NaN stays NaN. */
+static inline __attribute__((always_inline)) floats power(floats x, const int is_rough) {
+    static const float series[] = {1.5403530e-4f, 1.3333558e-3f, 9.6181291e-3f, 5.5504109e-2f, 2.4022651e-1f, 6.9314718e-1f, 1};
+#ifdef __AVX512F__
+    floats whole = (floats)_mm512_roundscale_ps((__m512)x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+#else
+    floats shifted = x + 12582912.0f, whole = shifted - 12582912.0f; /* 1.5 * 2^23: a float has no bits behind the point there */
+#endif
+    floats rest = x - whole, y = splat(series[is_rough ? 2 : 0]);
+#pragma GCC unroll 6
+    for (int i = is_rough ? 3 : 1; i < 7; i++) y = y * rest + series[i];
+#ifdef __AVX512F__
+    __mmask16 is_there = _mm512_cmp_ps_mask((__m512)x, _mm512_set1_ps(-126), _CMP_NLT_UQ);
+    return (floats)_mm512_maskz_scalef_ps(is_there, (__m512)y, (__m512)whole);
+#else
+    return (floats)(~(x < -126.0f) & ((ints)y + ((ints)shifted << 23)));
+#endif
+}
+
+/* 2^(s - max) of each lane over its keys, in place; returns the sums. */
+static inline __attribute__((always_inline)) floats softmax(floats *s, int64_t count, floats most, const int is_rough) {
+    floats sum = {0};
+    for (int64_t key = 0; key < count; key++) {
+        s[key] = power(s[key] - most, is_rough);
+        sum += s[key];
+    }
+    return sum;
+}
+
+#ifdef __AVX512F__
+
+/* 16 x 16 words, rows to columns. */
+static inline void transpose(__m512i r[16]) {
+    __m512i a[16];
+    for (int i = 0; i < 16; i += 2) {
+        a[i] = _mm512_unpacklo_epi32(r[i], r[i + 1]);
+        a[i + 1] = _mm512_unpackhi_epi32(r[i], r[i + 1]);
+    }
+    for (int i = 0; i < 16; i += 4) {
+        r[i] = _mm512_unpacklo_epi64(a[i], a[i + 2]);
+        r[i + 1] = _mm512_unpackhi_epi64(a[i], a[i + 2]);
+        r[i + 2] = _mm512_unpacklo_epi64(a[i + 1], a[i + 3]);
+        r[i + 3] = _mm512_unpackhi_epi64(a[i + 1], a[i + 3]);
+    }
+    for (int i = 0; i < 16; i += 8)
+        for (int j = 0; j < 4; j++) {
+            a[i + j] = _mm512_shuffle_i32x4(r[i + j], r[i + 4 + j], 0x88);
+            a[i + 4 + j] = _mm512_shuffle_i32x4(r[i + j], r[i + 4 + j], 0xdd);
+        }
+    for (int j = 0; j < 8; j++) {
+        r[j] = _mm512_shuffle_i32x4(a[j], a[8 + j], 0x88);
+        r[8 + j] = _mm512_shuffle_i32x4(a[j], a[8 + j], 0xdd);
+    }
+}
+
+/* (LANES, DIM) to (DIM, LANES). */
+static inline void to_lanes(float rows[LANES][DIM], floats *columns) {
+    for (int from = 0; from < DIM; from += LANES) {
+        __m512i part[LANES];
+        for (int lane = 0; lane < LANES; lane++) part[lane] = _mm512_loadu_si512(rows[lane] + from);
+        transpose(part);
+        memcpy(columns + from, part, sizeof part);
+    }
+}
+
+/* (DIM, LANES) to (LANES, DIM). */
+static inline void to_rows(const floats *columns, float rows[LANES][DIM]) {
+    for (int from = 0; from < DIM; from += LANES) {
+        __m512i part[LANES];
+        memcpy(part, columns + from, sizeof part);
+        transpose(part);
+        for (int lane = 0; lane < LANES; lane++) _mm512_storeu_si512(rows[lane] + from, part[lane]);
+    }
+}
+
+#else
+
+static inline void to_lanes(float rows[LANES][DIM], floats *columns) {
+    for (int lane = 0; lane < LANES; lane++)
+        for (int i = 0; i < DIM; i++) columns[i][lane] = rows[lane][i];
+}
+
+static inline void to_rows(const floats *columns, float rows[LANES][DIM]) {
+    for (int lane = 0; lane < LANES; lane++)
+        for (int i = 0; i < DIM; i++) rows[lane][i] = columns[i][lane];
+}
+
+#endif
+
+static inline void read_row(const void *from, int64_t at, float *row, int is_half) {
+    for (int i = 0; i < DIM; i += LANES) store(row, i, load(from, at + i, is_half), 0);
+}
+
+static inline void write_row(const float *row, void *to, int64_t at, int is_half) {
+    for (int i = 0; i < DIM; i += LANES) store(to, at + i, load(row, i, 0), is_half);
+}
+
+static inline __attribute__((always_inline)) void attend_by_vectors(const tile *t, const int is_half) {
+    floats s[MOST_KEYS], q[DIM], out[DIM];
+    float keys[MOST_KEYS][DIM], values[MOST_KEYS][DIM], rows[LANES][DIM] = {{0}};
+    const int64_t count = t->key_count, padded = (count + BLOCK - 1) / BLOCK * BLOCK;
+    for (int64_t lane = 0; lane < t->query_count; lane++)
+        read_row(t->q, t->queries[lane] * t->stride, rows[lane], is_half);
+    to_lanes(rows, q);
+    for (int64_t key = 0; key < count; key++) {
+        read_row(t->k, t->keys[key] * t->stride, keys[key], is_half);
+        read_row(t->v, t->keys[key] * t->stride, values[key], is_half);
+    }
+    memset(keys[count], 0, (padded - count) * sizeof *keys);
+    floats most = splat(-__builtin_inff());
+    for (int64_t key = 0; key < padded; key += BLOCK) {
+        floats sums[BLOCK] = {{0}};
+        for (int i = 0; i < DIM; i++)
+#pragma GCC unroll 8
+            for (int j = 0; j < BLOCK; j++) sums[j] += q[i] * keys[key + j][i];
+#pragma GCC unroll 8
+        for (int j = 0; j < BLOCK; j++) {
+            s[key + j] = sums[j] * t->scale + load(t->bias, (key + j) * LANES, 0);
+            most = larger(s[key + j], most);
+        }
+    }
+    floats sum = softmax(s, count, most, is_half);
+    for (int from = 0; from < DIM; from += DIMS) {
+        floats sums[DIMS] = {{0}};
+        for (int64_t key = 0; key < count; key++) {
+            floats weight = s[key];
+#pragma GCC unroll 16
+            for (int i = 0; i < DIMS; i++) sums[i] += weight * values[key][from + i];
+        }
+        for (int i = 0; i < DIMS; i++) out[from + i] = sums[i] / sum;
+    }
+    to_rows(out, rows);
+    for (int64_t lane = 0; lane < t->query_count; lane++)
+        write_row(rows[lane], t->out, t->queries[lane] * t->out_stride, is_half);
+}
+
+static void attend_float(const tile *t) { attend_by_vectors(t, 0); }
+
+#ifndef __AMX_BF16__
+
+static void attend_bfloat16(const tile *t) { attend_by_vectors(t, 1); }
+
+const char *dinat_units(void) { return "vectors"; }
+
+#else
+
+typedef struct {
+    uint8_t palette, start, unused[14];
+    uint16_t bytes[16];
+    uint8_t rows[16];
+} __attribute__((aligned(64))) tile_shapes;
+
+static inline words bfloats(floats x) { return from_halves((halves)_mm512_cvtneps_pbh((__m512)x)); }
+
+/* Scores as keys x queries, of which softmax wants nothing across lanes; outputs as queries x dims, as they are stored. */
+static void attend_bfloat16(const tile *t) {
+    floats s[MOST_KEYS];
+    __m512i left[16], right[2][16];
+    const uint16_t *q = t->q, *k = t->k, *v = t->v;
+    const int64_t count = t->key_count;
+    for (int lane = 0; lane < LANES; lane++) {
+        int64_t query = t->queries[lane < t->query_count ? lane : 0];
+        left[lane] = _mm512_loadu_si512(q + query * t->stride);
+    }
+    transpose(left);
+    _tile_loadd(0, left, 64);
+    for (int64_t key = 0; key < count; key += 16) {
+        for (int j = 0; j < 16; j++) {
+            int64_t at = t->keys[key + j < count ? key + j : count - 1];
+            right[0][j] = _mm512_loadu_si512(k + at * t->stride);
+        }
+        _tile_zero(2);
+        _tile_loadd(1, right[0], 64);
+        _tile_dpbf16ps(2, 1, 0);
+        _tile_stored(2, s + key, 64);
+    }
+    floats most = splat(-__builtin_inff());
+    for (int64_t key = 0; key < count; key++) {
+        s[key] = s[key] * t->scale + load(t->bias, key * LANES, 0);
+        most = larger(s[key], most);
+    }
+    floats sum = softmax(s, count, most, 1);
+    _tile_zero(2);
+    _tile_zero(3);
+    for (int64_t key = 0; key < count; key += 32) {
+        for (int j = 0; j < 16; j++) {
+            int64_t first = key + 2 * j, second = first + 1;
+            words low = {0}, high = {0};
+            __m512i v0 = _mm512_setzero_si512(), v1 = v0;
+            if (first < count) {
+                low = bfloats(s[first]);
+                v0 = _mm512_loadu_si512(v + t->keys[first] * t->stride);
+            }
+            if (second < count) {
+                high = bfloats(s[second]) << 16;
+                v1 = _mm512_loadu_si512(v + t->keys[second] * t->stride);
+            }
+            left[j] = (__m512i)(low | high);
+            for (int half = 0; half < 2; half++) {
+                __m256i part0 = half ? _mm512_extracti64x4_epi64(v0, 1) : _mm512_castsi512_si256(v0);
+                __m256i part1 = half ? _mm512_extracti64x4_epi64(v1, 1) : _mm512_castsi512_si256(v1);
+                __m512i wide1 = _mm512_slli_epi32(_mm512_cvtepu16_epi32(part1), 16);
+                right[half][j] = _mm512_or_si512(_mm512_cvtepu16_epi32(part0), wide1);
+            }
+        }
+        transpose(left);
+        _tile_loadd(0, left, 64);
+        _tile_loadd(1, right[0], 64);
+        _tile_loadd(4, right[1], 64);
+        _tile_dpbf16ps(2, 0, 1);
+        _tile_dpbf16ps(3, 0, 4);
+    }
+    floats out[LANES][2], share = 1.0f / sum;
+    _tile_stored(2, out, sizeof *out);
+    _tile_stored(3, &out[0][1], sizeof *out);
+    for (int64_t lane = 0; lane < t->query_count; lane++) {
+        out[lane][0] *= share[lane];
+        out[lane][1] *= share[lane];
+        write_row((const float *)out[lane], t->out, t->queries[lane] * t->out_stride, 1);
+    }
+}
+
+/* Ask the system for the matrix units; nothing where it refuses. */
+const char *dinat_units(void) {
+    enum { ARCH_REQ_XCOMP_PERM = 0x1023, XFEATURE_XTILEDATA = 18 };
+    return syscall(SYS_arch_prctl, ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA) == 0 ? "matrix units" : 0;
+}
+
+#endif
+
+int dinat_lanes(void) { return LANES; }
+
+/* Every tile of every head of every picture.
+ *
+ * q, k, v: heads side by side, DIM numbers each; positions `stride` numbers apart, pictures `image_stride`.  out: positions
+ * without gaps.  tiles: five numbers each: where its queries, keys and bias begin, and how many queries and keys it has.
+ * bias: for each kind of tile its heads, one after the other. */
+void dinat_attend(int is_half, const void *q, const void *k, const void *v, void *out, int64_t images, int64_t positions,
+                  int64_t heads, int64_t stride, int64_t image_stride, const int64_t *tiles, int64_t tile_count,
+                  const int32_t *queries, const int32_t *keys, const float *bias, float scale, int threads) {
+    const int64_t size = is_half ? 2 : 4;
+#pragma omp parallel num_threads(threads)
+    {
+#ifdef __AMX_BF16__
+        tile_shapes before, mine = {.palette = 1};
+        for (int i = 0; i < 5; i++) {
+            mine.bytes[i] = 64;
+            mine.rows[i] = 16;
+        }
+        if (is_half) {
+            _tile_storeconfig(&before);
+            _tile_loadconfig(&mine);
+        }
+#endif
+#pragma omp for schedule(static)
+        for (int64_t item = 0; item < images * tile_count * heads; item++) {
+            const int64_t head = item % heads, image = item / heads / tile_count;
+            const int64_t *numbers = tiles + 5 * (item / heads % tile_count);
+            const int64_t from = (image * image_stride + head * DIM) * size;
+            const int64_t rows = (numbers[4] + BLOCK - 1) / BLOCK * BLOCK;
+            const tile t = {
+                .q = (const char *)q + from,
+                .k = (const char *)k + from,
+                .v = (const char *)v + from,
+                .out = (char *)out + (image * positions * heads + head) * DIM * size,
+                .stride = stride,
+                .out_stride = heads * DIM,
+                .queries = queries + numbers[0],
+                .keys = keys + numbers[1],
+                .bias = bias + (numbers[2] + head * rows) * LANES,
+                .query_count = numbers[3],
+                .key_count = numbers[4],
+                .scale = scale,
+            };
+            if (is_half)
+                attend_bfloat16(&t);
+            else
+                attend_float(&t);
+        }
+#ifdef __AMX_BF16__
+        if (is_half) {
+            if (before.palette)
+                _tile_loadconfig(&before);
+            else
+                _tile_release();
+        }
+#endif
+    }
+}
