@@ -79,7 +79,12 @@ ARG PIP_INDEX_URL PIP_EXTRA_INDEX_URL PIP_FIND_LINKS PIP_NO_INDEX
 COPY README.md LICENSE ./
 COPY model model
 COPY app app
-RUN pip install --no-cache-dir --no-deps --target /opt/dinat .
+# with kernels for every processor of this family, as the image for a processor has no compiler
+RUN apt-get update \
+    && DEBIAN_FRONTEND=noninteractive apt-get install --yes --no-install-recommends gcc libc6-dev \
+    && apt-get clean && rm -rf /var/lib/apt/lists/* \
+    && pip install --no-cache-dir --no-deps --target /opt/dinat . \
+    && PYTHONPATH=/opt/dinat python -m model.native
 
 # hadolint ignore=DL3006
 FROM variant-${VARIANT}

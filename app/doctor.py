@@ -35,9 +35,10 @@ from app.engine.runtime import Runtime, Wanted, examples
 from app.engine.torch_runtime import PRECISIONS, TorchRuntime, half_precision, resolve_devices
 from app.machine import cores
 from app.natten_wheel import PAGE, requirement
-from model import DinatConfig, DinatForImageClassification, DinatImageProcessor, attention
+from model import DinatConfig, DinatForImageClassification, DinatImageProcessor, attention, native
 from model.attention import choice
 from model.checkpoint import open_checkpoint
+from model.processor import has_bf16
 
 PACKAGES = ("dinat-serve", "torch", "triton", "natten", "openvino", "onnxruntime", "transformers", "pillow", "numpy")
 SECONDS = 2.0
@@ -182,8 +183,12 @@ def faults(device: torch.device, versions: dict[str, str]) -> tuple[list[str], l
                 f"pip install --no-deps '{wheel}' --find-links {PAGE}" if wheel else "pip install --no-build-isolation natten"
             )
             missing.append({"what": "natten, one more backend", "command": command})
-    elif versions["openvino"] == ABSENT:
-        missing.append({"what": "openvino, the fastest on a processor", "command": "pip install 'dinat-serve[cpu]'"})
+        return wrong, missing
+    kernels = native.library()
+    if kernels is None:
+        missing.append({"what": f"kernels for this processor: {native.missing()}", "command": "apt-get install gcc libc6-dev"})
+    if versions["openvino"] == ABSENT and (kernels is None or kernels.lanes < 16):
+        missing.append({"what": "openvino, the fastest on this processor", "command": "pip install 'dinat-serve[cpu]'"})
     return wrong, missing
 
 
@@ -201,7 +206,7 @@ def precisions(device: torch.device) -> list[torch.dtype]:
     """Those that are served there."""
     if device.type == "cuda":
         return [PRECISIONS[half_precision(device)], torch.float32]
-    return [torch.float32]
+    return [torch.bfloat16, torch.float32] if has_bf16() else [torch.float32]
 
 
 def ceilings(device: torch.device) -> list[Row]:
@@ -311,7 +316,7 @@ def runtimes(folder: Path, device: torch.device, cache: Path) -> Iterator[tuple[
     if device.type == "cuda":
         yield "torch", lambda: TorchRuntime(open_checkpoint(folder), device, "auto", "auto", cache)
         return
-    yield "torch", lambda: TorchRuntime(open_checkpoint(folder), device, "fp32", "auto")
+    yield "torch", lambda: TorchRuntime(open_checkpoint(folder), device, "auto", "auto")
     if _version("openvino") != ABSENT:
 
         def openvino() -> Runtime:

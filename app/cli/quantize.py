@@ -7,12 +7,17 @@ from typing import Annotated
 import typer
 
 from app.cli.flags import Revision, Source
+from app.doctor import forward_rate
+from app.engine.runtimes import load_runtimes
 from app.errors import ServiceError
 from app.images import decode
 from app.settings import Settings
 from model import DinatForImageClassification, DinatImageProcessor
 from model.checkpoint import open_checkpoint
 from model.export import quantize as calibrate
+
+WORTH_IT = 1.1
+"""How many times as fast it must be."""
 
 
 def quantize(
@@ -24,7 +29,7 @@ def quantize(
     *,
     revision: Revision = None,
 ) -> None:
-    """Write a checkpoint with an 8-bit graph beside its weights, and say what it costs."""
+    """Write a checkpoint with an 8-bit graph beside its weights, and say what it costs and what it gains on this processor."""
     examples = []
     for path in sorted(path for path in pictures.rglob("*") if path.is_file()):
         try:
@@ -41,4 +46,11 @@ def quantize(
         f"{source} written to {folder}. On its {cost.pictures} pictures the 8-bit graph has the same best "
         f"class for {cost.same_top1:.1%}, and logits within {cost.difference:.3g}, where the largest is {cost.largest:.3g}.\n"
         f"Serve it with: dinat serve --model {folder} --precision int8"
+    )
+    small, usual = (load_runtimes(Settings(model=str(folder), device="cpu", precision=kind))[0] for kind in ("int8", "auto"))
+    rates = [float(forward_rate(runtime)["pictures/s"] or 0) for runtime in (small, usual)]
+    gain = rates[0] / rates[1]
+    print(
+        f"Here it computes {rates[0]:.1f} pictures a second, {gain:.2f} times as many as without it "
+        f"({usual.name}, {usual.precision}): {'worth it' if gain >= WORTH_IT else 'not worth it on this processor'}."
     )

@@ -1,9 +1,11 @@
 """Every runtime says what PyTorch says, and its graphs are made once."""
 
 import multiprocessing
+import re
 import threading
 from collections.abc import Sequence
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import openvino
@@ -11,6 +13,8 @@ import pytest
 import torch
 from PIL import Image
 
+from app.cli import main
+from app.engine import runtimes
 from app.engine.artefacts import artefact
 from app.engine.exported_runtime import ExportedRuntime
 from app.engine.runtime import Runtime, Wanted
@@ -18,7 +22,6 @@ from app.engine.runtimes import load_runtimes
 from app.settings import Settings
 from examples.digits_data import split
 from model import ConfigError, DinatConfig, DinatForImageClassification, DinatImageProcessor
-from model.export import quantize
 from tests.app.conftest import DIGITS
 
 PICTURES = [Image.open(path).convert("RGB") for path in sorted(DIGITS.glob("*.png"))]
@@ -85,23 +88,29 @@ def test_bf16_reads_every_held_out_digit_the_same() -> None:
     assert np.linalg.norm(got - want) <= 0.01 * np.linalg.norm(want)
 
 
-def test_int8_is_served_from_the_folder_that_quantize_wrote(tmp_path: Path) -> None:
-    network, processor = DinatForImageClassification.from_pretrained("digits"), DinatImageProcessor.from_pretrained("digits")
-    cost = quantize(network, processor, PICTURES, tmp_path)
-    assert (cost.pictures, cost.same_top1) == (20, 1.0)
-    assert 0 < cost.difference < 0.1 * cost.largest
-    network.save_pretrained(tmp_path)
-    processor.save_pretrained(tmp_path)
+def test_int8_is_served_from_the_folder_that_quantize_wrote(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["quantize", "digits", str(DIGITS), str(tmp_path)]) == 0
+    said = capsys.readouterr().out
+    found = re.search(r"On its 20 pictures .* class for 100.0%, and logits within (\S+), where the largest is (\S+)\.\n", said)
+    assert found, said
+    difference, largest = map(float, found.groups())
+    assert 0 < difference < 0.1 * largest
+    usual = r"\((torch|openvino), (bf16|fp32)\): (not )?worth it"
+    assert re.search(r"Here it computes [\d.]+ pictures a second, [\d.]+ times as many as without it " + usual, said)
     runtime = load("openvino", model=str(tmp_path), precision="int8")
     got, want = logits_of(runtime, PICTURES), expected_logits(PICTURES)
-    assert np.abs(got - want).max() == pytest.approx(cost.difference, rel=0.2)
+    assert np.abs(got - want).max() == pytest.approx(difference, rel=0.2)
 
 
-def test_auto_takes_openvino_on_a_cpu_and_pytorch_where_only_that_can(tmp_path: Path) -> None:
-    network = DinatForImageClassification.from_pretrained("digits")
-    network.save_pretrained(tmp_path)
-    assert load("auto").name == "openvino"
+@pytest.mark.parametrize(("lanes", "name"), [(16, "torch"), (8, "openvino"), (None, "openvino")])
+def test_auto_takes_pytorch_where_its_kernels_are_the_fastest_and_openvino_on_other_cpus(
+    lanes: int | None, name: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(runtimes, "library", lambda: None if lanes is None else SimpleNamespace(lanes=lanes))
+    assert load("auto").name == name
+    assert load("auto", attention="tiled").name == "openvino"
     assert load("auto", attention="reference").name == "torch"
+    DinatForImageClassification.from_pretrained("digits").save_pretrained(tmp_path)
     DinatImageProcessor(size={"shortest_edge": 32}).save_pretrained(tmp_path)
     assert load("auto", model=str(tmp_path)).name == "torch"
 
@@ -131,10 +140,10 @@ def test_pictures_that_keep_their_aspect_are_for_pytorch(tmp_path: Path) -> None
         load("openvino", model=str(tmp_path))
 
 
-def test_a_second_start_exports_nothing(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    first = load("openvino", cache_dir=tmp_path)
+def test_a_second_start_exports_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    first = load("openvino")
     monkeypatch.setattr("app.engine.exported_runtime.export_checkpoint", lambda *_: pytest.fail("exported again"))
-    again = load("openvino", cache_dir=tmp_path)
+    again = load("openvino")
     np.testing.assert_array_equal(logits_of(again, PICTURES[:2]), logits_of(first, PICTURES[:2]))
 
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from model import AttentionError
-from model.attention import BACKENDS, choice
+from model.attention import BACKENDS, choice, compiled
 from model.attention.choice import Choice, Layer, candidates, choose, definition, trying
 
 QKV = torch.randn(1, 21, 21, 3, 1, 8)
@@ -47,7 +47,11 @@ def chosen_of(*names: str, file: Path | None = None, check: bool = True) -> Choi
     return choice.chosen[LAYER]
 
 
-def test_a_cpu_has_one_choice() -> None:
+def test_a_cpu_has_what_is_compiled_for_it_and_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(compiled, "library", lambda: object())
+    assert candidates(CPU, torch.float32, 32) == ["compiled", "tiled"]
+    assert candidates(CPU, torch.float32, 16) == ["tiled"]
+    monkeypatch.setattr(compiled, "library", lambda: None)
     assert candidates(CPU, torch.float32, 32) == ["tiled"]
     assert candidates(CPU, torch.float64, 32, "tiled") == ["tiled"]
 
