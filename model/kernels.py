@@ -28,7 +28,7 @@ def product(x: Tensor, linear: nn.Module, gelu: bool = False, add: Tensor | None
     """
     if isinstance(linear, PackedLinear):
         return _fused(x, linear.packed, linear.bias, gelu, add)
-    if not isinstance(linear, nn.Linear) or not _is_fast(x.device, x.dtype) or _is_watched() or not _is_plain(linear):
+    if not isinstance(linear, nn.Linear) or _is_watched() or not _is_fast(x.device, x.dtype) or not _is_plain(linear):
         y: Tensor = linear(x)
         return F.gelu(y) if gelu else y if add is None else add + y
     return _fused(x, linear.weight, linear.bias, gelu, add)
