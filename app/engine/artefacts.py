@@ -16,7 +16,7 @@ from model.checkpoint import Checkpoint
 
 def default_cache() -> Path:
     """Where things are kept if no setting says so."""
-    return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "dinat-serve"
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dinat-serve"
 
 
 def artefact(cache: Path, key: str, make: Callable[[Path], object]) -> Path:

@@ -135,7 +135,7 @@ def compiler() -> str | None:
 
 def cache_folder() -> Path:
     """Where what is compiled is kept."""
-    return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "dinat-serve" / "kernels"
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dinat-serve" / "kernels"
 
 
 def _file_name(kind: Kind) -> str:

@@ -14,6 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from app.engine.artefacts import default_cache
 from model import DinatConfig, DinatForImageClassification, kernels, native
 from model.attention import compiled, neighborhood_attention
 from model.errors import AttentionError
@@ -236,6 +237,13 @@ def test_it_is_compiled_once_and_kept(tmp_path: Path) -> None:
 def test_without_a_compiler_or_with_one_that_fails_tiles_take_its_place(tmp_path: Path) -> None:
     assert run(tmp_path, CC="no-such-compiler") == ["True", "False no C compiler: install gcc or clang"]
     assert run(tmp_path, CC=str(shutil.which("false"))) == ["True", "False the C compiler fails"]
+
+
+def test_an_empty_variable_names_no_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", "")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert native.cache_folder() == tmp_path / ".cache" / "dinat-serve" / "kernels"
+    assert default_cache() == tmp_path / ".cache" / "dinat-serve"
 
 
 def test_a_cache_that_cannot_be_written_does_no_harm(tmp_path: Path) -> None:
