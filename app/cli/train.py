@@ -1,5 +1,6 @@
 """`dinat train`: fine-tune a checkpoint, or train a network of its kind from the start, on labelled pictures."""
 
+import os
 import sys
 from importlib.util import find_spec
 from pathlib import Path
@@ -56,12 +57,13 @@ def train(
     from app.training.run import train as run
     from app.training.task import Task
 
+    speaks = os.environ.get("RANK", "0") == "0"  # of accelerate's processes the first one
     with Progress(console=Console(stderr=True), disable=not sys.stderr.isatty(), transient=True) as bar:
         trained = run(
             Task(source, revision, data, validate_on, out, recipe, max_pixels),
             device=device,
             workers=workers,
-            say=lambda line: print(f"dinat: {line}", file=sys.stderr, flush=True),
+            say=lambda line: print(f"dinat: {line}", file=sys.stderr, flush=True) if speaks else None,
             bar=bar,
         )
     kept = trained.kept
@@ -74,4 +76,5 @@ def train(
         f"{trained.pictures_per_second:.1f}",
         str(out),
     )
-    Console().print(table)
+    if speaks:
+        Console().print(table)

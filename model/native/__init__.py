@@ -9,6 +9,7 @@ import ctypes
 import hashlib
 import os
 import platform
+import shlex
 import shutil
 import subprocess
 import tempfile
@@ -90,7 +91,7 @@ def missing() -> str:
         return ""
     if not kinds():
         return f"nothing is written for this processor ({platform.machine()})"
-    return "no C compiler: install gcc or clang" if compiler() is None else "the C compiler fails"
+    return "no C compiler: install gcc or clang" if not compiler() else "the C compiler fails"
 
 
 def _libraries() -> Iterator[Library]:
@@ -117,20 +118,20 @@ def kinds() -> list[Kind]:
 
 def compile_for(kind: Kind, folder: Path) -> Path:
     """Compile into a folder; the file. Raises OSError without a compiler, SubprocessError where it fails."""
-    found = compiler()
-    if found is None:
+    command = compiler()
+    if not command:
         raise OSError("no C compiler")
     path = folder / _file_name(kind)
-    command = [found, *FLAGS, *kind.flags, *map(str, SOURCES), "-o", str(path)]
+    command += [*FLAGS, *kind.flags, *map(str, SOURCES), "-o", str(path)]
     subprocess.run(command, check=True, capture_output=True, timeout=SECONDS)
     return path
 
 
-def compiler() -> str | None:
-    """The C compiler: $CC, or one that is there."""
-    asked = os.environ.get("CC")
-    names = [asked] if asked else ["cc", "gcc", "clang"]
-    return next((found for name in names if (found := shutil.which(name))), None)
+def compiler() -> list[str]:
+    """The command of the C compiler: $CC, or one that is there; nothing where none is."""
+    asked = shlex.split(os.environ.get("CC", ""))
+    commands = [asked] if asked else [["cc"], ["gcc"], ["clang"]]
+    return next(([found, *flags] for name, *flags in commands if (found := shutil.which(name))), [])
 
 
 def cache_folder() -> Path:

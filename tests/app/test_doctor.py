@@ -83,7 +83,7 @@ def test_what_is_missing_comes_with_the_command_that_adds_it(
     known = doctor._version
     monkeypatch.setattr(doctor, "_version", lambda name: doctor.ABSENT if name == "openvino" else known(name))
     monkeypatch.setattr(native, "library", lambda: None)
-    monkeypatch.setattr(native, "compiler", lambda: None)
+    monkeypatch.setattr(native, "compiler", list)
     monkeypatch.setattr(doctor, "served_rate", lambda *_: {"what": "nothing"})
     status, report = examined()
     assert status == 0

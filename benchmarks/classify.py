@@ -1,0 +1,95 @@
+"""`dinat classify` against the engine that it stands on: pictures a second of 1,000 JPEGs on disk, and memory.
+
+    python -m benchmarks.classify [--pictures 1000] [--rounds 3] [--json FILE]
+
+DiNAT-Mini with random weights, pictures of 500x375. The engine is called directly with as many pictures at once as it takes;
+the command reads, writes its lines and keeps their order besides. Both run in one process with one engine, in turns.
+"""
+
+import argparse
+import asyncio
+import tempfile
+import time
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import psutil
+
+from app.allocator import keep_freed_memory
+from app.api.results import predictions
+from app.cli.answering import PATIENCE_MS, answers, started
+from app.cli.classify import writer
+from app.doctor import photograph, save
+from app.engine.engine import Engine
+from app.engine.runtime import Wanted
+from app.settings import Settings
+from benchmarks.timing import report
+
+
+async def directly(engine: Engine, paths: list[Path]) -> None:
+    room = asyncio.Semaphore(engine.settings.queue_limit)
+
+    async def one(path: Path) -> None:
+        async with room:
+            await engine.submit([path], Wanted(top_k=5))
+
+    await asyncio.gather(*map(one, paths))
+
+
+async def by_the_command(engine: Engine, paths: list[Path], to: Path) -> None:
+    async def read(path: str) -> Path:
+        return Path(path)
+
+    with writer("jsonl", to) as out:
+        async for path, answer in answers(engine, list(map(str, paths)), Wanted(top_k=5), read, "classifying"):
+            assert not isinstance(answer, str), answer
+            out.write(path, {"predictions": predictions(answer, engine.loaded.config)})
+        out.close()
+
+
+async def measure(folder: Path, count: int, rounds: int) -> list[dict[str, Any]]:
+    data = photograph()
+    paths = [folder / f"{n:05}.jpg" for n in range(count)]
+    for path in paths:
+        path.write_bytes(data)
+    save("mini", folder / "model")
+    settings = Settings(_env_file=None, model=str(folder / "model"), deadline_ms=PATIENCE_MS, drain_seconds=0)
+    seconds: dict[str, list[float]] = {"engine": [], "dinat classify": []}
+    memory: list[float] = []
+    async with started(settings) as engine:
+        await directly(engine, paths[: count // 10])
+        for n in range(rounds):
+            for name in seconds:
+                began = time.perf_counter()
+                await (directly(engine, paths) if name == "engine" else by_the_command(engine, paths, folder / f"{n}.jsonl"))
+                seconds[name].append(time.perf_counter() - began)
+            memory.append(psutil.Process().memory_info().rss / 2**20)
+    ratio = median(a / b for a, b in zip(seconds["engine"], seconds["dinat classify"], strict=True))
+    return [
+        {
+            "way": name,
+            "pictures": count,
+            "pictures/s": count / median(times),
+            "of the engine": 1.0 if name == "engine" else ratio,
+            "MiB after the first round": memory[0],
+            "MiB after the last": memory[-1],
+        }
+        for name, times in seconds.items()
+    ]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--pictures", type=int, default=1000)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--json", type=Path)
+    arguments = parser.parse_args()
+    keep_freed_memory()
+    with tempfile.TemporaryDirectory() as name:
+        rows = asyncio.run(measure(Path(name), arguments.pictures, arguments.rounds))
+    report("dinat classify", rows, arguments.json)
+
+
+if __name__ == "__main__":
+    main()
