@@ -7,8 +7,8 @@ from typing import Annotated, Literal
 from pydantic import AliasChoices, BeforeValidator, Field, SecretStr, ValidationError
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
-from app.engine.artefacts import default_cache
 from app.machine import cores
+from model.native import default_cache
 
 
 def _split(value: object) -> object:

@@ -13,8 +13,8 @@ import typer
 
 from app.allocator import keep_freed_memory
 from app.doctor import Report, Row, examine
-from app.engine.artefacts import default_cache
 from model.config import PRESETS
+from model.native import default_cache
 
 
 def doctor(

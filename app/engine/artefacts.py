@@ -14,11 +14,6 @@ import model
 from model.checkpoint import Checkpoint
 
 
-def default_cache() -> Path:
-    """Where things are kept if no setting says so."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dinat-serve"
-
-
 def artefact(cache: Path, key: str, make: Callable[[Path], object]) -> Path:
     """The folder cache/key. Where it is missing, `make` fills a folder beside it, which then takes its place.
 

@@ -22,7 +22,6 @@ from app.training.augmentation import mix, targets
 from app.training.recipe import Recipe
 
 AVERAGE, PROGRESS = "average.safetensors", "progress.json"
-CHECKPOINTS = "checkpoint-*"
 
 
 @dataclass
@@ -204,7 +203,7 @@ def accuracies(prediction: EvalPrediction) -> dict[str, float]:
 
 def last_whole(folder: Path) -> Path | None:
     """The last checkpoint that was wholly written; later ones, which a kill cut off, are removed."""
-    for checkpoint in sorted(folder.glob(CHECKPOINTS), key=lambda path: int(path.name.rpartition("-")[2]), reverse=True):
+    for checkpoint in sorted(folder.glob("checkpoint-*"), key=lambda path: int(path.name.rpartition("-")[2]), reverse=True):
         if (checkpoint / PROGRESS).exists():
             return checkpoint
         shutil.rmtree(checkpoint)

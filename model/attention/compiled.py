@@ -9,14 +9,13 @@ from model.attention.bias_cache import made_from
 from model.attention.tiled import Plan, complete, plan
 from model.errors import AttentionError
 from model.kept import kept
-from model.native import library, missing
+from model.native import DTYPES, library, missing
 
 HEAD_DIM, MOST_KEYS, BLOCK = 32, 256, 8
 """As in attention.c."""
 LOG2_E = 1.4426950408889634
 TILES = {16: (4, 4), 8: (2, 4), 4: (2, 2)}
 """Queries of a tile for a number of lanes: as square as can be, so that they see the fewest keys."""
-DTYPES = {torch.float32: 0, torch.bfloat16: 1}
 
 
 def takes(q: Tensor, kernel_size: int) -> bool:

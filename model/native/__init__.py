@@ -134,9 +134,14 @@ def compiler() -> list[str]:
     return next(([found, *flags] for name, *flags in commands if (found := shutil.which(name))), [])
 
 
+def default_cache() -> Path:
+    """Where this project keeps what it makes, if no setting says so."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dinat-serve"
+
+
 def cache_folder() -> Path:
     """Where what is compiled is kept."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dinat-serve" / "kernels"
+    return default_cache() / "kernels"
 
 
 def _file_name(kind: Kind) -> str:

@@ -15,11 +15,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from app.engine.artefacts import default_cache
 from model import DinatConfig, DinatForImageClassification, kernels, native
 from model.attention import compiled, neighborhood_attention
 from model.errors import AttentionError
 from model.kernels import LayerNorm, pack
+from model.native import default_cache
 from tests.model.definition import assert_equals_the_definition
 from tests.model.originals import random_network
 
