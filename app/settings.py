@@ -1,6 +1,7 @@
 """Every setting of the service, once: environment DINAT_*, a .env file, or flags of `dinat serve`."""
 
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -25,6 +26,7 @@ class Settings(BaseSettings):
     model_config = SettingsConfigDict(env_prefix="DINAT_", env_file=".env", extra="ignore", frozen=True)
 
     model: str = Field("digits", description='checkpoint: a folder, a Hub id, a .pth file, or "digits"')
+    name: str | None = Field(None, min_length=1, description="by what name clients know the model, if not by MODEL")
     revision: str | None = Field(None, description="branch, tag or commit of a Hub id")
     device: str = Field("auto", description='"cuda" (every GPU), "cuda:1", "cpu"; "auto": cuda where there is a GPU, else cpu')
     runtime: Literal["auto", "torch", "openvino", "onnxruntime"] = Field(
@@ -100,6 +102,11 @@ class Settings(BaseSettings):
         description="where Vertex AI asks after the service's health, beside /health (AIP_HEALTH_ROUTE)",
     )
 
+    @property
+    def served_name(self) -> str:
+        """By what name clients know the model."""
+        return self.name or self.model
+
     def share(self, front_ends: int) -> "Settings":
         """The settings of one of several front ends: its share of what all of them may have together."""
         threads = self.decode_threads if "decode_threads" in self.model_fields_set else max(2, math.ceil(cores() / front_ends))
@@ -108,7 +115,9 @@ class Settings(BaseSettings):
         )
 
 
-def explain(error: ValidationError) -> str:
-    """One line that names every wrong setting and what is wrong with it."""
-    faults = [f"DINAT_{str(e['loc'][0]).upper()}={e['input']!r}: {e['msg']}" for e in error.errors()]
-    return "; ".join(faults)
+def explain(error: ValidationError, named: Callable[[str], str] = lambda field: f"DINAT_{field.upper()}=") -> str:
+    """One line that names every wrong setting and what is wrong with it. named: a field, as whoever gave it calls it."""
+    return "; ".join(
+        f"{named(str(fault['loc'][0]))}{fault['input']!r}: {fault['msg']}" if fault["loc"] else fault["msg"]
+        for fault in error.errors()
+    )

@@ -18,10 +18,10 @@ import psutil
 
 from app.allocator import keep_freed_memory
 from app.api.results import predictions
-from app.cli.answering import PATIENCE_MS, answers, started
 from app.cli.classify import writer
 from app.doctor import photograph, save
 from app.engine.engine import Engine
+from app.engine.many import PATIENCE_MS, answers, started
 from app.engine.runtime import Wanted
 from app.settings import Settings
 from benchmarks.timing import report
@@ -42,7 +42,7 @@ async def by_the_command(engine: Engine, paths: list[Path], to: Path) -> None:
         return Path(path)
 
     with writer("jsonl", to) as out:
-        async for path, answer in answers(engine, list(map(str, paths)), Wanted(top_k=5), read, "classifying"):
+        async for path, answer in answers(engine, list(map(str, paths)), Wanted(top_k=5), read):
             assert not isinstance(answer, str), answer
             out.write(path, {"predictions": predictions(answer, engine.loaded.config)})
         out.close()

@@ -9,6 +9,7 @@ import typer
 COMMANDS = {
     "serve": "Answer HTTP requests.",
     "classify": "Say what is on pictures on disk.",
+    "batch": "Classify millions of pictures, shard by shard.",
     "evaluate": "Say how good a checkpoint is on labelled pictures.",
     "train": "Train a classifier on labelled pictures.",
     "doctor": "See what this machine has, whether it computes rightly, and how fast.",

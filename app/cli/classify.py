@@ -23,9 +23,10 @@ from app.api.features import flat
 from app.api.parameters import Parameters
 from app.api.results import predictions
 from app.cli import Refused
-from app.cli.answering import PATIENCE_MS, answers, started
 from app.cli.flags import ENGINE, settings_flags
+from app.cli.progress import with_bar
 from app.engine.engine import Submitted
+from app.engine.many import PATIENCE_MS, answers, started
 from app.engine.runtime import Answer
 from app.images import SUFFIXES
 from app.logs import configure_logs
@@ -104,14 +105,15 @@ async def _classify(paths: Sequence[str], settings: Settings, top_k: int | None,
     async with started(settings) as engine:
         config = engine.loaded.config
         wanted = Parameters(top_k=top_k, features=maps.names if maps else "").wanted(config)
-        async for path, answer in answers(engine, paths, wanted, _read, "classifying"):
-            if isinstance(answer, str):
-                failed[path] = answer
-                out.write(path, {"error": answer})
-            else:
-                out.write(path, {"predictions": predictions(answer, config)})
-                if maps is not None:
-                    await asyncio.to_thread(_save_maps, answer, maps, path)
+        async with with_bar(answers(engine, paths, wanted, _read), len(paths), "classifying") as done:
+            async for path, answer in done:
+                if isinstance(answer, str):
+                    failed[path] = answer
+                    out.write(path, {"error": answer})
+                else:
+                    out.write(path, {"predictions": predictions(answer, config)})
+                    if maps is not None:
+                        await asyncio.to_thread(_save_maps, answer, maps, path)
         out.close()
     for path, why in failed.items():
         print(f"dinat: {path}: {why}", file=sys.stderr)

@@ -16,9 +16,10 @@ from rich.console import Console
 from rich.table import Table
 
 from app.cli import Refused
-from app.cli.answering import PATIENCE_MS, answers, started
 from app.cli.flags import ENGINE, Source, settings_flags
+from app.cli.progress import with_bar
 from app.engine.engine import Engine, Submitted
+from app.engine.many import PATIENCE_MS, answers, started
 from app.engine.runtime import Wanted
 from app.evaluation import MOST_SHOWN, Evaluation
 from app.images import decode
@@ -91,15 +92,17 @@ async def _one(engine: Engine, data: Data, class_of: dict[str, int], kind: str, 
     wanted = Wanted(top_k=min(5, config.num_labels))
     began = time.perf_counter()
     labels = iter(picture.label for picture in data.pictures)
-    async for path, answer in answers(engine, [str(one.path) for one in data.pictures], wanted, read, "evaluating"):
-        true = class_of[next(labels)]
-        if isinstance(answer, str):
-            unreadable[path] = answer
-            continue
-        truth.append(true)
-        best.append(int(answer.class_ids[0]))
-        in_top5.append(true in answer.class_ids)
-        scores.append(float(answer.scores[0]))
+    answered = answers(engine, [str(one.path) for one in data.pictures], wanted, read)
+    async with with_bar(answered, len(data.pictures), "evaluating") as done:
+        async for path, answer in done:
+            true = class_of[next(labels)]
+            if isinstance(answer, str):
+                unreadable[path] = answer
+                continue
+            truth.append(true)
+            best.append(int(answer.class_ids[0]))
+            in_top5.append(true in answer.class_ids)
+            scores.append(float(answer.scores[0]))
     seconds = time.perf_counter() - began
     if not truth:
         raise Refused(f"none of {len(unreadable)} pictures can be read; the first: {next(iter(unreadable.values()))}")

@@ -82,9 +82,4 @@ def _flag(field: FieldInfo, name: str, shown: bool) -> inspect.Parameter:
 
 
 def _explain_flags(error: ValidationError) -> str:
-    """One line that names every wrong flag and what is wrong with it."""
-    faults = [
-        f"--{str(fault['loc'][0]).replace('_', '-')} {fault['input']}: {fault['msg']}" if fault["loc"] else fault["msg"]
-        for fault in error.errors()
-    ]
-    return "; ".join(faults)
+    return explain(error, lambda field: f"--{field.replace('_', '-')} ")

@@ -154,7 +154,7 @@ def test_bf16_checkpointing_and_another_kernel_and_size(data: Path, tmp_path: Pa
 def test_what_cannot_be_trained_on_is_said_in_a_line(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "out"
     assert "not there" in refused(capsys, tmp_path / "no", out, *SMALL)
-    assert "--epochs 0" in refused(capsys, data, out, *SMALL, "--epochs", 0)
+    assert "--epochs '0'" in refused(capsys, data, out, *SMALL, "--epochs", 0)
     assert "patience" in refused(capsys, data, out, *SMALL, "--patience", 2, "--keep", "last")
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "file").touch()

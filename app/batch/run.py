@@ -1,0 +1,180 @@
+"""The work of a batch: shards through an engine, in this process or in Ray's actors."""
+
+import asyncio
+from collections.abc import AsyncIterator, Iterable, Iterator, Sequence
+from contextlib import AsyncExitStack, aclosing
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from pyarrow import ArrowException
+
+from app.api.parameters import Parameters
+from app.batch.places import BatchError
+from app.batch.results import Results, Rows, map_names
+from app.batch.sources import Item, Shard, open_source
+from app.engine.engine import Engine, Submitted
+from app.engine.many import answers, started
+from app.engine.runtime import Wanted
+from app.errors import NoImage, ServiceError
+from app.settings import Settings
+from model import DinatConfig
+
+SHARDS_AT_ONCE = 2
+"""How many an engine has under way: while one ends, the next has begun."""
+
+READ_AT_ONCE = 16
+"""Pictures that a thread reads before it hands them over."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """What a batch is: the same for all who take part in it."""
+
+    settings: Settings
+    source: str
+    dest: str
+    column: str | None = None
+    keep: tuple[str, ...] = ()
+    top_k: int | None = None
+    features: str = ""
+    feature_dtype: str = "float32"
+
+    def wanted(self, config: DinatConfig) -> Wanted:
+        """What is asked of each picture, checked against what the network has. Raises BatchError."""
+        try:
+            return Parameters(top_k=self.top_k, features=self.features).wanted(config)
+        except ServiceError as error:
+            raise BatchError(error.detail) from None
+
+
+@dataclass(frozen=True)
+class Done:
+    """What became of a shard. why: it is not done, if it is not."""
+
+    shard: int
+    pictures: int
+    failed: int
+    why: str | None = None
+
+
+class Worker:
+    """An engine that computes shards of a batch. A context; entered, it has loaded its checkpoint."""
+
+    def __init__(self, job: Job) -> None:
+        self._job = job
+        self._source = open_source(job.source, job.column, job.keep)
+        self._results = Results(job.dest)
+        self._open = AsyncExitStack()
+
+    async def __aenter__(self) -> "Worker":
+        self._engine: Engine = await self._open.enter_async_context(started(self._job.settings))
+        self._wanted = self._job.wanted(self._engine.loaded.config)
+        return self
+
+    async def __aexit__(self, *raised: Any) -> None:
+        await self._open.__aexit__(*raised)
+
+    async def compute(self, shards: Iterable[Shard]) -> AsyncIterator[Done]:
+        """Compute shards and write their results, some at a time. One that fails does not keep the others from being done."""
+        left = iter(shards)
+        under_way = {asyncio.create_task(self._shard(shard)) for shard in islice(left, SHARDS_AT_ONCE)}
+        try:
+            while under_way:
+                over, under_way = await asyncio.wait(under_way, return_when=asyncio.FIRST_COMPLETED)
+                under_way |= {asyncio.create_task(self._shard(shard)) for shard in islice(left, len(over))}
+                for task in over:
+                    yield task.result()
+        finally:
+            for task in under_way:
+                task.cancel()
+
+    async def _shard(self, shard: Shard) -> Done:
+        config = self._engine.loaded.config
+        names = map_names(config, self._wanted.features)
+        rows = Rows(config, names, self._job.feature_dtype, self._source.kept_fields())
+        at_once = max(1, self._engine.settings.queue_limit // SHARDS_AT_ONCE)
+        try:
+            with self._results.shard(shard, rows.schema) as writer:
+                answered = answers(self._engine, self._items(shard), self._wanted, _read, at_once)
+                async with aclosing(answered):
+                    async for item, answer in answered:
+                        rows.add(item, answer)
+                        if rows.full:
+                            await asyncio.to_thread(writer.write_table, rows.take())
+                writer.write_table(rows.take())
+        except (OSError, BatchError, ArrowException) as error:
+            return Done(shard.number, 0, 0, str(error))
+        return Done(shard.number, rows.pictures, rows.failed)
+
+    async def _items(self, shard: Shard) -> AsyncIterator[Item]:
+        """The pictures of a shard, read in a thread."""
+        items = self._source.items(shard)
+        while several := await asyncio.to_thread(lambda: list(islice(items, READ_AT_ONCE))):
+            for item in several:
+                yield item
+
+
+async def _read(item: Item) -> Submitted:
+    if item.data is None:
+        raise NoImage("there is no picture: its place in the row is empty")
+    if isinstance(item.data, bytes | Path):
+        return item.data
+    try:
+        return await asyncio.to_thread(item.data)
+    except FileNotFoundError:
+        raise
+    except OSError as error:  # of the network, not of the picture
+        raise BatchError(f"{item.path} could not be read: {error}") from error
+
+
+async def compute(job: Job, shards: Sequence[Shard], workers: int) -> AsyncIterator[Done]:
+    """Compute shards, in whatever order: in this process, or with several workers on Ray."""
+    if workers > 1:
+        by_ray = _by_ray(job, shards, workers)
+        while (done := await asyncio.to_thread(next, by_ray, None)) is not None:
+            yield done
+        return
+    async with Worker(job) as worker:
+        async for done in worker.compute(shards):
+            yield done
+
+
+def _by_ray(job: Job, shards: Sequence[Shard], workers: int) -> Iterator[Done]:
+    """Compute shards in as many actors of Ray Data: of the cluster that RAY_ADDRESS names, or of this machine.
+
+    Each has a card, or its share of the processors. An actor that dies is replaced, and what it had not written computed again.
+    """
+    import ray
+
+    from app.on_ray import share
+
+    ray.init(ignore_reinit_error=True, log_to_driver=False)
+    ray.data.DataContext.get_current().enable_progress_bars = False
+    waiting = ray.data.from_items(
+        [{"shard": shard} for shard in shards], override_num_blocks=-(-len(shards) // SHARDS_AT_ONCE)
+    ).map_batches(
+        _Actor,
+        fn_constructor_args=(job,),
+        compute=ray.data.ActorPoolStrategy(size=workers),
+        batch_size=SHARDS_AT_ONCE,
+        max_restarts=-1,
+        **share(job.settings, workers),
+    )
+    for row in waiting.iter_rows():
+        yield row["done"]
+
+
+class _Actor:
+    """A worker as Ray Data calls it, with a loop of its own that lasts from call to call."""
+
+    def __init__(self, job: Job) -> None:
+        self._runner = asyncio.Runner()
+        self._worker = self._runner.run(Worker(job).__aenter__())
+
+    def __call__(self, batch: dict[str, Any]) -> dict[str, list[Done]]:
+        return {"done": self._runner.run(self._compute(list(batch["shard"])))}
+
+    async def _compute(self, shards: Sequence[Shard]) -> list[Done]:
+        return [done async for done in self._worker.compute(shards)]
