@@ -30,6 +30,9 @@ Maps = dict[str, npt.NDArray[np.float32]]
 
 PATIENCE_SECONDS = 60.0
 
+CUT = (httpx.ReadError, httpx.WriteError, httpx.RemoteProtocolError)
+"""A connection that was there, and ended without an answer."""
+
 
 class DinatServiceError(Exception):
     """The service refused, or failed. status: HTTP's.  detail: a sentence.  request_id: by which its log has it."""
@@ -90,24 +93,41 @@ class _Call(Generic[T]):
     accepted: Sequence[int] = (200,)
 
 
+class _Patience:
+    """How long to wait before a call is made once more."""
+
+    def __init__(self, seconds: float) -> None:
+        self._until = time.monotonic() + seconds
+        self._tries = 0
+
+    def wait(self, said: httpx.Response | httpx.TransportError) -> float | None:
+        """Seconds; None if what was said is final, or they would take too long.
+
+        Where the service is busy, as it says. Where an instance died, or its proxy says so in its place (5xx, and no problem of
+        this service's), from a tenth of a second on, twice as long each time: to ask twice does no harm.
+        """
+        after = said.headers.get("retry-after", "") if isinstance(said, httpx.Response) else ""
+        if isinstance(said, httpx.Response) and after.isdecimal() and said.status_code == 503:
+            seconds = float(after)
+        elif isinstance(said, httpx.Response) and (said.status_code < 500 or _is_problem(said)):
+            return None
+        else:
+            seconds = min(5.0, 0.1 * 2**self._tries)
+            self._tries += 1
+        return seconds if time.monotonic() + seconds <= self._until else None
+
+
 class _Client:
-    """What both have. patience: how many seconds to go on asking a service that says it is busy, or loads."""
+    """What both have. patience: how many seconds to go on asking where the service is busy, or loads, or an instance died."""
 
     def __init__(self, url: str, api_key: str | None = None, patience: float = PATIENCE_SECONDS, timeout: float = 60) -> None:
         self._patience = patience
         headers = {} if api_key is None else {"Authorization": f"Bearer {api_key}"}
         self._options: dict[str, Any] = {"base_url": url.rstrip("/"), "headers": headers, "timeout": timeout}
 
-    def _waits(self, response: httpx.Response, since: float) -> float | None:
-        """Seconds until it is worth to ask again; None if the answer is final."""
-        after = response.headers.get("retry-after", "")
-        if response.status_code != 503 or not after.isdecimal() or time.monotonic() + int(after) > since + self._patience:
-            return None
-        return float(after)
-
 
 class DinatClient(_Client):
-    """Asks the service at `url`. Waits as Retry-After says where that is busy. Every call raises DinatServiceError."""
+    """Asks the service at `url`, again where that is busy or an instance of it died. Every call raises DinatServiceError."""
 
     def __enter__(self) -> Self:
         self._http = httpx.Client(**self._options)
@@ -117,12 +137,18 @@ class DinatClient(_Client):
         self._http.close()
 
     def _do(self, call: _Call[T]) -> T:
-        since = time.monotonic()
+        patience = _Patience(self._patience)
         while True:
-            response = self._http.request(call.method, call.path, **call.options)
-            wait = None if response.status_code in call.accepted else self._waits(response, since)
-            if wait is None:
-                return _read(call, response)
+            try:
+                response = self._http.request(call.method, call.path, **call.options)
+            except CUT as cut:
+                wait = patience.wait(cut)
+                if wait is None:
+                    raise
+            else:
+                wait = None if response.status_code in call.accepted else patience.wait(response)
+                if wait is None:
+                    return _read(call, response)
             time.sleep(wait)
 
     def classify(self, picture: Picture, top_k: int | None = None) -> Classification:
@@ -157,12 +183,18 @@ class AsyncDinatClient(_Client):
         await self._http.aclose()
 
     async def _do(self, call: _Call[T]) -> T:
-        since = time.monotonic()
+        patience = _Patience(self._patience)
         while True:
-            response = await self._http.request(call.method, call.path, **call.options)
-            wait = None if response.status_code in call.accepted else self._waits(response, since)
-            if wait is None:
-                return _read(call, response)
+            try:
+                response = await self._http.request(call.method, call.path, **call.options)
+            except CUT as cut:
+                wait = patience.wait(cut)
+                if wait is None:
+                    raise
+            else:
+                wait = None if response.status_code in call.accepted else patience.wait(response)
+                if wait is None:
+                    return _read(call, response)
             await asyncio.sleep(wait)
 
     async def classify(self, picture: Picture, top_k: int | None = None) -> Classification:
@@ -242,6 +274,10 @@ def _read(call: _Call[T], response: httpx.Response) -> T:
         problem = {}
     fields = problem if isinstance(problem, dict) else {}
     raise _error({"status": response.status_code, "detail": response.text[:200]} | fields)
+
+
+def _is_problem(response: httpx.Response) -> bool:
+    return str(response.headers.get("content-type", "")).startswith("application/problem+json")
 
 
 def _error(problem: Mapping[str, Any]) -> DinatServiceError:

@@ -24,7 +24,7 @@ async def classify(request: Request) -> Response:
     picture, parameters = await read_one(request, Parameters)
     wanted = parameters.wanted(config)
     answer = await ask_one(request, picture, wanted)
-    body = {"model": engine.settings.model, **result(answer, config, parameters.feature_format)}
+    body = {"model": engine.settings.served_name, **result(answer, config, parameters.feature_format)}
     return await in_json(request, body | {"request_id": request.state.request_id}, bool(wanted.features))
 
 
@@ -47,7 +47,7 @@ async def classify_batch(request: Request) -> Response:
     results = [next(answers) if isinstance(picture, bytes) else picture for picture in pictures]
     request_id = request.state.request_id
     body = {
-        "model": engine.settings.model,
+        "model": engine.settings.served_name,
         "results": [
             {"error": problem_fields(request_id, one.status, one.detail)}
             if isinstance(one, ServiceError)

@@ -35,7 +35,7 @@ def _health(request: Request, response: Response, healthy: bool) -> Health:
     response.headers["Cache-Control"] = "no-store"
     read = request.app.state.processes
     processes = None if read is None else [Process.model_validate(told) for told in read()]
-    return Health(status=engine.state, detail=engine.why_not_ready(), model=engine.settings.model, processes=processes)
+    return Health(status=engine.state, detail=engine.why_not_ready(), model=engine.settings.served_name, processes=processes)
 
 
 NOT_NOW: dict[int | str, dict[str, Any]] = {503: {"description": "Not now; the text says why", "content": {"text/plain": {}}}}
@@ -55,7 +55,7 @@ async def model(request: Request) -> ModelCard:
     loaded = engine.loaded
     config = loaded.config
     return ModelCard(
-        model=engine.settings.model,
+        model=engine.settings.served_name,
         labels=[config.id2label[i] for i in range(config.num_labels)],
         config={name: value for name, value in config.to_dict().items() if name not in ("id2label", "label2id")},
         input_size=loaded.processor.to_dict(),

@@ -70,7 +70,7 @@ async def task(request: Request) -> Response:
 @router.post("/models/{name:path}", openapi_extra={"requestBody": _BODY})
 async def task_of_model(request: Request, name: str) -> Response:
     """The same, by the model's name."""
-    serves = request.app.state.engine.settings.model
+    serves = request.app.state.engine.settings.served_name
     if name != serves:
         raise NotFound(f"model {name} is not here, {serves} is")
     return await task(request)

@@ -84,7 +84,7 @@ async def index(request: Request) -> list[dict[str, str]]:
     """The one model that is here."""
     engine = _engine(request)
     state = "READY" if engine.state is State.READY else "UNAVAILABLE"
-    return [{"name": engine.settings.model, "version": VERSION, "state": state, "reason": engine.why_not_ready()}]
+    return [{"name": engine.settings.served_name, "version": VERSION, "state": state, "reason": engine.why_not_ready()}]
 
 
 _TENSOR = {
@@ -193,7 +193,7 @@ def _health(request: Request, what: str, healthy: bool, **more: str) -> Response
 def _known(request: Request, path: str) -> str:
     """The model's name in a path, perhaps with its version. Raises NotFound for another one."""
     name, _, wanted = path.partition("/versions/")
-    serves = _engine(request).settings.model
+    serves = _engine(request).settings.served_name
     if name not in (serves, serves.rstrip("/").rpartition("/")[2]) or wanted not in ("", VERSION):
         raise NotFound(f"model {path} is not here, {serves} is, in version {VERSION}")
     return name

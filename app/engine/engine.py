@@ -47,7 +47,7 @@ class Engine:
         self.settings = settings
         self.metrics = metrics or Metrics()
         self.core = make_core(settings, self.metrics, self._answered)
-        self.metrics.show(settings.model, lambda: self.core.waiting, lambda: self.core.loaded)
+        self.metrics.show(settings.served_name, lambda: self.core.waiting, lambda: self.core.loaded)
         self.on_started: Callable[[], object] = lambda: None
         self._draining = False
         self._closes = math.inf
@@ -91,7 +91,7 @@ class Engine:
         if self.core.failure is not None:
             return str(self.core.failure)
         return {
-            State.LOADING: f"the model {self.settings.model} is loading: try again soon",
+            State.LOADING: f"the model {self.settings.served_name} is loading: try again soon",
             State.DRAINING: "the service is stopping: ask another instance",
             State.READY: "the service is ready",
         }[self.state]
