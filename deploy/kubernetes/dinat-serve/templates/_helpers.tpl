@@ -1,0 +1,143 @@
+{{/* The name of everything in this release. */}}
+{{- define "dinat.name" -}}
+{{- if contains .Chart.Name .Release.Name }}{{ .Release.Name | trunc 53 | trimSuffix "-" }}{{ else }}{{ printf "%s-%s" .Release.Name .Chart.Name | trunc 53 | trimSuffix "-" }}{{ end }}
+{{- end }}
+
+{{/* Labels by which the pods are found; these never change. */}}
+{{- define "dinat.selector" -}}
+app.kubernetes.io/name: {{ .Chart.Name }}
+app.kubernetes.io/instance: {{ .Release.Name }}
+{{- end }}
+
+{{- define "dinat.labels" -}}
+{{ include "dinat.selector" . }}
+app.kubernetes.io/version: {{ .Chart.AppVersion | quote }}
+app.kubernetes.io/managed-by: {{ .Release.Service }}
+helm.sh/chart: {{ .Chart.Name }}-{{ .Chart.Version }}
+{{- end }}
+
+{{- define "dinat.image" -}}
+{{ .Values.image.repository }}{{ if .Values.image.digest }}@{{ .Values.image.digest }}{{ else }}:{{ .Values.image.tag | default .Chart.AppVersion }}{{ end }}
+{{- end }}
+
+{{- define "dinat.podSecurity" -}}
+runAsNonRoot: true
+runAsUser: 10001
+runAsGroup: 10001
+fsGroup: 10001
+fsGroupChangePolicy: OnRootMismatch
+seccompProfile: { type: RuntimeDefault }
+{{- end }}
+
+{{/* The container; `container` is its name, `model` where it finds the checkpoint, `name` what clients call that, `storage` from where KServe brings it. */}}
+{{- define "dinat.container" -}}
+name: {{ .container }}
+image: {{ include "dinat.image" .root }}
+imagePullPolicy: {{ .root.Values.image.pullPolicy }}
+ports:
+  - { name: http, containerPort: 8000, protocol: TCP }
+env:
+  - { name: DINAT_MODEL, value: {{ .model | quote }} }
+  {{- with .name }}
+  - { name: DINAT_NAME, value: {{ . | quote }} }
+  {{- end }}
+  {{- with .storage }}
+  - { name: STORAGE_URI, value: {{ . | quote }} }
+  {{- end }}
+  {{- with .root.Values.revision }}
+  - { name: DINAT_REVISION, value: {{ . | quote }} }
+  {{- end }}
+  - { name: DINAT_DEVICE, value: {{ gt (int .root.Values.gpus) 0 | ternary "cuda" "cpu" }} }
+  - { name: DINAT_LOG_FORMAT, value: json }
+  - { name: DINAT_LAME_DUCK_SECONDS, value: {{ .root.Values.stop.lameDuckSeconds | quote }} }
+  - { name: DINAT_DRAIN_SECONDS, value: {{ .root.Values.stop.drainSeconds | quote }} }
+  {{- range $name, $value := .root.Values.settings }}
+  - { name: DINAT_{{ $name }}, value: {{ $value | toString | quote }} }
+  {{- end }}
+  {{- with .root.Values.apiKeys }}{{ if .secret }}
+  - name: DINAT_API_KEYS
+    valueFrom: { secretKeyRef: { name: {{ .secret }}, key: {{ .key }} } }
+  {{- end }}{{ end }}
+  {{- with .root.Values.huggingFace }}{{ if .secret }}
+  - name: HF_TOKEN
+    valueFrom: { secretKeyRef: { name: {{ .secret }}, key: {{ .key }} } }
+  {{- end }}{{ end }}
+resources:
+  requests:
+    {{- toYaml .root.Values.resources.requests | nindent 4 }}
+  limits:
+    {{- toYaml .root.Values.resources.limits | nindent 4 }}
+    {{- if gt (int .root.Values.gpus) 0 }}
+    nvidia.com/gpu: {{ .root.Values.gpus }}
+    {{- end }}
+securityContext:
+  allowPrivilegeEscalation: false
+  readOnlyRootFilesystem: true
+  capabilities: { drop: [ALL] }
+# Its port is open seconds after it starts; the model may take minutes, while /health/live is 200 and /health/ready 503.
+startupProbe:
+  httpGet: { path: /health/live, port: http }
+  periodSeconds: 2
+  failureThreshold: 60
+livenessProbe:
+  httpGet: { path: /health/live, port: http }
+  periodSeconds: 10
+  timeoutSeconds: 5
+  failureThreshold: 3
+readinessProbe:
+  httpGet: { path: /health/ready, port: http }
+  periodSeconds: 2
+  timeoutSeconds: 5
+  failureThreshold: 1
+volumeMounts:
+  - { name: cache, mountPath: /cache }
+  - { name: tmp, mountPath: /tmp }
+  {{- if .root.Values.models.claim }}
+  - { name: models, mountPath: /models, readOnly: true }
+  {{- end }}
+{{- end }}
+
+{{- define "dinat.volumes" -}}
+- name: cache
+  {{- if eq .Values.cache.kind "claim" }}
+  persistentVolumeClaim: { claimName: {{ .Values.cache.claim | default (include "dinat.name" .) }} }
+  {{- else }}
+  emptyDir: { sizeLimit: {{ .Values.cache.size }} }
+  {{- end }}
+- name: tmp
+  emptyDir: { sizeLimit: 1Gi }
+{{- if .Values.models.claim }}
+- name: models
+  persistentVolumeClaim: { claimName: {{ .Values.models.claim }}, readOnly: true }
+{{- end }}
+{{- end }}
+
+{{/* Where pods may run, as the Deployment and the InferenceService have it. */}}
+{{- define "dinat.placement" -}}
+{{- with .Values.image.pullSecrets }}
+imagePullSecrets:
+  {{- range . }}
+  - { name: {{ . }} }
+  {{- end }}
+{{- end }}
+{{- with .Values.runtimeClassName }}
+runtimeClassName: {{ . }}
+{{- end }}
+{{- with .Values.nodeSelector }}
+nodeSelector:
+  {{- toYaml . | nindent 2 }}
+{{- end }}
+{{- with .Values.tolerations }}
+tolerations:
+  {{- toYaml . | nindent 2 }}
+{{- end }}
+{{- with .Values.affinity }}
+affinity:
+  {{- toYaml . | nindent 2 }}
+{{- end }}
+{{- end }}
+
+{{/* Seconds from SIGTERM to SIGKILL: as long as new work is taken, as old work may take, and a margin. */}}
+{{- define "dinat.grace" -}}
+{{ add (ceil .Values.stop.lameDuckSeconds) (ceil .Values.stop.drainSeconds) 10 }}
+{{- end }}
