@@ -10,7 +10,7 @@ import sys
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -56,6 +56,16 @@ def load_until_refused(url: str, picture: bytes, clients: int = 16, first: int =
             asked.result()
 
 
+@contextmanager
+def servers(ports: list[int], **settings: Any) -> Iterator[list["Server"]]:
+    """Several, started at once."""
+    with ThreadPoolExecutor(len(ports)) as threads, ExitStack() as stack:
+        starting = [threads.submit(Server(port, **settings).__enter__) for port in ports]
+        for started in starting:
+            stack.push(started.result())
+        yield [started.result() for started in starting]
+
+
 class Server:
     """`dinat serve`, ready when entered, told to stop when left. events: what it logged."""
 
@@ -87,6 +97,11 @@ class Server:
         """SIGTERM, and wait; the exit status."""
         self.process.send_signal(signal.SIGTERM)
         return self.wait()
+
+    def kill(self) -> None:
+        """SIGKILL, by which it says nothing to anybody."""
+        self.process.kill()
+        self.wait()
 
     def wait(self) -> int:
         """The exit status, when it comes."""
