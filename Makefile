@@ -1,7 +1,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: install serve test lint gpu api-test chaos fuzz soak image-test bench bench-serving bench-frontends digits clean
+.PHONY: install serve test lint rehearsal gpu api-test chaos fuzz soak image-test bench bench-serving bench-frontends digits clean
 
 install: .venv/installed
 
@@ -28,6 +28,10 @@ lint: .venv/tested
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+
+# The GPU's code, whole, on a stand-in for a card: tests/gpu, every published network, the benchmark. Ten minutes.
+rehearsal: .venv/tested
+	DINAT_REHEARSAL=1 $(BIN)/python -m pytest tests/rehearsal tests/model/test_triton.py
 
 # On a machine with a CUDA card: tests, doctor and benchmark, at most 9 minutes each; leaves its results in benchmarks/results.
 gpu: .venv/tested

@@ -27,6 +27,10 @@ pytestmark = [
 
 
 SUITES = ["tests/gpu", *sorted(str(path.relative_to(ROOT)) for path in (ROOT / "tests/rehearsal/on_card").glob("test_*.py"))]
+QUICK = "tests/rehearsal/on_card/test_self_check.py"
+"""What is part of `make test`; all else takes minutes."""
+
+whole = pytest.mark.skipif("DINAT_REHEARSAL" not in os.environ, reason="DINAT_REHEARSAL is not set (make rehearsal)")
 
 
 def run(*arguments: str | Path, cards: int = 1) -> str:
@@ -63,11 +67,16 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def runs(folder: Path) -> Iterator[dict[str, Future[Any]]]:
     """All of them, two at a time."""
     with ThreadPoolExecutor(2) as threads:
-        suites = {tests: threads.submit(run_suite, tests) for tests in SUITES}
-        yield suites | {"benchmark": threads.submit(run_benchmark, folder), "bare": threads.submit(run_bare)}
+        runs = {"bare": threads.submit(run_bare)}
+        if "DINAT_REHEARSAL" in os.environ:
+            runs |= {tests: threads.submit(run_suite, tests) for tests in SUITES}
+            runs["benchmark"] = threads.submit(run_benchmark, folder)
+        else:
+            runs[QUICK] = threads.submit(run_suite, QUICK)
+        yield runs
 
 
-@pytest.mark.parametrize("tests", SUITES)
+@pytest.mark.parametrize("tests", [one if one == QUICK else pytest.param(one, marks=whole) for one in SUITES])
 def test_what_is_for_a_card_passes_on_a_stand_in(tests: str, runs: dict[str, Future[Any]]) -> None:
     printed = runs[tests].result()
     assert re.search(r"^\d+ passed", printed, re.MULTILINE), printed
@@ -78,6 +87,7 @@ def test_a_card_needs_nothing_of_the_services_own_packages(runs: dict[str, Futur
     assert re.search(r"^3 passed", runs["bare"].result(), re.MULTILINE)
 
 
+@whole
 def test_the_benchmark_runs_from_its_first_line_to_its_last(folder: Path, runs: dict[str, Future[Any]]) -> None:
     runs["benchmark"].result()
     lines = json.loads((folder / "lines.json").read_text())["files"]["benchmarks/gpu.py"]
