@@ -1,9 +1,9 @@
-"""`dinat classify` against the engine that it stands on: pictures a second of 1,000 JPEGs on disk, and memory.
+"""`dinat classify` and `dinat batch` against the engine that they stand on: pictures a second of JPEGs on disk, and memory.
 
     python -m benchmarks.classify [--pictures 1000] [--rounds 3] [--json FILE]
 
 DiNAT-Mini with random weights, pictures of 500x375. The engine is called directly with as many pictures at once as it takes;
-the command reads, writes its lines and keeps their order besides. Both run in one process with one engine, in turns.
+the commands read, write their results and keep their order besides. All run in one process, in turns.
 """
 
 import argparse
@@ -18,6 +18,8 @@ import psutil
 
 from app.allocator import keep_freed_memory
 from app.api.results import predictions
+from app.batch.run import Job, Worker
+from app.batch.sources import open_source
 from app.cli.classify import writer
 from app.doctor import photograph, save
 from app.engine.engine import Engine
@@ -48,30 +50,42 @@ async def by_the_command(engine: Engine, paths: list[Path], to: Path) -> None:
         out.close()
 
 
+async def by_batch(worker: Worker, folder: Path) -> None:
+    async for done in worker.compute(open_source(str(folder)).shards(1000)):
+        assert done.why is None, done
+
+
 async def measure(folder: Path, count: int, rounds: int) -> list[dict[str, Any]]:
     data = photograph()
-    paths = [folder / f"{n:05}.jpg" for n in range(count)]
+    pictures = folder / "pictures"
+    pictures.mkdir()
+    paths = [pictures / f"{n:05}.jpg" for n in range(count)]
     for path in paths:
         path.write_bytes(data)
     save("mini", folder / "model")
+    (folder / "results").mkdir()
     settings = Settings(_env_file=None, model=str(folder / "model"), deadline_ms=PATIENCE_MS, drain_seconds=0)
-    seconds: dict[str, list[float]] = {"engine": [], "dinat classify": []}
+    seconds: dict[str, list[float]] = {"engine": [], "dinat classify": [], "dinat batch": []}
     memory: list[float] = []
-    async with started(settings) as engine:
+    async with started(settings) as engine, Worker(Job(settings, str(pictures), str(folder / "results"))) as worker:
         await directly(engine, paths[: count // 10])
         for n in range(rounds):
             for name in seconds:
                 began = time.perf_counter()
-                await (directly(engine, paths) if name == "engine" else by_the_command(engine, paths, folder / f"{n}.jsonl"))
+                if name == "engine":
+                    await directly(engine, paths)
+                elif name == "dinat classify":
+                    await by_the_command(engine, paths, folder / f"{n}.jsonl")
+                else:
+                    await by_batch(worker, pictures)
                 seconds[name].append(time.perf_counter() - began)
             memory.append(psutil.Process().memory_info().rss / 2**20)
-    ratio = median(a / b for a, b in zip(seconds["engine"], seconds["dinat classify"], strict=True))
     return [
         {
             "way": name,
             "pictures": count,
             "pictures/s": count / median(times),
-            "of the engine": 1.0 if name == "engine" else ratio,
+            "of the engine": median(a / b for a, b in zip(seconds["engine"], times, strict=True)),
             "MiB after the first round": memory[0],
             "MiB after the last": memory[-1],
         }
@@ -88,7 +102,7 @@ def main() -> None:
     keep_freed_memory()
     with tempfile.TemporaryDirectory() as name:
         rows = asyncio.run(measure(Path(name), arguments.pictures, arguments.rounds))
-    report("dinat classify", rows, arguments.json)
+    report("Pictures on disk", rows, arguments.json)
 
 
 if __name__ == "__main__":
