@@ -74,7 +74,8 @@ def _decode(data: bytes, max_pixels: int, draft: tuple[int, int] | None) -> Imag
     if draft is not None:
         image.draft("RGB", draft)
     image.load()
-    return to_rgb(ImageOps.exif_transpose(image))
+    ImageOps.exif_transpose(image, in_place=True)
+    return to_rgb(image)
 
 
 def _png_picture(data: bytes) -> Iterator[bytes]:

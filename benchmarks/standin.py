@@ -20,7 +20,7 @@ from app.cli import main
 from app.engine.runtime import Answer, LeftOut, Wanted
 from app.settings import Settings
 from model import DinatConfig, DinatImageProcessor
-from model.image_processor import Pixels
+from model.resample import Pixels
 
 
 class StandIn:

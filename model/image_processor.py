@@ -21,11 +21,10 @@ from model.checkpoint import Checkpoint, open_checkpoint
 from model.errors import ImageError
 from model.files import PROCESSOR, find_files
 from model.kept import kept
+from model.resample import Pixels, resized
 
 Picture = Image.Image | npt.NDArray[np.uint8] | Tensor
 """A Pillow image of any mode, or uint8 as (H, W), (H, W, 1), (H, W, 3) array or (1, H, W), (3, H, W) tensor."""
-
-Pixels = npt.NDArray[np.uint8]
 
 
 @dataclass(frozen=True)
@@ -139,15 +138,16 @@ class DinatImageProcessor:
         picture = to_rgb(image)
         if self.crop_pct is not None:
             height, width = _size(self.size, "size", ({"height", "width"},))
-            picture = _resize_short_side(picture, math.floor(height / self.crop_pct), self.resample)
-            return _center_crop(np.asarray(picture), height, width, lambda gap: round(gap / 2))
+            between = _short_side(picture, math.floor(height / self.crop_pct))
+            pixels = resized(picture, between[1], between[0], self.resample)
+            return _center_crop(pixels, height, width, lambda gap: round(gap / 2))
         if self.do_resize:
             size = _size(self.size, "size", ({"height", "width"}, {"shortest_edge"}))
             if len(size) == 1:
-                picture = _resize_short_side(picture, size[0], self.resample)
-            elif picture.size != (size[1], size[0]):
-                picture = picture.resize((size[1], size[0]), self.resample)
-        pixels = np.asarray(picture)
+                size = _short_side(picture, size[0])
+            pixels = resized(picture, size[1], size[0], self.resample)
+        else:
+            pixels = np.asarray(picture)
         if self.do_center_crop:
             height, width = _size(self.crop_size, "crop_size", ({"height", "width"},))
             pixels = _center_crop(pixels, height, width, lambda gap: gap // 2)
@@ -222,14 +222,12 @@ def _size(size: int | Mapping[str, int] | None, field: str, allowed: tuple[set[s
     return (sides["shortest_edge"],) if "shortest_edge" in sides else (sides["height"], sides["width"])
 
 
-def _resize_short_side(picture: Image.Image, side: int, resample: int) -> Image.Image:
-    """The short side to `side` pixels, the long one in proportion, rounded down."""
+def _short_side(picture: Image.Image, side: int) -> tuple[int, int]:
+    """(height, width) with the short side at `side` pixels, the long one in proportion, rounded down."""
     width, height = picture.size
     if width <= height:
-        size = (side, max(1, int(side * height / width)))
-    else:
-        size = (max(1, int(side * width / height)), side)
-    return picture if picture.size == size else picture.resize(size, resample)
+        return max(1, int(side * height / width)), side
+    return side, max(1, int(side * width / height))
 
 
 def _center_crop(pixels: Pixels, height: int, width: int, half: Any) -> Pixels:

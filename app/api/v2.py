@@ -28,7 +28,7 @@ from app.engine.runtime import LOGITS, Answer, Array, Loaded, Wanted
 from app.errors import BadRequest, NotFound, TooLarge, Unprocessable
 from app.images import decode_base64
 from model import DinatConfig
-from model.image_processor import Pixels
+from model.resample import Pixels
 
 router = APIRouter(prefix="/v2", tags=["Open Inference Protocol"], responses=PROBLEMS | NOT_FOUND)
 

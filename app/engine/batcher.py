@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from app.engine.runtime import Answer, Array, Runtime, Wanted
-from model.image_processor import Pixels
+from model.resample import Pixels
 
 RATE_BATCHES = 32
 """Batches over which the rate of pictures is measured."""

@@ -19,7 +19,7 @@ from app.images import decode
 from app.metrics import Metrics
 from app.settings import Settings
 from model import DinatImageProcessor
-from model.image_processor import Pixels
+from model.resample import Pixels
 
 log = structlog.get_logger("dinat")
 

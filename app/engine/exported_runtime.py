@@ -12,7 +12,7 @@ from app.engine.runtime import LOGITS, Answer, Array, LeftOut, Wanted, examples,
 from model import ConfigError, DinatForImageClassification, DinatImageProcessor
 from model.checkpoint import Checkpoint, open_checkpoint
 from model.export import FORMATS, export, output_names
-from model.image_processor import Pixels
+from model.resample import Pixels
 
 log = structlog.get_logger("dinat")
 

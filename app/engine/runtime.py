@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from model.config import DinatConfig
-from model.image_processor import DinatImageProcessor, Pixels
+from model.image_processor import DinatImageProcessor
 from model.neighborhoods import Neighborhood
+from model.resample import Pixels
 
 Array = npt.NDArray[np.float32]
 

@@ -9,7 +9,7 @@ import numpy as np
 
 from app.machine import free_memory
 from model import ConfigError
-from model.image_processor import Pixels
+from model.resample import Pixels
 
 NOBODY = 0
 PAGE = mmap.PAGESIZE

@@ -18,9 +18,9 @@ from model import ConfigError, DinatForImageClassification, DinatImageProcessor,
 from model.attention import bias_cache
 from model.attention.choice import candidates, chosen, reason, trying
 from model.checkpoint import Checkpoint
-from model.image_processor import Pixels
 from model.kernels import pack
 from model.processor import has_bf16
+from model.resample import Pixels
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 LIMITS = {"fp32": 1e-4, "bf16": 5e-2, "fp16": 5e-2}

@@ -23,7 +23,7 @@ import torch
 from model.processor import marks
 
 HERE = Path(__file__).parent
-SOURCES = [HERE / name for name in ("attention.c", "layer_norm.c")]
+SOURCES = [HERE / name for name in ("attention.c", "layer_norm.c", "resample.c")]
 FLAGS = ("-O3", "-fno-math-errno", "-fno-trapping-math", "-fopenmp", "-shared", "-fPIC", "-Wno-psabi")
 SECONDS = 120
 """How long a compiler may take: it needs two."""
@@ -74,6 +74,18 @@ class Library:
         self.attend.argtypes += [ctypes.c_float, ctypes.c_int]
         self.layer_norm.restype = None
         self.layer_norm.argtypes = [ctypes.c_int, *[pointer] * 2, *[number] * 2, *[pointer] * 2, ctypes.c_float, ctypes.c_int]
+        self.resample = loaded.dinat_resample
+        self.resample.restype = None
+        self.resample.argtypes = [
+            ctypes.c_int,
+            ctypes.c_char_p,
+            *[number] * 2,
+            *[pointer] * 2,
+            *[number] * 2,
+            *[pointer] * 2,
+            number,
+        ]
+        self.resample.argtypes += [*[pointer] * 3, number]
 
 
 @cache

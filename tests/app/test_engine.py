@@ -14,7 +14,7 @@ from app.engine.runtime import Answer, Runtime, Wanted
 from app.errors import DeadlinePassed, ServiceError, TooLarge, Unavailable
 from app.images import decode
 from app.settings import Settings
-from model.image_processor import Pixels
+from model.resample import Pixels
 from tests.app.conftest import DIGITS
 
 SEVEN = (DIGITS / "7-1.png").read_bytes()

@@ -13,7 +13,7 @@ import pytest
 from app.engine.batcher import Job
 from app.engine.core import EngineCore
 from app.engine.runtime import Answer, Runtime, Wanted
-from model.image_processor import Pixels
+from model.resample import Pixels
 from tests.app.conftest import DIGITS, Service, running
 
 
