@@ -93,6 +93,10 @@ class _Call(Generic[T]):
     accepted: Sequence[int] = (200,)
 
 
+_Said = httpx.Response | httpx.TransportError
+"""What came of a request: an answer, or none."""
+
+
 class _Patience:
     """How long to wait before a call is made once more."""
 
@@ -100,17 +104,19 @@ class _Patience:
         self._until = time.monotonic() + seconds
         self._tries = 0
 
-    def wait(self, said: httpx.Response | httpx.TransportError) -> float | None:
+    def wait(self, said: _Said, accepted: Sequence[int]) -> float | None:
         """Seconds; None if what was said is final, or they would take too long.
 
         Where the service is busy, as it says. Where an instance died, or its proxy says so in its place (5xx, and no problem of
         this service's), from a tenth of a second on, twice as long each time: to ask twice does no harm.
         """
-        after = said.headers.get("retry-after", "") if isinstance(said, httpx.Response) else ""
-        if isinstance(said, httpx.Response) and after.isdecimal() and said.status_code == 503:
+        after = ""
+        if isinstance(said, httpx.Response):
+            after = said.headers.get("retry-after", "")
+            if said.status_code in accepted or said.status_code < 500 or (_is_problem(said) and not after.isdecimal()):
+                return None
+        if after.isdecimal():
             seconds = float(after)
-        elif isinstance(said, httpx.Response) and (said.status_code < 500 or _is_problem(said)):
-            return None
         else:
             seconds = min(5.0, 0.1 * 2**self._tries)
             self._tries += 1
@@ -140,15 +146,12 @@ class DinatClient(_Client):
         patience = _Patience(self._patience)
         while True:
             try:
-                response = self._http.request(call.method, call.path, **call.options)
+                said: _Said = self._http.request(call.method, call.path, **call.options)
             except CUT as cut:
-                wait = patience.wait(cut)
-                if wait is None:
-                    raise
-            else:
-                wait = None if response.status_code in call.accepted else patience.wait(response)
-                if wait is None:
-                    return _read(call, response)
+                said = cut
+            wait = patience.wait(said, call.accepted)
+            if wait is None:
+                return _read(call, said)
             time.sleep(wait)
 
     def classify(self, picture: Picture, top_k: int | None = None) -> Classification:
@@ -186,15 +189,12 @@ class AsyncDinatClient(_Client):
         patience = _Patience(self._patience)
         while True:
             try:
-                response = await self._http.request(call.method, call.path, **call.options)
+                said: _Said = await self._http.request(call.method, call.path, **call.options)
             except CUT as cut:
-                wait = patience.wait(cut)
-                if wait is None:
-                    raise
-            else:
-                wait = None if response.status_code in call.accepted else patience.wait(response)
-                if wait is None:
-                    return _read(call, response)
+                said = cut
+            wait = patience.wait(said, call.accepted)
+            if wait is None:
+                return _read(call, said)
             await asyncio.sleep(wait)
 
     async def classify(self, picture: Picture, top_k: int | None = None) -> Classification:
@@ -265,7 +265,9 @@ _MODEL = _Call("GET", "/model", _model_card)
 _HEALTH = _Call("GET", "/health", _health, accepted=(200, 503))
 
 
-def _read(call: _Call[T], response: httpx.Response) -> T:
+def _read(call: _Call[T], response: _Said) -> T:
+    if isinstance(response, httpx.TransportError):
+        raise response
     if response.status_code in call.accepted:
         return call.read(response)
     try:

@@ -65,15 +65,15 @@ def main() -> None:
         times = take_turns(candidates, rounds=15)
         exact = candidates["Pillow"]().astype(int)
         for name, way in candidates.items():
-            difference = np.abs(way().astype(int) - exact) if name != "decoding alone" else np.array([np.nan])
+            difference = None if name == "decoding alone" else np.abs(way().astype(int) - exact)
             rows.append(
                 {
                     "picture": f"{width}x{height}, {len(data) // 1000} kB",
                     "way": name,
                     "ms": times[name] * 1e3,
                     "times faster": times["Pillow"] / times[name],
-                    "largest": float(difference.max()),
-                    "mean": float(difference.mean()),
+                    "largest": None if difference is None else int(difference.max()),
+                    "mean": None if difference is None else float(difference.mean()),
                 }
             )
     report("JPEG to 224x224", rows, arguments.json)

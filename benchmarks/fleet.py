@@ -144,7 +144,7 @@ class Fleet:
         request.tried.append(replica)
         engine = replica.engine
         if not replica.alive:
-            self._again(now, request, "lost")
+            self._again(now, request, "lost" if replica.known else "refused")
         elif len(replica.waiting) >= engine.queue:
             self._again(now, request, "refused")
         else:
@@ -348,7 +348,7 @@ def main() -> None:
     checked = check((0.5, 0.8, 0.9, 2.0), CHECK_SECONDS)
     report("one replica", checked, arguments.json and arguments.json.with_suffix(".check.json"))
     rows = [
-        simulate(MINI_ON_TWO_CORES, replicas, policy, load, fault, seconds=60 if replicas <= 10 else 20)
+        simulate(MINI_ON_TWO_CORES, replicas, policy, load, fault, seconds={100: 20, 1000: 6}.get(replicas, 60))
         for replicas in (1, 2, 10, 100, 1000)
         for policy in (("least-request", "round-robin") if replicas > 1 else ("none",))
         for fault in ("", "one slow", "one dead")

@@ -1,4 +1,4 @@
-"""Resizing of pictures as Pillow does it, to the bit, by a kernel of model/native, in less than half the time."""
+"""Resizing of pictures as Pillow does it, to the bit, by a kernel of model/native: the usual ones in half the time, or less."""
 
 import math
 from collections.abc import Callable
@@ -12,6 +12,9 @@ from PIL import Image
 from model.native import library
 
 Pixels = npt.NDArray[np.uint8]
+
+MOST_PIXELS = 1_000_000
+"""Of a larger picture it costs more to copy it out of Pillow than the kernel saves."""
 
 BITS = 22
 """Pillow's weights are whole numbers of this many bits after the point (its Resample.c, PRECISION_BITS)."""
@@ -42,7 +45,8 @@ def resized(picture: Image.Image, width: int, height: int, resample: int) -> Pix
     size = (picture.width, picture.height)
     if size == (width, height):
         return np.asarray(picture)
-    if found is None or resample not in FILTERS or width == size[0] or height == size[1]:
+    too_large = size[0] * size[1] > MOST_PIXELS
+    if found is None or resample not in FILTERS or width == size[0] or height == size[1] or too_large:
         return np.asarray(picture.resize((width, height), resample))
     taps = found.lanes // 4
     across, down = _weights(size[0], width, resample), _weights(size[1], height, resample)

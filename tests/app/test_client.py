@@ -1,10 +1,14 @@
 import asyncio
 import io
+import socketserver
 import threading
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import httpx
 import numpy as np
 import pytest
 from PIL import Image
@@ -97,3 +101,51 @@ def test_a_busy_service_is_asked_again_when_it_says_so(seven: bytes, monkeypatch
         with DinatClient(url(service)) as client:
             assert client.classify(seven).best.label == "7"
         assert waited == [1.0]
+
+
+@contextmanager
+def answering(*answers: bytes) -> Iterator[str]:
+    """Listens, and gives each connection in turn one of these answers to its request; an empty one is a connection cut."""
+    left = list(answers)
+
+    class Door(socketserver.StreamRequestHandler):
+        def handle(self) -> None:
+            length = 0
+            while (line := self.rfile.readline()) not in (b"\r\n", b""):
+                if line.lower().startswith(b"content-length:"):
+                    length = int(line.split(b":")[1])
+            self.rfile.read(length)
+            self.wfile.write(left.pop(0))
+
+    with socketserver.TCPServer(("127.0.0.1", 0), Door) as server:
+        thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
+        thread.start()
+        yield f"http://127.0.0.1:{server.server_address[1]}"
+        server.shutdown()
+        thread.join()
+    assert left == []
+
+
+def answer(status: str, body: bytes, kind: str) -> bytes:
+    head = f"HTTP/1.1 {status}\r\ncontent-type: {kind}\r\ncontent-length: {len(body)}\r\nconnection: close\r\n\r\n"
+    return head.encode() + body
+
+
+def test_a_request_under_which_an_instance_died_is_made_again(seven: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
+    good = b'{"predictions": [{"label": "7", "class_id": 7, "score": 1.0}]}'
+    waited: list[float] = []
+    monkeypatch.setattr("app.client.time.sleep", waited.append)
+    proxys = answer("502 Bad Gateway", b"<html>no upstream</html>", "text/html")
+    rays = answer("500 Internal Server Error", b"Internal Server Error", "text/plain")
+    with answering(b"", proxys, rays, answer("200 OK", good, "application/json")) as there, DinatClient(there) as client:
+        assert client.classify(seven).best.label == "7"
+    assert waited == [0.1, 0.2, 0.4]
+
+
+def test_what_the_service_itself_says_is_final_and_patience_ends(seven: bytes) -> None:
+    problem = b'{"status": 500, "detail": "something went wrong on this side", "request_id": "a"}'
+    own = answer("500 Internal Server Error", problem, "application/problem+json")
+    with answering(own) as there, DinatClient(there) as client, pytest.raises(DinatServiceError, match="500: something"):
+        client.classify(seven)
+    with answering(b"") as there, DinatClient(there, patience=0) as client, pytest.raises(httpx.RemoteProtocolError):
+        client.classify(seven)
