@@ -109,7 +109,9 @@ class Rows:
                 *((name, map_type) for name in maps),
             ]
         )
-        self._kept = [one.name for one in kept]
+        twice = [one.name for one in kept if self.schema.names.count(one.name) > 1]
+        if twice:
+            raise BatchError(f"--keep {', '.join(twice)}: the results have a column of that name already")
         self.failed = self.pictures = 0
         self._clear()
 

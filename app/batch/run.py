@@ -13,7 +13,7 @@ from pyarrow import ArrowException
 from app.api.parameters import Parameters
 from app.batch.places import BatchError
 from app.batch.results import Results, Rows, map_names
-from app.batch.sources import Item, Shard, open_source
+from app.batch.sources import Item, Shard, Source, open_source
 from app.engine.engine import Engine, Submitted
 from app.engine.many import answers, started
 from app.engine.runtime import Wanted
@@ -47,6 +47,10 @@ class Job:
             return Parameters(top_k=self.top_k, features=self.features).wanted(config)
         except ServiceError as error:
             raise BatchError(error.detail) from None
+
+    def rows(self, config: DinatConfig, source: Source) -> Rows:
+        """An empty table of answers. Raises BatchError, also where it would have two columns of one name."""
+        return Rows(config, map_names(config, self.wanted(config).features), self.feature_dtype, source.kept_fields())
 
 
 @dataclass(frozen=True)
@@ -91,9 +95,7 @@ class Worker:
                 task.cancel()
 
     async def _shard(self, shard: Shard) -> Done:
-        config = self._engine.loaded.config
-        names = map_names(config, self._wanted.features)
-        rows = Rows(config, names, self._job.feature_dtype, self._source.kept_fields())
+        rows = self._job.rows(self._engine.loaded.config, self._source)
         at_once = max(1, self._engine.settings.queue_limit // SHARDS_AT_ONCE)
         try:
             with self._results.shard(shard, rows.schema) as writer:

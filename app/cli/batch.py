@@ -67,8 +67,9 @@ def batch(
     configure_logs("auto", logging.WARNING)
     columns = tuple(name.strip() for name in keep.split(",") if name.strip())
     job = Job(settings, source, dest, column, columns, top_k, features, feature_dtype)
-    job.wanted(open_checkpoint(settings.model, revision=settings.revision).config)
-    shards = open_source(source, column, columns).shards(shard)
+    opened = open_source(source, column, columns)
+    job.rows(open_checkpoint(settings.model, revision=settings.revision).config, opened)  # which sees what is wrong
+    shards = opened.shards(shard)
     left = Results(dest).begin(_asked(job) | {"shard": shard}, shards, replace)
     done = asyncio.run(_compute(job, left, len(shards), workers)) if left else []
     failed = [one for one in done if one.why is not None]

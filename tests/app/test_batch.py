@@ -195,6 +195,8 @@ def test_what_cannot_be_done_is_said_in_a_line(tmp_path: Path, capsys: pytest.Ca
     assert "which column has the pictures? Say it by --column; there are a, b, c" in refused([two, str(out)], capsys)
     assert "the column c holds int64" in refused([two, str(out), "--column", "c"], capsys)
     assert "has no column d" in refused([two, str(out), "--column", "a", "--keep", "d"], capsys)
+    pq.write_table(pa.table({"image": [b""], "path": ["a"]}), tmp_path / "path.parquet")
+    assert "--keep path: the results have" in refused([str(tmp_path / "path.parquet"), str(out), "--keep", "path"], capsys)
     (tmp_path / "bad.parquet").write_bytes(b"PAR1 no")
     assert "bad.parquet is no Parquet file" in refused([str(tmp_path / "bad.parquet"), str(out)], capsys)
     assert "is not empty, 0-1.png is in it" in refused([str(DIGITS), str(mixed)], capsys)

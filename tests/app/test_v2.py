@@ -14,7 +14,7 @@ from PIL import Image
 from tritonclient.utils import InferenceServerException
 
 from model import DinatImageProcessor
-from tests.app.conftest import DIGITS, Service
+from tests.app.conftest import DIGITS, Service, running
 
 PICTURES = [(DIGITS / f"{digit}-1.png").read_bytes() for digit in (7, 0, 3)]
 
@@ -191,3 +191,11 @@ def test_broken_binary_requests_are_named(service: Service, body: bytes, length:
     headers = {"Inference-Header-Content-Length": length or str(body.index(b"}]}") + 3)}
     answer = service.client.post("/v2/models/digits/infer", content=body, headers=headers)
     assert (answer.status_code, detail in answer.json()["error"]) == (400, True), answer.text
+
+
+def test_clients_know_the_model_by_the_name_that_is_set() -> None:
+    with running(name="flowers") as service:
+        assert service.client.get("/v2/models/flowers/ready").status_code == 200
+        assert service.client.get("/v2/models/digits/ready").status_code == 404
+        assert service.client.post("/classify", content=PICTURES[0]).json()["model"] == "flowers"
+        assert 'model="flowers"' in service.client.get("/metrics").text
