@@ -114,7 +114,7 @@ def _expanded(size: int, out: int, resample: int, taps: int, steps: int) -> tupl
     across = _weights(size, out, resample)
     starts = np.minimum(across.starts, size - steps * taps)
     table = np.zeros((out, steps * taps), dtype=np.int32)
-    for x, (start, first) in enumerate(zip(starts, across.starts, strict=True)):
-        count = across.counts[x]
-        table[x, first - start : first - start + count] = across.table[x, :count]
+    taken = np.arange(across.table.shape[1]) < across.counts[:, None]
+    x, tap = np.nonzero(taken)
+    table[x, tap + (across.starts - starts)[x]] = across.table[taken]
     return starts.astype(np.int32), np.repeat(table, 4, axis=1)
