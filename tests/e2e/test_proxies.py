@@ -136,8 +136,11 @@ def test_a_rolling_restart_and_then_a_death_lose_no_request(kind: str, tmp_path:
             assert server.stop() == 0
             load.wait_for(50)
             new.append(stack.enter_context(Server(port)))
-            while not tries(new[-1]):  # until the proxy knows that it is back
+            while not tries(new[-1])[200]:  # until the proxy knows that it is back
                 load.wait_for(1)
+            load.wait_for(
+                4 * CLIENTS
+            )  # until all that it refused while it was loading, and that have no try left, are answered
         new[0].kill()
         load.wait_for(200)
         load.__exit__()
