@@ -3,7 +3,7 @@
     python -m benchmarks.classify [--pictures 1000] [--rounds 3] [--json FILE]
 
 DiNAT-Mini with random weights, pictures of 500x375. The engine is called directly with as many pictures at once as it takes;
-the commands read, write their results and keep their order besides. All run in one process, in turns.
+the commands read, write their results and keep their order besides. All run in one process with one engine, in turns.
 """
 
 import argparse
@@ -67,7 +67,8 @@ async def measure(folder: Path, count: int, rounds: int) -> list[dict[str, Any]]
     settings = Settings(_env_file=None, model=str(folder / "model"), deadline_ms=PATIENCE_MS, drain_seconds=0)
     seconds: dict[str, list[float]] = {"engine": [], "dinat classify": [], "dinat batch": []}
     memory: list[float] = []
-    async with started(settings) as engine, Worker(Job(settings, str(pictures), str(folder / "results"))) as worker:
+    async with started(settings) as engine:
+        worker = Worker(Job(settings, str(pictures), str(folder / "results")), engine)
         await directly(engine, paths[: count // 10])
         for n in range(rounds):
             for name in seconds:

@@ -30,7 +30,7 @@ import aiohttp
 import numpy as np
 
 from app.doctor import photograph
-from benchmarks.serving import free_port, running
+from benchmarks.serving import closed_loop, free_port, running
 from benchmarks.timing import report
 
 PERCENTILES = (50, 90, 99)
@@ -260,24 +260,6 @@ async def measure(
     return answered, outcomes
 
 
-async def closed_loop(url: str, data: bytes, connections: int, seconds: float) -> float:
-    """Pictures a second of so many connections that ask without a pause."""
-    until = time.monotonic() + seconds
-    answered = 0
-    async with aiohttp.ClientSession() as session:
-
-        async def ask() -> None:
-            nonlocal answered
-            while time.monotonic() < until:
-                async with session.post(url, data=data) as answer:
-                    await answer.read()
-                answered += 1
-
-        began = time.monotonic()
-        await asyncio.gather(*(ask() for _ in range(connections)))
-        return answered / (time.monotonic() - began)
-
-
 def seconds_of_each(ends: Sequence[float]) -> float:
     """What a picture takes of a busy engine's time: from the end of one batch to that of another."""
     times = np.sort(ends)
@@ -297,7 +279,8 @@ def check(loads: Sequence[float], seconds: float) -> list[dict[str, Any]]:
     words = [sys.executable, "-m", "benchmarks.standin", str(STAND_IN_RATE), "--no-decode", "--port", str(port)]
     with running([*words, "--queue-limit", str(QUEUE), "--frontends", "1"], url):
         alone, _ = asyncio.run(measure(url, photograph(), np.arange(1, 101) * 0.05, 0.0))
-        one_by_one = 1 / asyncio.run(closed_loop(url, photograph(), connections=2, seconds=10))
+        latencies, _, taken = asyncio.run(closed_loop(url, 2, 10))
+        one_by_one = taken / len(latencies)
         busy, _ = asyncio.run(measure(url, photograph(), poisson(2 * STAND_IN_RATE, 20, seed=2), 0.0))
         each = seconds_of_each([asked + took for asked, took in busy])
         way = float(np.median([took for _, took in alone])) - one_by_one

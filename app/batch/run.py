@@ -2,7 +2,7 @@
 
 import asyncio
 from collections.abc import AsyncIterator, Iterable, Iterator, Sequence
-from contextlib import AsyncExitStack, aclosing
+from contextlib import aclosing
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -64,21 +64,13 @@ class Done:
 
 
 class Worker:
-    """An engine that computes shards of a batch. A context; entered, it has loaded its checkpoint."""
+    """Computes shards of a batch, by an engine that has loaded its checkpoint."""
 
-    def __init__(self, job: Job) -> None:
-        self._job = job
+    def __init__(self, job: Job, engine: Engine) -> None:
+        self._job, self._engine = job, engine
         self._source = open_source(job.source, job.column, job.keep)
         self._results = Results(job.dest)
-        self._open = AsyncExitStack()
-
-    async def __aenter__(self) -> "Worker":
-        self._engine: Engine = await self._open.enter_async_context(started(self._job.settings))
-        self._wanted = self._job.wanted(self._engine.loaded.config)
-        return self
-
-    async def __aexit__(self, *raised: Any) -> None:
-        await self._open.__aexit__(*raised)
+        self._wanted = job.wanted(engine.loaded.config)
 
     async def compute(self, shards: Iterable[Shard]) -> AsyncIterator[Done]:
         """Compute shards and write their results, some at a time. One that fails does not keep the others from being done."""
@@ -138,8 +130,8 @@ async def compute(job: Job, shards: Sequence[Shard], workers: int) -> AsyncItera
         while (done := await asyncio.to_thread(next, by_ray, None)) is not None:
             yield done
         return
-    async with Worker(job) as worker:
-        async for done in worker.compute(shards):
+    async with started(job.settings) as engine:
+        async for done in Worker(job, engine).compute(shards):
             yield done
 
 
@@ -173,7 +165,8 @@ class _Actor:
 
     def __init__(self, job: Job) -> None:
         self._runner = asyncio.Runner()
-        self._worker = self._runner.run(Worker(job).__aenter__())
+        self._started = started(job.settings)
+        self._worker = Worker(job, self._runner.run(self._started.__aenter__()))
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, list[Done]]:
         return {"done": self._runner.run(self._compute(list(batch["shard"])))}

@@ -124,7 +124,7 @@ class Tars(Source):
             raise BatchError(f"{path} is no whole tar file: {error}") from None
 
 
-class Rows(Source):
+class Tables(Source):
     """Parquet files with a column of encoded pictures: binary, or Hugging Face's struct of bytes and path.
 
     column: its name, found if None.  keep: columns that the results take over.  Raises BatchError.
@@ -189,11 +189,11 @@ class Rows(Source):
 def open_source(where: str, column: str | None = None, keep: Sequence[str] = ()) -> Source:
     """What is there: a folder, a file or a pattern, on disk or behind a URL.
 
-    column, keep: see Rows; of other sources they are refused.  Raises BatchError.
+    column, keep: see Tables; of other sources they are refused.  Raises BatchError.
     """
     system, path = open_place(where)
     folder, files = files_in(system, path)
-    kinds: dict[type[Source], list[Any]] = {Pictures: [], Tars: [], Rows: []}
+    kinds: dict[type[Source], list[Any]] = {Pictures: [], Tars: [], Tables: []}
     for info in files:
         kind = _kind(info.base_name.lower())
         if kind is not None:
@@ -206,8 +206,8 @@ def open_source(where: str, column: str | None = None, keep: Sequence[str] = ())
         counted = " and ".join(f"{len(found)} of {found[0].base_name}'s kind" for found in there.values())
         raise BatchError(f"{where} has {counted}: say which by a pattern, such as '{where.rstrip('/')}/*.tar'")
     ((kind, found),) = there.items()
-    if kind is Rows:
-        return Rows(system, folder, found, column, keep)
+    if kind is Tables:
+        return Tables(system, folder, found, column, keep)
     if column or keep:
         raise BatchError(f"--column and --keep are for Parquet; {where} has {found[0].base_name}")
     return kind(system, folder, found)
@@ -215,7 +215,7 @@ def open_source(where: str, column: str | None = None, keep: Sequence[str] = ())
 
 def _kind(name: str) -> type[Source] | None:
     if name.endswith(".parquet"):
-        return Rows
+        return Tables
     return Tars if name.endswith(TARS) else Pictures if name.endswith(SUFFIXES) else None
 
 

@@ -19,6 +19,7 @@ from app.images import decode
 from app.metrics import Metrics
 from app.settings import Settings
 from model import DinatImageProcessor
+from model.native import library
 from model.resample import Pixels
 
 log = structlog.get_logger("dinat")
@@ -102,6 +103,7 @@ class Engine:
         Calls on_started when it is over, either way.
         """
         self._loop = asyncio.get_running_loop()
+        await asyncio.to_thread(library)  # by which pictures are resized: if it must be compiled, then before they come
         await self.core.start()
         self.on_started()
 

@@ -1,17 +1,15 @@
 """Ray Serve with a FastAPI ingress and its dynamic batching, as its documentation has it."""
 
 import io
-import signal
 import sys
-import threading
 from typing import Any
 
-import ray
 import torch
 from fastapi import FastAPI, UploadFile
 from PIL import Image
 from ray import serve
 
+from benchmarks.peers.on_ray import run
 from model import DinatForImageClassification, DinatImageProcessor
 
 app = FastAPI()
@@ -38,11 +36,4 @@ class Classifier:
 
 
 if __name__ == "__main__":
-    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False)
-    serve.start(http_options={"host": "127.0.0.1", "port": int(sys.argv[2])})
-    serve.run(Classifier.bind(sys.argv[1]), route_prefix="/")
-    stopped = threading.Event()
-    signal.signal(signal.SIGTERM, lambda *_: stopped.set())
-    stopped.wait()
-    serve.shutdown()
-    ray.shutdown()
+    run(lambda: Classifier.bind(sys.argv[1]), int(sys.argv[2]))

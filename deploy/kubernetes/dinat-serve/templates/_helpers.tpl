@@ -29,6 +29,16 @@ fsGroupChangePolicy: OnRootMismatch
 seccompProfile: { type: RuntimeDefault }
 {{- end }}
 
+{{- define "dinat.resources" -}}
+requests:
+  {{- toYaml .Values.resources.requests | nindent 2 }}
+limits:
+  {{- toYaml .Values.resources.limits | nindent 2 }}
+  {{- if gt (int .Values.gpus) 0 }}
+  nvidia.com/gpu: {{ .Values.gpus }}
+  {{- end }}
+{{- end }}
+
 {{/* The container; `container` is its name, `model` where it finds the checkpoint, `name` what clients call that, `storage` from where KServe brings it. */}}
 {{- define "dinat.container" -}}
 name: {{ .container }}
@@ -63,13 +73,7 @@ env:
     valueFrom: { secretKeyRef: { name: {{ .secret }}, key: {{ .key }} } }
   {{- end }}{{ end }}
 resources:
-  requests:
-    {{- toYaml .root.Values.resources.requests | nindent 4 }}
-  limits:
-    {{- toYaml .root.Values.resources.limits | nindent 4 }}
-    {{- if gt (int .root.Values.gpus) 0 }}
-    nvidia.com/gpu: {{ .root.Values.gpus }}
-    {{- end }}
+  {{- include "dinat.resources" .root | nindent 2 }}
 securityContext:
   allowPrivilegeEscalation: false
   readOnlyRootFilesystem: true
