@@ -29,7 +29,7 @@ from app.allocator import keep_freed_memory
 from benchmarks.timing import ceiling, matrix_product, report, take_turns
 from model import DinatConfig, DinatForImageClassification, DinatImageProcessor
 from model.export import quantize
-from model.kernels import pack
+from model.packed import pack
 
 GIGA_MACS = {"mini": 2.695, "tiny": 4.295, "small": 7.772, "base": 13.677, "large": 30.458, "large-384": 89.505, "large-11x11-384": 92.085}  # fmt: skip # noqa: E501
 EXPORTED = {

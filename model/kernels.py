@@ -4,7 +4,7 @@ oneDNN's, with what follows a product in one kernel and with weights laid out on
 """
 
 from functools import cache
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -16,8 +16,6 @@ from model.processor import has_bf16
 _ONEDNN: Any = torch.ops.mkldnn if torch._C._has_mkldnn and hasattr(torch.ops.mkldnn, "_linear_pointwise") else None
 """oneDNN's kernels, which torch.compile uses too. They have no gradient."""
 
-Network = TypeVar("Network", bound=nn.Module)
-
 
 def product(x: Tensor, linear: nn.Module, gelu: bool = False, add: Tensor | None = None) -> Tensor:
     """linear(x), then the exact GELU if asked for, or a sum with `add`.
@@ -28,10 +26,10 @@ def product(x: Tensor, linear: nn.Module, gelu: bool = False, add: Tensor | None
     """
     if isinstance(linear, PackedLinear):
         return _fused(x, linear.packed, linear.bias, gelu, add)
-    if not isinstance(linear, nn.Linear) or _is_watched() or not _is_fast(x.device, x.dtype) or not _is_plain(linear):
-        y: Tensor = linear(x)
-        return F.gelu(y) if gelu else y if add is None else add + y
-    return _fused(x, linear.weight, linear.bias, gelu, add)
+    if isinstance(linear, nn.Linear) and is_plain(linear, nn.Linear) and _is_fast(x.device, x.dtype) and not _is_watched():
+        return _fused(x, linear.weight, linear.bias, gelu, add)
+    y: Tensor = linear(x)
+    return F.gelu(y) if gelu else y if add is None else add + y
 
 
 def _fused(x: Tensor, weight: Tensor, bias: Tensor | None, gelu: bool, add: Tensor | None) -> Tensor:
@@ -50,7 +48,7 @@ class LayerNorm(nn.LayerNorm):
         if x.dtype not in DTYPES or x.device.type != "cpu" or _is_watched() or not x.is_contiguous():
             return super().forward(x)
         found, channels = library(), x.shape[-1]
-        if found is None or channels % found.lanes or channels > MOST_CHANNELS or not self._fits(x):
+        if found is None or channels % found.lanes or not self._fits(x):
             return super().forward(x)
         out = torch.empty_like(x)
         found.layer_norm(
@@ -64,24 +62,6 @@ class LayerNorm(nn.LayerNorm):
     def _fits(self, x: Tensor) -> bool:
         """Whether the norm is over the last dimension, with weights of the same kind."""
         return self.normalized_shape == x.shape[-1:] and self.weight.dtype == x.dtype and self.weight.device == x.device
-
-
-MOST_CHANNELS = 4096
-"""As in layer_norm.c."""
-
-
-def pack(network: Network) -> Network:
-    """Lay a network's weights out once, as oneDNN's kernels want them, which otherwise do it at every call.
-
-    For inference on a CPU: the network, which is changed and returned, cannot be trained, moved, saved or exported any more.
-    Layers that oneDNN has no fast kernel for here are left as they are.
-    """
-    for module in network.modules():
-        for name, child in module.named_children():
-            packed = PACKED.get(type(child))
-            if packed is not None and _is_fast(child.weight.device, child.weight.dtype) and _is_plain(child):
-                setattr(module, name, packed(child))
-    return network
 
 
 class PackedLinear(nn.Module):
@@ -119,6 +99,15 @@ class PackedConvolution(nn.Module):
 PACKED: dict[type[nn.Module], Any] = {nn.Linear: PackedLinear, nn.Conv2d: PackedConvolution}
 
 
+def packed(module: nn.Module) -> nn.Module | None:
+    """A linear layer or a convolution with its weights laid out for oneDNN; None for what has no fast kernel here."""
+    if not is_plain(module, *PACKED):
+        return None
+    weight = module.get_parameter("weight")
+    made: nn.Module | None = PACKED[type(module)](module) if _is_fast(weight.device, weight.dtype) else None
+    return made
+
+
 @cache
 def _is_fast(device: torch.device, dtype: torch.dtype) -> bool:
     """Whether oneDNN's kernels are fast there."""
@@ -132,6 +121,6 @@ def _is_watched() -> bool:
     return torch.is_grad_enabled() or torch.is_autocast_enabled("cpu") or torch.compiler.is_compiling()
 
 
-def _is_plain(module: nn.Module) -> bool:
-    """Whether calling it is nothing but its product."""
-    return type(module) in PACKED and not (module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module))
+def is_plain(module: nn.Module, *kinds: type[nn.Module]) -> bool:
+    """Whether it is of one of these kinds itself, and calling it does nothing but what they do."""
+    return type(module) in kinds and not (module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module))

@@ -18,7 +18,7 @@ from model import ConfigError, DinatForImageClassification, DinatImageProcessor,
 from model.attention import bias_cache
 from model.attention.choice import candidates, chosen, reason, trying
 from model.checkpoint import Checkpoint
-from model.kernels import pack
+from model.packed import pack
 from model.processor import has_bf16
 from model.resample import Pixels
 

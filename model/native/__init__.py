@@ -23,7 +23,7 @@ import torch
 from model.processor import marks
 
 HERE = Path(__file__).parent
-SOURCES = [HERE / name for name in ("attention.c", "layer_norm.c", "resample.c")]
+SOURCES = sorted(HERE.glob("*.c"))
 FLAGS = ("-O3", "-fno-math-errno", "-fno-trapping-math", "-fopenmp", "-shared", "-fPIC", "-Wno-psabi")
 SECONDS = 120
 """How long a compiler may take: it needs two."""
@@ -63,29 +63,24 @@ class Library:
         """Raises OSError where it cannot be loaded, or the system does not let this process have the processor's units."""
         loaded = ctypes.CDLL(str(path))
         loaded.dinat_units.restype = ctypes.c_char_p
-        if loaded.dinat_units() is None:
+        units = loaded.dinat_units()
+        if units is None:
             raise OSError("the system refuses this process the matrix units")
         self.kind = kind
         self.lanes = int(loaded.dinat_lanes())
-        pointer, number = ctypes.c_void_p, ctypes.c_int64
-        self.attend, self.layer_norm = loaded.dinat_attend, loaded.dinat_layer_norm
-        self.attend.restype = None
-        self.attend.argtypes = [ctypes.c_int, *[pointer] * 4, *[number] * 5, pointer, number, *[pointer] * 3]
-        self.attend.argtypes += [ctypes.c_float, ctypes.c_int]
-        self.layer_norm.restype = None
-        self.layer_norm.argtypes = [ctypes.c_int, *[pointer] * 2, *[number] * 2, *[pointer] * 2, ctypes.c_float, ctypes.c_int]
-        self.resample = loaded.dinat_resample
-        self.resample.restype = None
-        self.resample.argtypes = [
-            ctypes.c_int,
-            ctypes.c_char_p,
-            *[number] * 2,
-            *[pointer] * 2,
-            *[number] * 2,
-            *[pointer] * 2,
-            number,
-        ]
-        self.resample.argtypes += [*[pointer] * 3, number]
+        self.has_matrix_units = units == b"matrix units"
+        """Whether there are project and complete: the kernels of whole layers, which need them."""
+        pointer, number, real, integer = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float, ctypes.c_int
+        self.attend, self.layer_norm, self.resample = loaded.dinat_attend, loaded.dinat_layer_norm, loaded.dinat_resample
+        self.attend.restype = self.layer_norm.restype = self.resample.restype = None
+        self.attend.argtypes = [integer, *[pointer] * 4, *[number] * 5, pointer, number, *[pointer] * 3, real, integer]
+        self.layer_norm.argtypes = [integer, *[pointer] * 2, *[number] * 2, *[pointer] * 2, real, integer]
+        self.resample.argtypes = [integer, ctypes.c_char_p, *[number] * 2, *[pointer] * 2, *[number] * 2, *[pointer] * 2]
+        self.resample.argtypes += [number, *[pointer] * 3, number]
+        if self.has_matrix_units:
+            self.project, self.complete = loaded.dinat_project, loaded.dinat_complete
+            self.project.argtypes = [*[pointer] * 2, *[number] * 3, *[pointer] * 2, real, *[pointer] * 2, integer]
+            self.complete.argtypes = [*[pointer] * 3, *[number] * 3, *[pointer] * 4, real, *[pointer] * 4, integer]
 
 
 @cache
@@ -157,7 +152,7 @@ def cache_folder() -> Path:
 
 
 def _file_name(kind: Kind) -> str:
-    written = b"".join(path.read_bytes() for path in (*SOURCES, HERE / "vectors.h"))
+    written = b"".join(path.read_bytes() for path in (*SOURCES, *sorted(HERE.glob("*.h"))))
     digest = hashlib.sha256(written + repr((FLAGS, kind.flags)).encode()).hexdigest()[:16]
     return f"kernels-{kind.name}-{digest}.so"
 

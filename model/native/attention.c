@@ -4,6 +4,7 @@
  * Where the processor has matrix units (AMX) bfloat16 goes through them. model/attention/compiled.py calls it;
  * model/attention/tiled.py says what a tile is. */
 
+#include "matrix_units.h"
 #include "vectors.h"
 
 #ifdef __AMX_BF16__
@@ -45,6 +46,12 @@ static inline __attribute__((always_inline)) floats power(floats x, const int is
 #else
     return (floats)(~(x < -126.0f) & ((ints)y + ((ints)shifted << 23)));
 #endif
+}
+
+static inline floats largest(const floats *some) {
+    floats most = some[0];
+    for (int j = 1; j < BLOCK; j++) most = larger(some[j], most);
+    return most;
 }
 
 /* 2^(s - max) of each lane over its keys, in place; returns the sums. */
@@ -137,7 +144,8 @@ static inline __attribute__((always_inline)) void attend_by_vectors(const tile *
         read_row(t->v, t->keys[key] * t->stride, values[key], is_half);
     }
     memset(keys[count], 0, (padded - count) * sizeof *keys);
-    floats most = splat(-__builtin_inff());
+    floats most[BLOCK];
+    for (int j = 0; j < BLOCK; j++) most[j] = splat(-__builtin_inff());
     for (int64_t key = 0; key < padded; key += BLOCK) {
         floats sums[BLOCK] = {{0}};
         for (int i = 0; i < DIM; i++)
@@ -146,10 +154,10 @@ static inline __attribute__((always_inline)) void attend_by_vectors(const tile *
 #pragma GCC unroll 8
         for (int j = 0; j < BLOCK; j++) {
             s[key + j] = sums[j] * t->scale + load(t->bias, (key + j) * LANES, 0);
-            most = larger(s[key + j], most);
+            most[j] = larger(s[key + j], most[j]);
         }
     }
-    floats sum = softmax(s, count, most, is_half);
+    floats sum = softmax(s, count, largest(most), is_half), share = 1.0f / sum;
     for (int from = 0; from < DIM; from += DIMS) {
         floats sums[DIMS] = {{0}};
         for (int64_t key = 0; key < count; key++) {
@@ -157,7 +165,7 @@ static inline __attribute__((always_inline)) void attend_by_vectors(const tile *
 #pragma GCC unroll 16
             for (int i = 0; i < DIMS; i++) sums[i] += weight * values[key][from + i];
         }
-        for (int i = 0; i < DIMS; i++) out[from + i] = sums[i] / sum;
+        for (int i = 0; i < DIMS; i++) out[from + i] = sums[i] * share;
     }
     to_rows(out, rows);
     for (int64_t lane = 0; lane < t->query_count; lane++)
@@ -173,12 +181,6 @@ static void attend_bfloat16(const tile *t) { attend_by_vectors(t, 1); }
 const char *dinat_units(void) { return "vectors"; }
 
 #else
-
-typedef struct {
-    uint8_t palette, start, unused[14];
-    uint16_t bytes[16];
-    uint8_t rows[16];
-} __attribute__((aligned(64))) tile_shapes;
 
 static inline words bfloats(floats x) { return from_halves((halves)_mm512_cvtneps_pbh((__m512)x)); }
 
@@ -204,12 +206,15 @@ static void attend_bfloat16(const tile *t) {
         _tile_dpbf16ps(2, 1, 0);
         _tile_stored(2, s + key, 64);
     }
-    floats most = splat(-__builtin_inff());
-    for (int64_t key = 0; key < count; key++) {
-        s[key] = s[key] * t->scale + load(t->bias, key * LANES, 0);
-        most = larger(s[key], most);
-    }
-    floats sum = softmax(s, count, most, 1);
+    floats most[BLOCK];
+    for (int j = 0; j < BLOCK; j++) most[j] = splat(-__builtin_inff());
+    for (int64_t key = 0; key < count; key += BLOCK)
+#pragma GCC unroll 8
+        for (int j = 0; j < BLOCK; j++) {
+            s[key + j] = s[key + j] * t->scale + load(t->bias, (key + j) * LANES, 0);
+            most[j] = larger(s[key + j], most[j]);
+        }
+    floats sum = softmax(s, count, largest(most), 1);
     _tile_zero(2);
     _tile_zero(3);
     for (int64_t key = 0; key < count; key += 32) {
@@ -272,15 +277,8 @@ void dinat_attend(int is_half, const void *q, const void *k, const void *v, void
 #pragma omp parallel num_threads(threads)
     {
 #ifdef __AMX_BF16__
-        tile_shapes before, mine = {.palette = 1};
-        for (int i = 0; i < 5; i++) {
-            mine.bytes[i] = 64;
-            mine.rows[i] = 16;
-        }
-        if (is_half) {
-            _tile_storeconfig(&before);
-            _tile_loadconfig(&mine);
-        }
+        tile_shapes before;
+        if (is_half) take_units(&before);
 #endif
 #pragma omp for schedule(static)
         for (int64_t item = 0; item < images * tile_count * heads; item++) {
@@ -308,12 +306,7 @@ void dinat_attend(int is_half, const void *q, const void *k, const void *v, void
                 attend_float(&t);
         }
 #ifdef __AMX_BF16__
-        if (is_half) {
-            if (before.palette)
-                _tile_loadconfig(&before);
-            else
-                _tile_release();
-        }
+        if (is_half) give_units_back(&before);
 #endif
     }
 }

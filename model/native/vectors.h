@@ -25,7 +25,14 @@ static inline floats splat(float x) { return x - (floats){0}; }
 
 static inline floats choose(ints mask, floats a, floats b) { return (floats)((mask & (ints)a) | (~mask & (ints)b)); }
 
-static inline floats larger(floats a, floats b) { return choose(a > b, a, b); }
+/* b where one is NaN. */
+static inline floats larger(floats a, floats b) {
+#ifdef __AVX512F__
+    return (floats)_mm512_max_ps((__m512)a, (__m512)b);
+#else
+    return choose(a > b, a, b);
+#endif
+}
 
 static inline words from_halves(halves x) {
 #ifdef __AVX512F__
