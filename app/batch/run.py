@@ -1,6 +1,7 @@
 """The work of a batch: shards through an engine, in this process or in Ray's actors."""
 
 import asyncio
+import logging
 from collections.abc import AsyncIterator, Iterable, Iterator, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
@@ -140,24 +141,29 @@ def _by_ray(job: Job, shards: Sequence[Shard], workers: int) -> Iterator[Done]:
 
     Each has a card, or its share of the processors. An actor that dies is replaced, and what it had not written computed again.
     """
-    import ray
+    import ray.data
 
     from app.on_ray import share
 
-    ray.init(ignore_reinit_error=True, log_to_driver=False)
+    ray.init(log_to_driver=False, logging_level=logging.ERROR)
+    logging.getLogger("ray.data").setLevel(logging.CRITICAL)  # what is an error is raised
     ray.data.DataContext.get_current().enable_progress_bars = False
-    waiting = ray.data.from_items(
-        [{"shard": shard} for shard in shards], override_num_blocks=-(-len(shards) // SHARDS_AT_ONCE)
-    ).map_batches(
-        _Actor,
-        fn_constructor_args=(job,),
-        compute=ray.data.ActorPoolStrategy(size=workers),
-        batch_size=SHARDS_AT_ONCE,
-        max_restarts=-1,
-        **share(job.settings, workers),
-    )
-    for row in waiting.iter_rows():
-        yield row["done"]
+    blocks = -(-len(shards) // SHARDS_AT_ONCE)
+    workers = min(workers, blocks)
+    try:
+        waiting = ray.data.from_items([{"shard": shard} for shard in shards], override_num_blocks=blocks).map_batches(
+            _Actor,
+            fn_constructor_args=(job,),
+            compute=ray.data.ActorPoolStrategy(size=workers),
+            batch_size=SHARDS_AT_ONCE,
+            **share(job.settings, workers),
+        )
+        for row in waiting.iter_rows():
+            yield row["done"]
+    except ray.exceptions.RayError as error:  # its last line is that of the worker
+        raise BatchError(f"a worker on Ray: {str(error).rstrip().rpartition(chr(10))[2]}") from None
+    finally:
+        ray.shutdown()
 
 
 class _Actor:

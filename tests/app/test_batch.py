@@ -15,8 +15,11 @@ import pyarrow as pa
 import pyarrow.dataset as ds
 import pyarrow.parquet as pq
 import pytest
+import torch
+from safetensors.torch import save_file
 
 from app.cli import main
+from model.files import EMBEDDED
 from tests.app.conftest import DIGITS
 
 PICTURES = sorted(DIGITS.glob("*.png"))
@@ -245,3 +248,28 @@ def test_on_ray_two_workers_give_the_same_rows(tmp_path: Path) -> None:
     assert [row["path"] for row in two] == [row["path"] for row in one]
     assert [row["labels"][0] for row in two] == [row["labels"][0] for row in one]
     assert np.allclose([row["scores"] for row in two], [row["scores"] for row in one], atol=1e-5)
+
+
+def test_an_engine_that_does_not_start_on_ray_is_one_line_at_the_end(tmp_path: Path) -> None:
+    pytest.importorskip("ray", reason="Ray is not installed")
+    model = tmp_path / "model"
+    model.mkdir()
+    for name in ("config.json", "preprocessor_config.json"):
+        shutil.copy(EMBEDDED["digits"] / name, model)
+    save_file({"classifier.bias": torch.zeros(10)}, model / "model.safetensors")
+    words = [
+        sys.executable,
+        "-m",
+        "app.cli",
+        "batch",
+        str(DIGITS),
+        str(tmp_path / "out"),
+        "--model",
+        str(model),
+        "--workers",
+        "2",
+    ]
+    done = subprocess.run(words, timeout=110, capture_output=True, text=True)
+    assert done.returncode == 1
+    last = done.stderr.splitlines()[-1]
+    assert last.startswith("dinat: a worker on Ray: ") and f"the weights of {model} do not fit their configuration" in last
