@@ -78,6 +78,10 @@ class PackedLinear(nn.Module):
         return product(x, self)
 
 
+BATCH, SIDE = 8, 56
+"""For maps of what size a convolution's weights are laid out; without any it can be what all are slow with, up to 25 times."""
+
+
 class PackedConvolution(nn.Module):
     """A convolution whose weights lie as oneDNN wants them, of maps with their channels last in memory."""
 
@@ -86,7 +90,8 @@ class PackedConvolution(nn.Module):
         self.where = [list(map(int, numbers)) for numbers in (convolution.padding, convolution.stride, convolution.dilation)]
         with torch.inference_mode():
             weight = convolution.weight.detach().contiguous(memory_format=torch.channels_last)
-            self.packed = _ONEDNN._reorder_convolution_weight(weight, *self.where, convolution.groups, None)
+            size = [BATCH, convolution.in_channels, SIDE, SIDE]
+            self.packed = _ONEDNN._reorder_convolution_weight(weight, *self.where, convolution.groups, size)
         self.bias = None if convolution.bias is None else convolution.bias.detach()
         self.groups = convolution.groups
 
@@ -101,11 +106,16 @@ PACKED: dict[type[nn.Module], Any] = {nn.Linear: PackedLinear, nn.Conv2d: Packed
 
 def packed(module: nn.Module) -> nn.Module | None:
     """A linear layer or a convolution with its weights laid out for oneDNN; None for what has no fast kernel here."""
-    if not is_plain(module, *PACKED):
+    if not is_plain(module, *PACKED) or (isinstance(module, nn.Conv2d) and not _has_numbers(module)):
         return None
     weight = module.get_parameter("weight")
     made: nn.Module | None = PACKED[type(module)](module) if _is_fast(weight.device, weight.dtype) else None
     return made
+
+
+def _has_numbers(convolution: nn.Conv2d) -> bool:
+    """Whether its padding is zeros, as many as numbers say."""
+    return convolution.padding_mode == "zeros" and not isinstance(convolution.padding, str)
 
 
 @cache

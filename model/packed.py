@@ -1,6 +1,6 @@
 """The network for inference on a CPU: weights laid out once, layers by a kernel of their own where there are matrix units."""
 
-from typing import TypeVar
+from typing import Self, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -25,7 +25,12 @@ def pack(network: Network) -> Network:
     """
     for module in network.modules():
         for name, child in module.named_children():
-            made = PackedLayer(child) if isinstance(child, Layer) and takes(child) else packed(child)
+            if isinstance(child, Layer) and takes(child):
+                made: nn.Module | None = PackedLayer(child)
+            elif isinstance(child, nn.Conv2d) and takes_convolution(child):
+                made = PanelConvolution(child)
+            else:
+                made = packed(child)
             if made is not None:
                 setattr(module, name, made)
     return network
@@ -40,7 +45,6 @@ def takes(layer: Layer) -> bool:
     return (
         all(is_plain(module, *KNOWN) for module in layer.modules())
         and all(weight.dtype == torch.bfloat16 and weight.device.type == "cpu" for weight in layer.parameters())
-        and layer.layer_scale_parameters is None
         and layer.intermediate.activation is F.gelu
         and channels % PANEL == hidden % PANEL == 0
         and channels == attention.heads * compiled.HEAD_DIM
@@ -66,8 +70,9 @@ class PackedLayer(nn.Module):
         attention = layer.attention.self
         assert attention.qkv is not None
         self.before, self.after = layer.layernorm_before, layer.layernorm_after
-        self.qkv, self.output = _Panels(attention.qkv), _Panels(layer.attention.output.dense)
-        self.up, self.down = _Panels(layer.intermediate.dense), _Panels(layer.output.dense)
+        scales = (None, None) if layer.layer_scale_parameters is None else layer.layer_scale_parameters
+        self.qkv, self.up = _Panels.of(attention.qkv), _Panels.of(layer.intermediate.dense)
+        self.output, self.down = _Panels.of(layer.attention.output.dense, scales[0]), _Panels.of(layer.output.dense, scales[1])
         self.heads, self.rpb = attention.heads, attention.rpb
         self.kernel_size, self.dilation, self.window = attention.kernel_size, attention.dilation, layer.attention.window
 
@@ -112,15 +117,58 @@ class PackedLayer(nn.Module):
         return out
 
 
-class _Panels:
-    """A linear layer's weights as layer.c reads them, tile after tile."""
+def takes_convolution(convolution: nn.Conv2d) -> bool:
+    """Whether the kernel of the convolutions between the stages, which is for matrix units too, is there and knows this one."""
+    found, c = library(), convolution
+    return (
+        (found is not None and found.has_matrix_units)
+        and (is_plain(c, nn.Conv2d) and c.weight.dtype == torch.bfloat16 and c.weight.device.type == "cpu")
+        and (c.kernel_size, c.stride, c.padding, c.dilation, c.groups) == ((3, 3), (2, 2), (1, 1), (1, 1), 1)
+        and c.padding_mode == "zeros"
+        and c.in_channels % PANEL == c.out_channels % PANEL == 0
+    )
 
-    def __init__(self, linear: nn.Linear) -> None:
-        outputs, inputs = linear.weight.shape
-        tiles = linear.weight.detach().view(outputs // PANEL, PANEL // TILE, TILE, inputs // PANEL, TILE, 2)
+
+class PanelConvolution(nn.Module):
+    """A convolution of 3 x 3 and stride 2, in bfloat16, of maps with their channels last in memory.
+
+    oneDNN's is as fast where its weights lie right for the size of the map, which changes, and where not up to 25 times slower.
+    """
+
+    def __init__(self, convolution: nn.Conv2d) -> None:
+        super().__init__()
+        self.panels = _Panels(convolution.weight.permute(0, 2, 3, 1).flatten(1), convolution.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, C, H, W) -> (B, out_channels, H/2, W/2), rounded up."""
+        x = x.permute(0, 2, 3, 1).contiguous()
+        images, height, width, channels = x.shape
+        out = x.new_empty(images, -(-height // 2), -(-width // 2), self.panels.outputs)
+        failed = _library().convolve(
+            *(x.data_ptr(), out.data_ptr(), images, height, width, channels, self.panels.outputs),
+            *(*self.panels.pointers(), torch.get_num_threads()),
+        )
+        _check(failed)
+        return out.permute(0, 3, 1, 2)
+
+
+class _Panels:
+    """The weights of a product as layer.c reads them, tile after tile. weight: (outputs, inputs)."""
+
+    def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
+        outputs, inputs = weight.shape
+        tiles = weight.detach().reshape(outputs // PANEL, PANEL // TILE, TILE, inputs // PANEL, TILE, 2)
         self.outputs = outputs
         self.weight = tiles.permute(0, 3, 1, 4, 2, 5).contiguous()
-        self.bias = torch.zeros(outputs) if linear.bias is None else linear.bias.detach().float()
+        self.bias = torch.zeros(outputs) if bias is None else bias.detach().float()
+
+    @classmethod
+    def of(cls, linear: nn.Linear, scale: Tensor | None = None) -> Self:
+        """Those of a linear layer, times the layer scale of its outputs if there is one."""
+        if scale is None:
+            return cls(linear.weight, linear.bias)
+        bias = None if linear.bias is None else linear.bias.float() * scale.float()
+        return cls((linear.weight.float() * scale.float()[:, None]).bfloat16(), bias)
 
     def pointers(self) -> tuple[int, int]:
         return self.weight.data_ptr(), self.bias.data_ptr()

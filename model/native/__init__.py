@@ -69,7 +69,7 @@ class Library:
         self.kind = kind
         self.lanes = int(loaded.dinat_lanes())
         self.has_matrix_units = units == b"matrix units"
-        """Whether there are project and complete: the kernels of whole layers, which need them."""
+        """Whether there are project, complete and convolve, the kernels of layer.c, which need them."""
         pointer, number, real, integer = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float, ctypes.c_int
         self.attend, self.layer_norm, self.resample = loaded.dinat_attend, loaded.dinat_layer_norm, loaded.dinat_resample
         self.attend.restype = self.layer_norm.restype = self.resample.restype = None
@@ -78,9 +78,10 @@ class Library:
         self.resample.argtypes = [integer, ctypes.c_char_p, *[number] * 2, *[pointer] * 2, *[number] * 2, *[pointer] * 2]
         self.resample.argtypes += [number, *[pointer] * 3, number]
         if self.has_matrix_units:
-            self.project, self.complete = loaded.dinat_project, loaded.dinat_complete
+            self.project, self.complete, self.convolve = loaded.dinat_project, loaded.dinat_complete, loaded.dinat_convolve
             self.project.argtypes = [*[pointer] * 2, *[number] * 3, *[pointer] * 2, real, *[pointer] * 2, integer]
             self.complete.argtypes = [*[pointer] * 3, *[number] * 3, *[pointer] * 4, real, *[pointer] * 4, integer]
+            self.convolve.argtypes = [*[pointer] * 2, *[number] * 5, *[pointer] * 2, integer]
 
 
 @cache

@@ -1,6 +1,7 @@
 /* What a layer does besides its attention, in bfloat16 on matrix units (AMX): products over each position's channels, with
  * the layer norm before them and the GELU or the sum after them. A few rows at a time go through all of it, so that nothing
- * but the map itself is written to memory. model/packed.py calls it. */
+ * but the map itself is written to memory. And the convolutions between the stages, which are such products too.
+ * model/packed.py calls it. */
 
 #include "layer_norm.h"
 #include "matrix_units.h"
@@ -10,9 +11,17 @@
 #include <omp.h>
 #include <stdlib.h>
 
-/* ROWS: of one step of a product, two tiles.  BLOCK_ROWS: that go through a layer together.  SHARED_ROWS: below so many for
- * each thread, all threads work on all rows, each on columns of its own: weights are then what costs, and are read once. */
-enum { ROWS = 32, BLOCK_ROWS = 64, SHARED_ROWS = 256 };
+/* ROWS: of one step of a product, two tiles.  SHARED_ROWS: below so many for each thread, all threads work on all rows, each
+ * on columns of its own: weights are then what costs, and are read once. */
+enum { ROWS = 32, SHARED_ROWS = 256 };
+
+/* Rows that go through a layer together: few, which stay in the nearest cache, or more, where a layer's weights are too many for
+ * the next one and are read from afar for each. As many for all threads. */
+static int64_t block_rows(int64_t rows, int64_t channels, int64_t threads) {
+    const int64_t most = threads * (channels <= 256 ? 64 : 256);
+    const int64_t blocks = (rows + most - 1) / most * threads;
+    return (rows + blocks - 1) / blocks;
+}
 
 /* weight: panel by panel of outputs, PANEL inputs at a time, two tiles each: row i of a tile holds inputs 2i and 2i + 1 of its
  * 16 outputs, side by side. */
@@ -67,6 +76,7 @@ static inline __attribute__((always_inline)) void finish(const step *s, int64_t 
 static inline __attribute__((always_inline)) void multiply(matrix x, const linear *w, matrix add, matrix out, int64_t rows,
                                                            int64_t part, int64_t parts, const epilogue after) {
     const int64_t panels = w->outputs / PANEL, inner = w->inputs / PANEL, share = (ROWS + inner - 1) / inner;
+    const int64_t groups = (rows + ROWS - 1) / ROWS, lines = (PANEL + groups - 1) / groups; /* of the next panel, for a step */
     step steps[2], *now = &steps[0], *before = &steps[1];
     before->row = before->column = before->count = 0;
     for (int64_t panel = panels * part / parts; panel < panels * (part + 1) / parts; panel++)
@@ -80,6 +90,8 @@ static inline __attribute__((always_inline)) void multiply(matrix x, const linea
             _tile_zero(3);
             for (int64_t k = 0; k < inner; k++, from += x.panel_stride, weight += PANEL * PANEL) {
                 _tile_loadd(6, weight, 64);
+                const uint16_t *next = weight + PANEL * w->inputs + row / ROWS * lines * PANEL;
+                for (int64_t line = 0; line < lines; line++) _mm_prefetch(next + line * PANEL, _MM_HINT_T1);
                 _tile_loadd(4, from, x.row_stride * 2);
                 _tile_loadd(7, weight + 16 * PANEL, 64);
                 _tile_dpbf16ps(0, 4, 6);
@@ -128,19 +140,28 @@ typedef struct {
     linear qkv, output, up, down;
 } layer;
 
-/* One thread's work: rows of a map, columns of one part out of `parts`. x: the map that came in.  attended: what attention
- * made of it.  laid, hidden: room for the rows as panels, with the channels of the map and of the MLP; hidden is shared by all
- * parts. */
+/* A convolution of 3 x 3, of stride 2 and with one position of zeros around: a product over nine positions' channels. */
+typedef struct {
+    linear all;
+    int64_t height, width, channels;
+} convolution;
+
+/* One thread's work: `rows` rows of a map from the first on, columns of one part out of `parts`. x: the map that came in.
+ * attended: what attention made of it.  laid, hidden: room for the rows as panels, with a product's inputs and with the channels
+ * of the MLP; hidden is shared by all parts. */
 typedef struct {
     const uint16_t *x, *attended;
     uint16_t *out;
-    int64_t rows, part, parts;
+    int64_t first, rows, part, parts;
     matrix laid, hidden;
 } work;
 
-static void project(const layer *l, const work *job) {
-    lay(&l->before, job->x, job->laid, job->rows, l->qkv.inputs);
-    multiply(job->laid, &l->qkv, job->laid, in_rows(job->out, l->qkv.outputs), job->rows, job->part, job->parts, NOTHING);
+static void project(const void *of, const work *job) {
+    const layer *l = of;
+    const int64_t channels = l->qkv.inputs, outputs = l->qkv.outputs;
+    const matrix out = in_rows(job->out + job->first * outputs, outputs);
+    lay(&l->before, job->x + job->first * channels, job->laid, job->rows, channels);
+    multiply(job->laid, &l->qkv, job->laid, out, job->rows, job->part, job->parts, NOTHING);
 }
 
 static inline void wait_for_others(const work *job) {
@@ -149,44 +170,67 @@ static inline void wait_for_others(const work *job) {
     }
 }
 
-static void complete(const layer *l, const work *job) {
-    const int64_t channels = l->output.outputs;
-    const matrix x = in_rows(job->x, channels), out = in_rows(job->out, channels), laid = job->laid, hidden = job->hidden;
-    lay(&(norm){0}, job->attended, laid, job->rows, channels);
+static void complete(const void *of, const work *job) {
+    const layer *l = of;
+    const int64_t channels = l->output.outputs, from = job->first * channels;
+    const matrix x = in_rows(job->x + from, channels), out = in_rows(job->out + from, channels), laid = job->laid;
+    lay(&(norm){0}, job->attended + from, laid, job->rows, channels);
     multiply(laid, &l->output, x, out, job->rows, job->part, job->parts, SUM);
     wait_for_others(job);
-    lay(&l->after, job->out, laid, job->rows, channels);
-    multiply(laid, &l->up, laid, hidden, job->rows, job->part, job->parts, GELU);
+    lay(&l->after, out.data, laid, job->rows, channels);
+    multiply(laid, &l->up, laid, job->hidden, job->rows, job->part, job->parts, GELU);
     wait_for_others(job);
-    multiply(hidden, &l->down, out, out, job->rows, job->part, job->parts, SUM);
+    multiply(job->hidden, &l->down, out, out, job->rows, job->part, job->parts, SUM);
 }
 
-/* Do a part of a layer to all rows of a map. Returns 0, or 1 where there is no memory. */
-static int over_rows(void (*part_of_layer)(const layer *, const work *), const layer *l, const uint16_t *x,
-                     const uint16_t *attended, uint16_t *out, int64_t rows, int64_t inputs, int64_t outputs, int threads) {
-    const int is_shared = rows < SHARED_ROWS * threads;
-    const int64_t most = is_shared ? rows : BLOCK_ROWS, held = (most + ROWS - 1) / ROWS * ROWS;
-    uint16_t *room = aligned_alloc(64, (inputs + l->up.outputs) * held * threads * sizeof *room);
+static void convolve(const void *of, const work *job) {
+    const convolution *c = of;
+    const int64_t height = (c->height + 1) / 2, width = (c->width + 1) / 2;
+    for (int64_t row = 0; row < job->rows; row++)
+        for (int64_t tap = 0; tap < 9; tap++) {
+            const int64_t at = job->first + row, image = at / width / height;
+            const int64_t y = at / width % height * 2 + tap / 3 - 1, x = at % width * 2 + tap % 3 - 1;
+            const int is_inside = y >= 0 && y < c->height && x >= 0 && x < c->width;
+            const uint16_t *from = job->x + ((image * c->height + y) * c->width + x) * c->channels;
+            for (int64_t i = 0; i < c->channels; i += PANEL) {
+                uint16_t *to = (uint16_t *)job->laid.data + place(job->laid, row, tap * c->channels + i);
+                if (is_inside)
+                    memcpy(to, from + i, PANEL * sizeof *to);
+                else
+                    memset(to, 0, PANEL * sizeof *to);
+            }
+        }
+    const matrix out = in_rows(job->out + job->first * c->all.outputs, c->all.outputs);
+    multiply(job->laid, &c->all, job->laid, out, job->rows, job->part, job->parts, NOTHING);
+}
+
+/* Do something to all rows of a map. inputs: of its first product;  hidden: channels of the MLP.  Returns 0, or 1 where there is
+ * no memory. */
+static int over_rows(void (*what)(const void *, const work *), const void *of, work all, int64_t inputs, int64_t hidden,
+                     int threads) {
+    const int is_shared = all.rows < SHARED_ROWS * threads;
+    const int64_t most = is_shared ? all.rows : block_rows(all.rows, inputs, threads), held = (most + ROWS - 1) / ROWS * ROWS;
+    uint16_t *room = aligned_alloc(64, (inputs + hidden) * held * threads * sizeof *room);
     if (!room) return 1;
 #pragma omp parallel num_threads(threads)
     {
         tile_shapes before;
         take_units(&before);
-        uint16_t *laid = room + (inputs + l->up.outputs) * held * omp_get_thread_num();
-        work job = {x, attended, out, rows, 0, 1, in_panels(laid, held), in_panels(laid + inputs * held, held)};
+        work job = all;
+        uint16_t *mine = room + (inputs + hidden) * held * omp_get_thread_num();
+        job.laid = in_panels(mine, held);
+        job.hidden = in_panels((is_shared ? room : mine) + inputs * held, held);
+        job.parts = 1;
         if (is_shared) {
             job.part = omp_get_thread_num();
             job.parts = omp_get_num_threads();
-            job.hidden.data = room + inputs * held;
-            part_of_layer(l, &job);
+            what(of, &job);
         } else {
 #pragma omp for schedule(dynamic)
-            for (int64_t row = 0; row < rows; row += BLOCK_ROWS) {
-                job.x = x + row * inputs;
-                job.attended = attended + row * inputs;
-                job.out = out + row * outputs;
-                job.rows = rows - row < BLOCK_ROWS ? rows - row : BLOCK_ROWS;
-                part_of_layer(l, &job);
+            for (int64_t row = 0; row < all.rows; row += most) {
+                job.first = row;
+                job.rows = all.rows - row < most ? all.rows - row : most;
+                what(of, &job);
             }
         }
         give_units_back(&before);
@@ -200,7 +244,7 @@ static int over_rows(void (*part_of_layer)(const layer *, const work *), const l
 int dinat_project(const void *x, void *out, int64_t rows, int64_t channels, int64_t outputs, const void *norm_weight,
                   const void *norm_bias, float eps, const void *weight, const float *bias, int threads) {
     const layer l = {.before = {norm_weight, norm_bias, eps}, .qkv = {weight, bias, channels, outputs}};
-    return over_rows(project, &l, x, 0, out, rows, channels, outputs, threads);
+    return over_rows(project, &l, (work){.x = x, .out = out, .rows = rows}, channels, 0, threads);
 }
 
 /* The rest of a layer.  attended: what attention made;  x: what came in;  all (rows, channels).  Returns as dinat_project. */
@@ -214,7 +258,17 @@ int dinat_complete(const void *attended, const void *x, void *out, int64_t rows,
         .up = {up_weight, up_bias, channels, hidden},
         .down = {down_weight, down_bias, hidden, channels},
     };
-    return over_rows(complete, &l, x, attended, out, rows, channels, channels, threads);
+    const work all = {.x = x, .attended = attended, .out = out, .rows = rows};
+    return over_rows(complete, &l, all, channels, hidden, threads);
+}
+
+/* x: (images, height, width, channels);  out: (images, half of them, rounded up, outputs).  weight: its inputs are the channels
+ * of nine positions, row by row.  Returns as dinat_project. */
+int dinat_convolve(const void *x, void *out, int64_t images, int64_t height, int64_t width, int64_t channels, int64_t outputs,
+                   const void *weight, const float *bias, int threads) {
+    const convolution c = {{weight, bias, 9 * channels, outputs}, height, width, channels};
+    const work all = {.x = x, .out = out, .rows = images * ((height + 1) / 2) * ((width + 1) / 2)};
+    return over_rows(convolve, &c, all, 9 * channels, 0, threads);
 }
 
 #endif

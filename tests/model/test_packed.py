@@ -4,6 +4,7 @@ import copy
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import pytest
 import torch
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 from model import DinatConfig, native, packed
 from model.dinat import Layer
 from model.kernels import PackedLinear
-from model.packed import PackedLayer, pack
+from model.packed import PackedLayer, PanelConvolution, pack
 
 _FOUND = native.library()
 pytestmark = pytest.mark.skipif(_FOUND is None or not _FOUND.has_matrix_units, reason="no matrix units, or no C compiler")
@@ -67,6 +68,7 @@ def problems(draw: st.DrawFn) -> tuple[Layer, Tensor, int]:
         seed=draw(st.integers(0, 2**16)),
         mlp_ratio=draw(st.sampled_from([1.0, 2.0, 3.0])),
         qkv_bias=draw(st.booleans()),
+        layer_scale_init_value=draw(st.sampled_from([0.0, 1.0])),
     )
     size = draw(st.integers(1, 3)), draw(st.integers(1, 30)), draw(st.integers(1, 30))
     return layer, torch.randn(*size, layer.output.dense.out_features).bfloat16(), draw(st.integers(1, 4))
@@ -141,7 +143,7 @@ def test_what_the_kernel_does_not_know_is_left_to_other_kernels() -> None:
         layer.attention.self.backend = "tiled"
         return layer
 
-    odd = a_layer(layer_scale_init_value=0.5), a_layer(hidden_act="relu"), a_layer(mlp_ratio=0.75), a_layer(kernel_size=15)
+    odd = a_layer(hidden_act="relu"), a_layer(mlp_ratio=0.75), a_layer(kernel_size=15)
     for layer in (*odd, a_layer().float(), hooked(a_layer()), parted(a_layer()), by_tiles(a_layer())):
         x = torch.randn(1, 13, 14, 64).to(layer.output.dense.weight.dtype)
         expected = exactly(layer, x)
@@ -155,6 +157,45 @@ def test_a_map_that_is_not_in_a_row_is_taken() -> None:
     layer, x = a_layer(), torch.randn(2, 64, 12, 9).bfloat16().permute(0, 2, 3, 1)
     assert not x.is_contiguous()
     assert torch.equal(by_kernel(layer, x), by_kernel(layer, x.contiguous()))
+
+
+@settings(deadline=None, max_examples=40)
+@given(
+    st.integers(1, 3), st.integers(1, 40), st.integers(1, 40), st.sampled_from([32, 64, 96]), st.booleans(), st.integers(1, 4)
+)
+def test_a_convolution_is_as_exact_as_pytorchs(
+    images: int, height: int, width: int, channels: int, has_bias: bool, count: int
+) -> None:
+    torch.manual_seed(height)
+    convolution = nn.Conv2d(channels, 2 * channels, 3, stride=2, padding=1, bias=has_bias).bfloat16()
+    x = torch.randn(images, height, width, channels).bfloat16().permute(0, 3, 1, 2)
+    [made] = pack(nn.ModuleList([copy.deepcopy(convolution)]))
+    assert isinstance(made, PanelConvolution)
+    with torch.inference_mode(), threads(count):
+        expected = convolution.double()(x.double())
+        got = made(x)
+    assert got.shape == expected.shape and error(got, expected) <= 5e-3
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"stride": 1},
+        {"padding": 0},
+        {"groups": 2},
+        {"dilation": 2},
+        {"padding_mode": "reflect"},
+        {"kernel_size": 5},
+        {"stride": 1, "padding": "same"},
+    ],
+)
+def test_another_convolution_is_left_to_other_kernels(settings: dict[str, Any]) -> None:
+    convolution = nn.Conv2d(64, 64, **{"kernel_size": 3, "stride": 2, "padding": 1, **settings}).bfloat16()
+    x = torch.randn(1, 64, 12, 12).bfloat16()
+    [made] = pack(nn.ModuleList([copy.deepcopy(convolution)]))
+    assert not isinstance(made, PanelConvolution)
+    with torch.inference_mode():
+        assert error(made(x), convolution.double()(x.double())) <= 1e-2
 
 
 def test_no_memory_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
