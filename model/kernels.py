@@ -79,7 +79,7 @@ class PackedLinear(nn.Module):
 
 
 BATCH, SIDE = 8, 56
-"""For maps of what size a convolution's weights are laid out; without any it can be what all are slow with, up to 25 times."""
+"""Size of the maps that weights of convolutions are laid out for. For none oneDNN chooses what makes some 25 times slower."""
 
 
 class PackedConvolution(nn.Module):

@@ -22,18 +22,16 @@ from model.kernels import LayerNorm
 from model.native import default_cache
 from model.packed import pack
 from tests.model.definition import assert_equals_the_definition
+from tests.model.emulated import KINDS, Emulated, library_for
 from tests.model.originals import random_network
 
 pytestmark = pytest.mark.skipif(not native.compiler(), reason="no C compiler")
 
-KINDS = native.kinds()
-
 
 @pytest.fixture(scope="module", params=KINDS, ids=lambda kind: kind.name)
-def library(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[native.Library]:
-    """The source as it is compiled for one of the kinds of processor that this one is."""
-    made = native.compile_for(request.param, tmp_path_factory.mktemp("compiled"))
-    loaded = native.Library(made, request.param)
+def library(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[native.Library | Emulated]:
+    """The source as it is compiled for one of the kinds of processor that this one is, or for one that is emulated."""
+    loaded = library_for(request.param, tmp_path_factory.mktemp("compiled"))
     with pytest.MonkeyPatch.context() as patched:
         for module in (compiled, kernels):
             patched.setattr(module, "library", lambda: loaded)
@@ -55,7 +53,9 @@ def problems(draw: st.DrawFn) -> tuple[list[Tensor], int, int]:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @settings(deadline=None, max_examples=15)
 @given(problem=problems())
-def test_it_equals_the_definition(library: native.Library, dtype: torch.dtype, problem: tuple[list[Tensor], int, int]) -> None:
+def test_it_equals_the_definition(
+    library: native.Library | Emulated, dtype: torch.dtype, problem: tuple[list[Tensor], int, int]
+) -> None:
     inputs, kernel_size, dilation = problem
     q, k, v, rpb = (x.to(dtype) for x in inputs)
     with torch.no_grad():
@@ -67,7 +67,7 @@ def test_it_equals_the_definition(library: native.Library, dtype: torch.dtype, p
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(("side", "heads", "dilation"), [(56, 2, 1), (56, 2, 8), (28, 4, 4), (14, 8, 2), (7, 16, 1)])
 def test_layers_of_mini_equal_the_definition(
-    library: native.Library, dtype: torch.dtype, side: int, heads: int, dilation: int
+    library: native.Library | Emulated, dtype: torch.dtype, side: int, heads: int, dilation: int
 ) -> None:
     q, k, v = torch.randn(2, side, side, 3, heads, 32).to(dtype).unbind(3)
     rpb = torch.randn(heads, 13, 13).to(dtype)
@@ -79,7 +79,9 @@ def test_layers_of_mini_equal_the_definition(
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_large_scores_do_not_overflow_and_nan_and_infinity_are_not_hidden(library: native.Library, dtype: torch.dtype) -> None:
+def test_large_scores_do_not_overflow_and_nan_and_infinity_are_not_hidden(
+    library: native.Library | Emulated, dtype: torch.dtype
+) -> None:
     q, k, v = (torch.randn(1, 9, 9, 1, 32).to(dtype) for _ in range(3))
     with torch.no_grad():
         large = neighborhood_attention(q * 30, k * 30, v, kernel_size=3, backend="compiled")
@@ -94,7 +96,7 @@ def test_large_scores_do_not_overflow_and_nan_and_infinity_are_not_hidden(librar
             assert torch.isfinite(got[0, 4:, 4:]).all()
 
 
-def test_gradients_are_those_of_the_definition(library: native.Library) -> None:
+def test_gradients_are_those_of_the_definition(library: native.Library | Emulated) -> None:
     gradients = {}
     torch.manual_seed(0)
     inputs = [*(torch.randn(2, 15, 14, 2, 32) for _ in range(3)), torch.randn(2, 13, 13)]
@@ -106,7 +108,7 @@ def test_gradients_are_those_of_the_definition(library: native.Library) -> None:
         torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
 
 
-def test_it_uses_as_many_threads_as_pytorch_and_each_gives_the_same(library: native.Library) -> None:
+def test_it_uses_as_many_threads_as_pytorch_and_each_gives_the_same(library: native.Library | Emulated) -> None:
     q, k, v = torch.randn(3, 28, 28, 3, 4, 32).unbind(3)
     before = torch.get_num_threads()
     results = []
@@ -120,7 +122,7 @@ def test_it_uses_as_many_threads_as_pytorch_and_each_gives_the_same(library: nat
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_oneDNNs_products_go_on_beside_it(library: native.Library, dtype: torch.dtype) -> None:
+def test_oneDNNs_products_go_on_beside_it(library: native.Library | Emulated, dtype: torch.dtype) -> None:
     """Both have the matrix units: what one leaves in them must not be what the other finds."""
     torch.manual_seed(0)
     x, weight = torch.randn(640, 96).to(dtype), torch.randn(96, 96).to(dtype)
@@ -134,7 +136,7 @@ def test_oneDNNs_products_go_on_beside_it(library: native.Library, dtype: torch.
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("channels", [16, 64, 192, 512, 1536])
-def test_layer_norm_is_pytorchs(library: native.Library, dtype: torch.dtype, channels: int) -> None:
+def test_layer_norm_is_pytorchs(library: native.Library | Emulated, dtype: torch.dtype, channels: int) -> None:
     torch.manual_seed(0)
     norm = LayerNorm(channels, eps=1e-5).to(dtype)
     with torch.no_grad():
@@ -154,7 +156,7 @@ def test_layer_norm_is_pytorchs(library: native.Library, dtype: torch.dtype, cha
     assert torch.isfinite(broken[0]).all()
 
 
-def test_layer_norm_leaves_to_pytorch_what_it_does_not_do(library: native.Library) -> None:
+def test_layer_norm_leaves_to_pytorch_what_it_does_not_do(library: native.Library | Emulated) -> None:
     odd, wide, double = LayerNorm(20), LayerNorm(8192), LayerNorm(32).double()
     with torch.no_grad():
         for norm, x in ((odd, torch.randn(3, 20)), (wide, torch.randn(2, 8192)), (double, torch.randn(3, 32).double())):

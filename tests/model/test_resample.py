@@ -9,15 +9,16 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from model import DinatImageProcessor, native, resample
+from tests.model.emulated import KINDS, Emulated, library_for
 
 BILINEAR, BICUBIC, LANCZOS = 2, 3, 1
 
 
-@pytest.fixture(scope="module", params=native.kinds(), ids=lambda kind: kind.name)
-def library(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[native.Library]:
+@pytest.fixture(scope="module", params=KINDS, ids=lambda kind: kind.name)
+def library(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[native.Library | Emulated]:
     if not native.compiler():
         pytest.skip("no C compiler")
-    loaded = native.Library(native.compile_for(request.param, tmp_path_factory.mktemp("compiled")), request.param)
+    loaded = library_for(request.param, tmp_path_factory.mktemp("compiled"))
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(resample, "library", lambda: loaded)
         yield loaded
@@ -41,7 +42,7 @@ def by_pillow(picture: Image.Image, width: int, height: int, by: int) -> np.ndar
     hard=st.booleans(),
 )
 def test_it_equals_pillow_to_the_bit(
-    library: native.Library, sides: tuple[int, int, int, int], by: int, seed: int, hard: bool
+    library: native.Library | Emulated, sides: tuple[int, int, int, int], by: int, seed: int, hard: bool
 ) -> None:
     width, height, to_width, to_height = sides
     picture = noise(width, height, seed, hard)
@@ -54,12 +55,12 @@ def test_it_equals_pillow_to_the_bit(
     "size", [(500, 375), (375, 500), (224, 500), (500, 224), (1600, 300), (300, 1600), (1300, 1100), (224, 224), (3, 900)]
 )
 @pytest.mark.parametrize("by", [BILINEAR, BICUBIC, LANCZOS])
-def test_the_sizes_of_photographs(library: native.Library, size: tuple[int, int], by: int) -> None:
+def test_the_sizes_of_photographs(library: native.Library | Emulated, size: tuple[int, int], by: int) -> None:
     picture = noise(*size)
     np.testing.assert_array_equal(resample.resized(picture, 224, 224, by), by_pillow(picture, 224, 224, by))
 
 
-def test_the_kernel_is_what_ran(library: native.Library, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_kernel_is_what_ran(library: native.Library | Emulated, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*_: object) -> None:
         raise AssertionError("Pillow resized")
 
@@ -77,7 +78,7 @@ def test_without_a_kernel_pillow_does_it(monkeypatch: pytest.MonkeyPatch) -> Non
 
 @pytest.mark.parametrize("columns_first", [False, True])
 def test_it_follows_the_order_of_the_pillow_that_is_there(
-    library: native.Library, columns_first: bool, monkeypatch: pytest.MonkeyPatch
+    library: native.Library | Emulated, columns_first: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Pillow 13 begins with the columns where these lose more than twice as much; 12 and before never do."""
     monkeypatch.setattr(resample, "_may_begin_with_columns", lambda: columns_first)
