@@ -1,5 +1,9 @@
 /* The processor's matrix units (AMX): eight tiles of 16 rows of 64 bytes, for as long as a kernel runs. */
 
+#if defined __AMXBF16__ && !defined __AMX_BF16__ /* Clang's name before its release 15 */
+#define __AMX_BF16__ 1
+#endif
+
 #ifdef __AMX_BF16__
 
 #include <immintrin.h>
