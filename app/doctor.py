@@ -117,12 +117,18 @@ def processor() -> str:
     return models[0] if models else platform.processor()
 
 
+def instructions() -> str:
+    """What PyTorch uses, and the matrix units, if the kernels may have them."""
+    found = native.library()
+    return torch.backends.cpu.get_cpu_capability() + (", AMX" if found is not None and found.has_matrix_units else "")
+
+
 def machine() -> Row:
     """Processor, cores that this process may use, memory, system."""
     pages = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") if hasattr(os, "sysconf") else 0
     return {
         "processor": processor(),
-        "instructions": torch.backends.cpu.get_cpu_capability(),
+        "instructions": instructions(),
         "cores": cores(),
         "memory GB": round(pages / 1e9, 1),
         "python": platform.python_version(),

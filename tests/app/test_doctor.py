@@ -105,6 +105,16 @@ def test_a_driver_whose_card_pytorch_does_not_see_is_wrong(
     assert report["missing"][0]["command"].startswith("pip install --force-reinstall torch==2.")
 
 
+@pytest.mark.parametrize("has_matrix_units", [True, False])
+def test_matrix_units_are_named_where_the_kernels_have_them(monkeypatch: pytest.MonkeyPatch, has_matrix_units: bool) -> None:
+    class Library:
+        def __init__(self) -> None:
+            self.has_matrix_units = has_matrix_units
+
+    monkeypatch.setattr(native, "library", Library)
+    assert doctor.machine()["instructions"].endswith(", AMX") == has_matrix_units
+
+
 def test_the_tables_can_be_read(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr(doctor, "runtimes", lambda *_: [])
     monkeypatch.setattr(doctor, "served_rate", lambda *_: {"what": "HTTP", "pictures/s": 12.5})
