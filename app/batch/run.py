@@ -161,7 +161,8 @@ def _by_ray(job: Job, shards: Sequence[Shard], workers: int) -> Iterator[Done]:
         for row in waiting.iter_rows():
             yield row["done"]
     except ray.exceptions.RayError as error:  # its last line is that of the worker
-        raise BatchError(f"a worker on Ray: {str(error).rstrip().rpartition(chr(10))[2]}") from None
+        _, _, last = str(error).rstrip().rpartition("\n")
+        raise BatchError(f"a worker on Ray: {last}") from None
     finally:
         ray.shutdown()
 

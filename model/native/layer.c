@@ -12,7 +12,7 @@
 #include <stdlib.h>
 
 /* ROWS: of one step of a product, two tiles.  SHARED_ROWS: below so many for each thread, all threads work on all rows, each
- * on columns of its own: weights are then what costs, and are read once. */
+ * on columns of its own, if there are enough: weights are then what costs, and are read once. */
 enum { ROWS = 32, SHARED_ROWS = 256 };
 
 /* Rows that go through a layer together: few, which stay in the nearest cache, or more, where a layer's weights are too many for
@@ -204,11 +204,11 @@ static void convolve(const void *of, const work *job) {
     multiply(job->laid, &c->all, job->laid, out, job->rows, job->part, job->parts, NOTHING);
 }
 
-/* Do something to all rows of a map. inputs: of its first product;  hidden: channels of the MLP.  Returns 0, or 1 where there is
- * no memory. */
+/* Do something to all rows of a map. inputs: of its first product;  hidden: channels of the MLP;  outputs: of its narrowest
+ * product.  Returns 0, or 1 where there is no memory. */
 static int over_rows(void (*what)(const void *, const work *), const void *of, work all, int64_t inputs, int64_t hidden,
-                     int threads) {
-    const int is_shared = all.rows < SHARED_ROWS * threads;
+                     int64_t outputs, int threads) {
+    const int is_shared = all.rows < SHARED_ROWS * threads && outputs / PANEL >= threads;
     const int64_t most = is_shared ? all.rows : block_rows(all.rows, inputs, threads), held = (most + ROWS - 1) / ROWS * ROWS;
     uint16_t *room = aligned_alloc(64, (inputs + hidden) * held * threads * sizeof *room);
     if (!room) return 1;
@@ -244,7 +244,7 @@ static int over_rows(void (*what)(const void *, const work *), const void *of, w
 int dinat_project(const void *x, void *out, int64_t rows, int64_t channels, int64_t outputs, const void *norm_weight,
                   const void *norm_bias, float eps, const void *weight, const float *bias, int threads) {
     const layer l = {.before = {norm_weight, norm_bias, eps}, .qkv = {weight, bias, channels, outputs}};
-    return over_rows(project, &l, (work){.x = x, .out = out, .rows = rows}, channels, 0, threads);
+    return over_rows(project, &l, (work){.x = x, .out = out, .rows = rows}, channels, 0, outputs, threads);
 }
 
 /* The rest of a layer.  attended: what attention made;  x: what came in;  all (rows, channels).  Returns as dinat_project. */
@@ -259,7 +259,7 @@ int dinat_complete(const void *attended, const void *x, void *out, int64_t rows,
         .down = {down_weight, down_bias, hidden, channels},
     };
     const work all = {.x = x, .attended = attended, .out = out, .rows = rows};
-    return over_rows(complete, &l, all, channels, hidden, threads);
+    return over_rows(complete, &l, all, channels, hidden, channels, threads);
 }
 
 /* x: (images, height, width, channels);  out: (images, half of them, rounded up, outputs).  weight: its inputs are the channels
@@ -268,7 +268,7 @@ int dinat_convolve(const void *x, void *out, int64_t images, int64_t height, int
                    const void *weight, const float *bias, int threads) {
     const convolution c = {{weight, bias, 9 * channels, outputs}, height, width, channels};
     const work all = {.x = x, .out = out, .rows = images * ((height + 1) / 2) * ((width + 1) / 2)};
-    return over_rows(convolve, &c, all, 9 * channels, 0, threads);
+    return over_rows(convolve, &c, all, 9 * channels, 0, outputs, threads);
 }
 
 #endif

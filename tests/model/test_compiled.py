@@ -135,7 +135,7 @@ def test_oneDNNs_products_go_on_beside_it(library: native.Library | Emulated, dt
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("channels", [16, 64, 192, 512, 1536])
+@pytest.mark.parametrize("channels", [16, 64, 192, 512, 1536, 8192])
 def test_layer_norm_is_pytorchs(library: native.Library | Emulated, dtype: torch.dtype, channels: int) -> None:
     torch.manual_seed(0)
     norm = LayerNorm(channels, eps=1e-5).to(dtype)
@@ -157,9 +157,9 @@ def test_layer_norm_is_pytorchs(library: native.Library | Emulated, dtype: torch
 
 
 def test_layer_norm_leaves_to_pytorch_what_it_does_not_do(library: native.Library | Emulated) -> None:
-    odd, wide, double = LayerNorm(20), LayerNorm(8192), LayerNorm(32).double()
+    odd, double = LayerNorm(20), LayerNorm(32).double()
     with torch.no_grad():
-        for norm, x in ((odd, torch.randn(3, 20)), (wide, torch.randn(2, 8192)), (double, torch.randn(3, 32).double())):
+        for norm, x in ((odd, torch.randn(3, 20)), (double, torch.randn(3, 32).double())):
             expected = torch.nn.functional.layer_norm(x, norm.normalized_shape, norm.weight, norm.bias)
             torch.testing.assert_close(norm(x), expected)
     trained = LayerNorm(32)
@@ -263,7 +263,10 @@ def test_a_packed_network_says_the_same(dtype: torch.dtype) -> None:
     with torch.inference_mode():
         expected = network(pixels).logits
         got = pack(network)(pixels).logits
-    assert (got - expected).norm() <= (0.02 if dtype == torch.bfloat16 else 1e-5) * expected.norm()
+    if dtype == torch.float32:
+        torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-4)
+    else:  # whole layers are another kernel there, which rounds in other places
+        assert (got - expected).norm() <= 0.02 * expected.norm()
 
 
 def test_a_network_in_bf16_is_as_close_as_its_precision() -> None:
