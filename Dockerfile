@@ -84,7 +84,7 @@ RUN apt-get update \
     && DEBIAN_FRONTEND=noninteractive apt-get install --yes --no-install-recommends gcc libc6-dev \
     && apt-get clean && rm -rf /var/lib/apt/lists/* \
     && pip install --no-cache-dir --no-deps --target /opt/dinat . \
-    && PYTHONPATH=/opt/dinat python -m model.native
+    && PYTHONPATH=/opt/dinat python -m dinat.model.native
 
 # hadolint ignore=DL3006
 FROM variant-${VARIANT}

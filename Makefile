@@ -31,11 +31,11 @@ lint: .venv/tested
 
 # The GPU's code, whole, on a stand-in for a card: tests/gpu, every published network, the benchmark. Ten minutes.
 rehearsal: .venv/tested
-	DINAT_REHEARSAL=1 $(BIN)/python -m pytest tests/rehearsal tests/model/test_triton.py
+	DINAT_REHEARSAL=1 $(BIN)/python -m pytest tests/rehearsal tests/model/attention/test_triton_kernel.py
 
 # On a machine with a CUDA card: tests, doctor and benchmark, at most 9 minutes each; leaves its results in benchmarks/results.
 gpu: .venv/tested
-	PYTHON=$(abspath $(BIN))/python benchmarks/on_card.sh
+	PYTHON=$(abspath $(BIN))/python benchmarks/on_gpu.sh
 
 # Kills processes of a service under load: a hundred front ends, five engines.
 chaos: install

@@ -97,7 +97,7 @@ _Said = httpx.Response | httpx.TransportError
 """What came of a request: an answer, or none."""
 
 
-class _Patience:
+class _RetryBudget:
     """How long to wait before a call is made once more."""
 
     def __init__(self, seconds: float) -> None:
@@ -143,7 +143,7 @@ class DinatClient(_Client):
         self._http.close()
 
     def _do(self, call: _Call[T]) -> T:
-        patience = _Patience(self._patience)
+        patience = _RetryBudget(self._patience)
         while True:
             try:
                 said: _Said = self._http.request(call.method, call.path, **call.options)
@@ -186,7 +186,7 @@ class AsyncDinatClient(_Client):
         await self._http.aclose()
 
     async def _do(self, call: _Call[T]) -> T:
-        patience = _Patience(self._patience)
+        patience = _RetryBudget(self._patience)
         while True:
             try:
                 said: _Said = await self._http.request(call.method, call.path, **call.options)

@@ -31,14 +31,14 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from app.engine.runtime import Runtime, Wanted, examples
-from app.engine.torch_runtime import PRECISIONS, TorchRuntime, half_precision, resolve_devices
-from app.machine import cores
-from app.natten_wheel import PAGE, requirement
-from model import DinatConfig, DinatForImageClassification, DinatImageProcessor, attention, native
-from model.attention import choice
-from model.checkpoint import open_checkpoint
-from model.processor import has_bf16
+from dinat.app.engine.runtimes.runtime import InferenceOptions, Runtime, examples
+from dinat.app.engine.runtimes.torch_runtime import PRECISIONS, TorchRuntime, half_precision, resolve_devices
+from dinat.app.host import cores
+from dinat.app.natten_wheel import PAGE, requirement
+from dinat.model import DinatConfig, DinatForImageClassification, DinatImageProcessor, attention, native
+from dinat.model.attention import autotune
+from dinat.model.checkpoints.checkpoint import open_checkpoint
+from dinat.model.cpu.features import has_bf16
 
 PACKAGES = ("dinat-serve", "torch", "triton", "natten", "openvino", "onnxruntime", "transformers", "pillow", "numpy")
 SECONDS = 2.0
@@ -83,9 +83,9 @@ def examine(preset: str, device: str, cache: Path, say: Callable[[str], None]) -
         say("attention")
         config = DinatConfig.preset(preset)
         for dtype in precisions(first):
-            rows, left_out = attention_rows(config, image_processor, first, dtype)
+            rows, disabled = attention_rows(config, image_processor, first, dtype)
             report.attention += rows
-            report.wrong += left_out
+            report.wrong += disabled
         say("decoding")
         report.rates.append(decode_rate(image_processor))
         for runtime_name, load in runtimes(folder, first, cache):
@@ -94,9 +94,9 @@ def examine(preset: str, device: str, cache: Path, say: Callable[[str], None]) -
                 runtime = load()
                 report.rates.append(forward_rate(runtime))
             except Exception as error:
-                report.wrong.append(f"{runtime_name}: {choice.reason(error)}")
+                report.wrong.append(f"{runtime_name}: {autotune.reason(error)}")
             else:
-                others = [left for left in runtime.left_out if not left.what.startswith("attention ")]  # those are said
+                others = [left for left in runtime.disabled if not left.what.startswith("attention ")]  # those are said
                 report.wrong += [f"{left.what}: {left.why}" for left in others]
         say("the service")
         try:
@@ -106,7 +106,7 @@ def examine(preset: str, device: str, cache: Path, say: Callable[[str], None]) -
                 {"what": f"the service ({missing.name} is not installed)", "command": "pip install dinat-serve"}
             )
         except Exception as error:
-            report.wrong.append(f"the service: {choice.reason(error)}")
+            report.wrong.append(f"the service: {autotune.reason(error)}")
     return report
 
 
@@ -219,11 +219,11 @@ def ceilings(device: torch.device) -> list[Row]:
     """What a copy and a matrix product reach there."""
     source, target = torch.empty(2, COPIED[device.type], device=device)
     source.normal_()
-    rows = [{"what": "copy", "GB/s": 2 * source.nbytes / choice.seconds(lambda: target.copy_(source), device) / 1e9}]
+    rows = [{"what": "copy", "GB/s": 2 * source.nbytes / autotune.seconds(lambda: target.copy_(source), device) / 1e9}]
     side = SIDE[device.type]
     for dtype in (torch.bfloat16, torch.float32):
         a, b = torch.randn(2, side, side, device=device).to(dtype)
-        taken = choice.seconds(partial(torch.matmul, a, b), device)
+        taken = autotune.seconds(partial(torch.matmul, a, b), device)
         rows.append({"what": f"{side}x{side} product, {_name(dtype)}", "TFLOP/s": 2 * side**3 / taken / 1e12})
     return rows
 
@@ -257,15 +257,15 @@ def attention_rows(
             size = [max(side, config.kernel_size * dilation) for side in sides]
             q, k, v = torch.randn(batch, *size, 3, heads, head_dim, device=device).to(dtype).unbind(3)
             rpb = torch.randn(heads, 2 * config.kernel_size - 1, 2 * config.kernel_size - 1, device=device).to(dtype)
-            names = choice.candidates(device, dtype, head_dim)
+            names = autotune.candidates(device, dtype, head_dim)
             if device.type != "cuda":
                 names.append("reference")
-            layer = choice.Layer.of(q, config.kernel_size, dilation, head_dim**-0.5)
+            layer = autotune.LayerKey.of(q, config.kernel_size, dilation, head_dim**-0.5)
             attend = _attend(layer)
-            choice.chosen.pop(layer, None)
-            with torch.inference_mode(), choice.trying():
-                choice.choose(layer, names, attend, q, k, v, rpb)
-            kept = choice.chosen[layer]
+            autotune.chosen.pop(layer, None)
+            with torch.inference_mode(), autotune.trying():
+                autotune.choose(layer, names, attend, q, k, v, rpb)
+            kept = autotune.chosen[layer]
             short = f"{size[0]}x{size[1]}, {heads} heads, k{config.kernel_size} d{dilation}"
             for name in names:
                 row: Row = {"layer": short, "precision": _name(dtype), "batch": batch, "backend": name}
@@ -273,11 +273,11 @@ def attention_rows(
                 if name in kept.seconds:
                     row["us"] = kept.seconds[name] * 1e6
                 rows.append(row)
-            wrong += [f"attention {name} ({layer}, {_name(dtype)}): {why}" for name, why in kept.left_out.items()]
+            wrong += [f"attention {name} ({layer}, {_name(dtype)}): {why}" for name, why in kept.disabled.items()]
     return rows, wrong
 
 
-def _attend(layer: choice.Layer) -> choice.Attend:
+def _attend(layer: autotune.LayerKey) -> autotune.Attend:
     """A candidate's attention, by its name."""
 
     def attend(name: str, q: Tensor, k: Tensor, v: Tensor, rpb: Tensor | None) -> Tensor:
@@ -326,7 +326,7 @@ def runtimes(folder: Path, device: torch.device, cache: Path) -> Iterator[tuple[
     if _version("openvino") != ABSENT:
 
         def openvino() -> Runtime:
-            from app.engine.openvino_runtime import OpenVinoRuntime
+            from dinat.app.engine.runtimes.openvino_runtime import OpenVinoRuntime
 
             return OpenVinoRuntime(open_checkpoint(folder), "auto", folder / "cache")
 
@@ -339,7 +339,7 @@ def forward_rate(runtime: Runtime) -> Row:
     pixels = examples(runtime.processor, batch)
     started, done = time.perf_counter(), 0
     while time.perf_counter() < started + SECONDS:
-        runtime.run(pixels, [Wanted(top_k=5)] * batch)
+        runtime.run(pixels, [InferenceOptions(top_k=5)] * batch)
         done += batch
     taken = time.perf_counter() - started
     return {"what": f"network by {runtime.name}, {runtime.precision}, batches of {batch}", "pictures/s": done / taken}
@@ -351,7 +351,7 @@ def serving(folder: Path, device: str) -> Iterator[tuple[int, float]]:
     flags = ["--model", str(folder), "--device", device, "--port", "0", "--log-format", "json"]
     settings = {**os.environ, "DINAT_CACHE_DIR": str(folder / "cache"), "DINAT_API_KEYS": ""}
     started = time.monotonic()
-    command = [sys.executable, "-m", "app.cli", "serve", *flags]
+    command = [sys.executable, "-m", "dinat", "serve", *flags]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=settings)
     assert process.stderr is not None
     try:

@@ -11,8 +11,8 @@ from zlib import crc32
 
 from PIL import Image, ImageOps, UnidentifiedImageError, features
 
-from app.errors import NoImage, TooLarge, Unprocessable, UnsupportedImage
-from model.image_processor import to_rgb
+from dinat.app.errors import NoImage, TooLarge, Unprocessable, UnsupportedImage
+from dinat.model.image_processor import to_rgb
 
 ALWAYS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
 """What is always read. Pillow reads more, much of it seldom tried by anybody: a hostile file has fewer ways in."""

@@ -13,12 +13,12 @@ from fastapi_offline import FastAPIOffline
 from PIL import Image
 from starlette.routing import Route
 
-from app.api import attention, classify, features, health, hugging_face, page, sagemaker, v2, vertex
-from app.api.context import RequestContext
-from app.api.problems import add_error_handlers
-from app.engine.engine import Engine
-from app.settings import Settings
-from app.tracing import trace_requests
+from dinat.app.api import attention, classify, features, health, hugging_face, open_inference, page, sagemaker, vertex
+from dinat.app.api.middleware import RequestContext
+from dinat.app.api.problems import add_error_handlers
+from dinat.app.engine.engine import Engine
+from dinat.app.settings import Settings
+from dinat.app.tracing import trace_requests
 
 
 def create_app(
@@ -52,7 +52,7 @@ def create_app(
     app.state.engine = engine
     app.state.processes = processes
     doors = [
-        *(door.router for door in (classify, features, attention, v2, hugging_face, sagemaker)),
+        *(door.router for door in (classify, features, attention, open_inference, hugging_face, sagemaker)),
         vertex.router(settings),
     ]
     app.add_middleware(

@@ -15,8 +15,8 @@ from prometheus_client.multiprocess import MultiProcessCollector
 from prometheus_client.process_collector import ProcessCollector
 from prometheus_client.registry import Collector
 
-from app.engine.batcher import Job
-from app.engine.runtime import Answer, Loaded, Runtime
+from dinat.app.engine.batcher import Job
+from dinat.app.engine.runtimes.runtime import InferenceResult, LoadedModel, Runtime
 
 SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30)
 BATCHES = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
@@ -74,7 +74,7 @@ class Metrics:
         self._parts = {part: part_seconds.labels(part) for part in ("decode", "queue", "compute", "encode")}
         self._batch_size = Histogram("dinat_batch_size_images", "Pictures per batch.", buckets=BATCHES, registry=meters)
         images = Counter("dinat_images_total", "Pictures answered, by outcome.", ["outcome"], registry=meters)
-        self._outcomes = {outcome: images.labels(outcome) for outcome in ("classified", "refused", "late", "failed")}
+        self._outcomes = {outcome: images.labels(outcome) for outcome in ("classified", "rejected", "late", "failed")}
         self._memory = Gauge(
             "dinat_device_memory_bytes",
             "Memory in use on a device, as of its last batch.",
@@ -83,7 +83,7 @@ class Metrics:
             registry=meters,
         )
 
-    def show(self, model: str, waiting: Callable[[], int], loaded: Callable[[], Loaded | None]) -> None:
+    def show(self, model: str, waiting: Callable[[], int], loaded: Callable[[], LoadedModel | None]) -> None:
         """Show the depth of the queue, and what serves, whenever the metrics are read."""
         self.registry.register(_Serving(model, waiting, loaded))
 
@@ -100,9 +100,9 @@ class Metrics:
         meters[0].inc()
         meters[1].observe(seconds)
 
-    def part(self, part: str, seconds: float) -> None:
+    def observe_stage(self, stage: str, seconds: float) -> None:
         """Count the time of one part: decode, queue, compute or encode. Safe from every thread."""
-        self._parts[part].observe(seconds)
+        self._parts[stage].observe(seconds)
 
     def queued(self, batch: Sequence[Job]) -> None:
         """Count how long the pictures of a batch waited for it. Safe from every thread."""
@@ -112,17 +112,17 @@ class Metrics:
     def batch(self, size: int, seconds: float) -> None:
         """Count a batch that ran. Safe from every thread."""
         self._batch_size.observe(size)
-        self.part("compute", seconds)
+        self.observe_stage("compute", seconds)
         now = time.monotonic()
         if now > self._read + 1:
             self._read = now
             for runtime in self._runtimes:
                 self._memory.labels(runtime.device).set(runtime.memory() or 0)
 
-    def picture(self, answer: Answer | Exception) -> None:
+    def image(self, answer: InferenceResult | Exception) -> None:
         """Count a picture that has its answer."""
-        status = 200 if isinstance(answer, Answer) else int(getattr(answer, "status", 500))
-        self._outcomes[{2: "classified", 4: "refused"}.get(status // 100, "late" if status == 504 else "failed")].inc()
+        status = 200 if isinstance(answer, InferenceResult) else int(getattr(answer, "status", 500))
+        self._outcomes[{2: "classified", 4: "rejected"}.get(status // 100, "late" if status == 504 else "failed")].inc()
 
     def exposition(self) -> bytes:
         """All of it in Prometheus' text format."""
@@ -132,7 +132,7 @@ class Metrics:
 class _Serving(Collector):
     """What serves, and how much waits for it."""
 
-    def __init__(self, model: str, waiting: Callable[[], int], loaded: Callable[[], Loaded | None]) -> None:
+    def __init__(self, model: str, waiting: Callable[[], int], loaded: Callable[[], LoadedModel | None]) -> None:
         self._model, self._waiting, self._loaded = model, waiting, loaded
 
     def collect(self) -> Iterable[Metric]:
@@ -140,14 +140,14 @@ class _Serving(Collector):
         yield GaugeMetricFamily("dinat_queue_depth_images", "Pictures taken and not yet running.", self._waiting())
         versions = {"version": version("dinat-serve"), "torch": torch.__version__}
         yield InfoMetricFamily("dinat_build", "Versions.", versions)
-        left_out = GaugeMetricFamily("dinat_left_out", "1 for what failed, or computed wrongly, at start.", labels=["what"])
+        disabled = GaugeMetricFamily("dinat_disabled", "1 for what failed, or computed wrongly, at start.", labels=["what"])
         loaded = self._loaded()
         if loaded is not None:
-            for left in loaded.left_out:
-                left_out.add_metric([left.what], 1)
+            for left in loaded.disabled:
+                disabled.add_metric([left.what], 1)
             serving = {"model": self._model, "runtime": loaded.runtime, "device": loaded.device, "precision": loaded.precision}
             yield InfoMetricFamily("dinat_model", "What is being served.", serving)
-        yield left_out
+        yield disabled
 
 
 class _Processes(Collector):

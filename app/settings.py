@@ -8,8 +8,8 @@ from typing import Annotated, Literal
 from pydantic import AliasChoices, BeforeValidator, Field, SecretStr, ValidationError
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
-from app.machine import cores
-from model.native import default_cache
+from dinat.app.host import cores
+from dinat.model.native import default_cache
 
 
 def _split(value: object) -> object:
@@ -107,11 +107,11 @@ class Settings(BaseSettings):
         """By what name clients know the model."""
         return self.name or self.model
 
-    def share(self, front_ends: int) -> "Settings":
+    def for_frontend(self, frontends: int) -> "Settings":
         """The settings of one of several front ends: its share of what all of them may have together."""
-        threads = self.decode_threads if "decode_threads" in self.model_fields_set else max(2, math.ceil(cores() / front_ends))
+        threads = self.decode_threads if "decode_threads" in self.model_fields_set else max(2, math.ceil(cores() / frontends))
         return self.model_copy(
-            update={"decode_threads": threads, "max_connections": math.ceil(self.max_connections / front_ends)}
+            update={"decode_threads": threads, "max_connections": math.ceil(self.max_connections / frontends)}
         )
 
 

@@ -2,7 +2,7 @@
 
 from fastapi import FastAPI
 
-from model import ConfigError
+from dinat.model import ConfigError
 
 
 def trace_requests(app: FastAPI, endpoint: str) -> None:

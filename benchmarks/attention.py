@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 from benchmarks.timing import report, take_turns
-from model.attention import neighborhood_attention
+from dinat.model.attention import neighborhood_attention
 
 LAYERS = [(56, 2, 1), (56, 2, 8), (28, 4, 1), (28, 4, 4), (14, 8, 1), (14, 8, 2), (7, 16, 1)]
 """Map side, heads and dilation of Mini and Tiny at 224."""

@@ -16,17 +16,17 @@ from typing import Any
 
 import psutil
 
-from app.allocator import keep_freed_memory
-from app.api.results import predictions
-from app.batch.run import Job, Worker
-from app.batch.sources import open_source
-from app.cli.classify import writer
-from app.doctor import photograph, save
-from app.engine.engine import Engine
-from app.engine.many import PATIENCE_MS, answers, started
-from app.engine.runtime import Wanted
-from app.settings import Settings
 from benchmarks.timing import report
+from dinat.app.api.results import predictions
+from dinat.app.batch.run import Job, Worker
+from dinat.app.batch.sources import open_source
+from dinat.app.cli.classify import writer
+from dinat.app.doctor import photograph, save
+from dinat.app.engine.engine import Engine
+from dinat.app.engine.runtimes.runtime import InferenceOptions
+from dinat.app.engine.stream import NO_DEADLINE_MS, answers, started
+from dinat.app.server.heap import keep_freed_memory
+from dinat.app.settings import Settings
 
 
 async def directly(engine: Engine, paths: list[Path]) -> None:
@@ -34,7 +34,7 @@ async def directly(engine: Engine, paths: list[Path]) -> None:
 
     async def one(path: Path) -> None:
         async with room:
-            await engine.submit([path], Wanted(top_k=5))
+            await engine.submit([path], InferenceOptions(top_k=5))
 
     await asyncio.gather(*map(one, paths))
 
@@ -44,7 +44,7 @@ async def by_the_command(engine: Engine, paths: list[Path], to: Path) -> None:
         return Path(path)
 
     with writer("jsonl", to) as out:
-        async for path, answer in answers(engine, list(map(str, paths)), Wanted(top_k=5), read):
+        async for path, answer in answers(engine, list(map(str, paths)), InferenceOptions(top_k=5), read):
             assert not isinstance(answer, str), answer
             out.write(path, {"predictions": predictions(answer, engine.loaded.config)})
         out.close()
@@ -64,7 +64,7 @@ async def measure(folder: Path, count: int, rounds: int) -> list[dict[str, Any]]
         path.write_bytes(data)
     save("mini", folder / "model")
     (folder / "results").mkdir()
-    settings = Settings(_env_file=None, model=str(folder / "model"), deadline_ms=PATIENCE_MS, drain_seconds=0)
+    settings = Settings(_env_file=None, model=str(folder / "model"), deadline_ms=NO_DEADLINE_MS, drain_seconds=0)
     seconds: dict[str, list[float]] = {"engine": [], "dinat classify": [], "dinat batch": []}
     memory: list[float] = []
     async with started(settings) as engine:

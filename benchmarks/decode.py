@@ -3,7 +3,7 @@
     python -m benchmarks.decode [--json FILE]
 
 All ways take turns in one run, on one core. `largest` and `mean` are differences of pixels in 0..255 after the resize to 224.
-Pillow decodes for all but simplejpeg; "as served" resizes by model.resample, "Pillow" by Pillow.
+Pillow decodes for all but simplejpeg; "as served" resizes by dinat.model.cpu.resize, "Pillow" by Pillow.
 Draft is Pillow's: libjpeg scales by 1/2, 1/4 or 1/8 while it decodes, to no less than twice the size wanted (DECODE=draft).
 """
 
@@ -16,9 +16,9 @@ import numpy as np
 import simplejpeg
 from PIL import Image
 
-from app.images import decode
 from benchmarks.timing import report, take_turns
-from model import DinatImageProcessor
+from dinat.app.images import decode
+from dinat.model import DinatImageProcessor
 
 SIZES = [(500, 375), (1600, 1200), (4000, 3000)]
 PROCESSOR = DinatImageProcessor(size=224, resample=3)

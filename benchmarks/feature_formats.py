@@ -10,17 +10,17 @@ from typing import Any
 import numpy as np
 import orjson
 
-from app.api.features import NPZ, SAFETENSORS, WRITERS, flat
-from app.api.results import features
-from app.engine.runtime import Answer
 from benchmarks.timing import report, take_turns
-from model import DinatConfig
+from dinat.app.api.features import NPZ, SAFETENSORS, WRITERS, flat
+from dinat.app.api.results import features
+from dinat.app.engine.runtimes.runtime import InferenceResult
+from dinat.model import DinatConfig
 
 
-def maps() -> Answer:
+def maps() -> InferenceResult:
     """Of one picture of 224x224, random."""
     config, random = DinatConfig.preset("mini"), np.random.default_rng(0)
-    return Answer(
+    return InferenceResult(
         np.empty(0, np.int64),
         np.empty(0, np.float32),
         {

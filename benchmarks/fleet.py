@@ -7,7 +7,7 @@ a batch of n takes base + n * each; beside a batch that runs a full one may be r
 The balancer is round-robin, or least-request (the better of two replicas taken at random, as Envoy has it); a request that was
 refused, or whose replica died, is tried once more, with another one. Requests arrive as a Poisson process, each with a picture.
 
-The check: the real service over loopback, before a stand-in for a card whose batches take just so long (benchmarks.standin),
+The check: the real service over loopback, before a stand-in for a card whose batches take just so long (benchmarks.fake_gpu),
 and a client that asks at the same times as the simulation's; the same percentiles of both.
 
 The fleet's replica is DiNAT-Mini on two cores of a Xeon with AMX, by README's serving figures: 36 ms for one picture alone, 145
@@ -29,9 +29,9 @@ from typing import Any
 import aiohttp
 import numpy as np
 
-from app.doctor import photograph
 from benchmarks.serving import closed_loop, free_port, running
 from benchmarks.timing import report
+from dinat.app.doctor import photograph
 
 PERCENTILES = (50, 90, 99)
 STAND_IN_RATE = 50.0
@@ -80,7 +80,7 @@ class Replica:
     ready: list[Request] = field(default_factory=list)
 
     @property
-    def under_way(self) -> int:
+    def in_flight(self) -> int:
         return len(self.waiting) + len(self.running) + len(self.ready)
 
 
@@ -161,7 +161,7 @@ class Fleet:
                 one = self.replicas[self._turn % len(self.replicas)]
             else:
                 one, other = self.chance.choice(self.replicas), self.chance.choice(self.replicas)
-                if not one.known or (other.known and other.under_way < one.under_way):
+                if not one.known or (other.known and other.in_flight < one.in_flight):
                     one = other
             if one.known and one not in request.tried:
                 break
@@ -276,7 +276,7 @@ def check(loads: Sequence[float], seconds: float) -> list[dict[str, Any]]:
     rows = []
     port = free_port()
     url = f"http://127.0.0.1:{port}/classify"
-    words = [sys.executable, "-m", "benchmarks.standin", str(STAND_IN_RATE), "--no-decode", "--port", str(port)]
+    words = [sys.executable, "-m", "benchmarks.fake_gpu", str(STAND_IN_RATE), "--no-decode", "--port", str(port)]
     with running([*words, "--queue-limit", str(QUEUE), "--frontends", "1"], url):
         alone, _ = asyncio.run(measure(url, photograph(), np.arange(1, 101) * 0.05, 0.0))
         latencies, _, taken = asyncio.run(closed_loop(url, 2, 10))

@@ -5,7 +5,7 @@
 Needs wrk (Debian's package) and the extra `bench`. Measured, in this order:
 - the engine process alone: pictures are put into shared memory and sent as a front end does it, 256 under way at once; what its
   CPU does for each, before cards of several speeds;
-- the whole service before a stand-in (benchmarks.standin), FRONTENDS 1 and 2 in turns: pictures a second, and CPU for each of
+- the whole service before a stand-in (benchmarks.fake_gpu), FRONTENDS 1 and 2 in turns: pictures a second, and CPU for each of
   front ends, engine and client, without decoding (what the way of a request costs) and with a 500x375 JPEG;
 - from these, by arithmetic, the cores that a card of each speed needs;
 - one connection to the real digits model: what the service adds to decode and compute;
@@ -36,17 +36,17 @@ import numpy as np
 import psutil
 from prometheus_client.parser import text_string_to_metric_families
 
-from app.doctor import photograph
-from app.engine.batcher import Job
-from app.engine.process import EngineProcess
-from app.engine.remote import RemoteCore
-from app.engine.runtime import Answer, Wanted
-from app.metrics import Metrics
-from app.settings import Settings
-from app.supervisor import FORK
+from benchmarks.fake_gpu import stand_in
 from benchmarks.serving import free_port
-from benchmarks.standin import stand_in
 from benchmarks.timing import report
+from dinat.app.doctor import photograph
+from dinat.app.engine.batcher import Job
+from dinat.app.engine.multiprocess.engine_client import EngineClient
+from dinat.app.engine.multiprocess.engine_process import EngineProcess
+from dinat.app.engine.runtimes.runtime import InferenceOptions, InferenceResult
+from dinat.app.metrics import Metrics
+from dinat.app.server.supervisor import FORK
+from dinat.app.settings import Settings
 
 ROOT = Path(__file__).parents[1]
 DIGIT = ROOT / "examples" / "digits" / "7-1.png"
@@ -188,18 +188,18 @@ async def _feed(settings: Settings, address: str, pid: int, seconds: float) -> d
     pixels = np.random.default_rng(0).integers(0, 256, (224, 224, 3), dtype=np.uint8)
     done, over = 0, False
 
-    def answered(jobs: Sequence[Job], answers: Sequence[Answer | Exception]) -> None:
+    def answered(jobs: Sequence[Job], answers: Sequence[InferenceResult | Exception]) -> None:
         nonlocal done
         if not over:
-            assert all(isinstance(answer, Answer) for answer in answers), answers[0]
+            assert all(isinstance(answer, InferenceResult) for answer in answers), answers[0]
             done += len(jobs)
             loop.call_soon(feed, len(jobs))
 
-    core = RemoteCore(settings, Metrics(), answered, address)
+    core = EngineClient(settings, Metrics(), answered, address)
 
     def feed(count: int) -> None:
         now = time.monotonic()
-        jobs = [Job(Wanted(5), now, now + 600, pixels=pixels, decoded=now) for _ in range(count)]
+        jobs = [Job(InferenceOptions(5), now, now + 600, pixels=pixels, decoded=now) for _ in range(count)]
         assert core.take(jobs)
         for job in jobs:
             core.put(job)
@@ -219,11 +219,11 @@ async def _feed(settings: Settings, address: str, pid: int, seconds: float) -> d
 
 def service_rows(rate: float, decode: bool, picture: Path, seconds: float) -> list[dict[str, Any]]:
     """FRONTENDS 1 and 2 before a stand-in, in turns."""
-    words = ["benchmarks.standin", str(rate), *([] if decode else ["--no-decode"])]
+    words = ["benchmarks.fake_gpu", str(rate), *([] if decode else ["--no-decode"])]
     with serving(words, frontends=1) as one, serving(words, frontends=2) as two:
         rows = []
         for _ in range(2):
-            for front_ends, url in ((1, one), (2, two)):
+            for frontends, url in ((1, one), (2, two)):
                 wrk(f"{url}/classify", picture, CONNECTIONS, 1)
                 before, counted = cpu(url), metrics(url)
                 load = wrk(f"{url}/classify", picture, CONNECTIONS, seconds)
@@ -231,7 +231,7 @@ def service_rows(rate: float, decode: bool, picture: Path, seconds: float) -> li
                 batches = now["dinat_batch_size_images_count"] - counted["dinat_batch_size_images_count"]
                 rows.append(
                     {
-                        "frontends": front_ends,
+                        "frontends": frontends,
                         "card, pictures/s": rate,
                         "picture": "JPEG 500x375" if decode else "not decoded",
                         "pictures/s": load.rate,
@@ -271,7 +271,7 @@ def sizing(engine: Sequence[dict[str, Any]], service: Sequence[dict[str, Any]]) 
 
 def added_row(seconds: float) -> dict[str, Any]:
     """One connection to the real digits model, by a client that has nothing else to do."""
-    with serving(["app.cli", "serve"], frontends=1) as url:
+    with serving(["dinat.app.cli", "serve"], frontends=1) as url:
         host, port = url.removeprefix("http://").split(":")
         body = DIGIT.read_bytes()
         request = b"POST /classify HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n" % len(body) + body
@@ -311,7 +311,7 @@ def added_row(seconds: float) -> dict[str, Any]:
 
 def overload_row(seconds: float, **settings: object) -> dict[str, Any]:
     """500 connections that come back at once; beside them one that measures how long an answer takes."""
-    with serving(["app.cli", "serve"], queue_limit=64, deadline_ms=2000, **settings) as url:
+    with serving(["dinat.app.cli", "serve"], queue_limit=64, deadline_ms=2000, **settings) as url:
         door = f"{url}/classify"
         wrk(door, DIGIT, 32, 3)
         capacity_before = wrk(door, DIGIT, 32, 10).rate

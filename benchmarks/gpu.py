@@ -26,9 +26,9 @@ from typing import Any
 
 import torch
 
-from model import DinatConfig, DinatError, DinatForImageClassification
-from model.attention import bias_cache, by_name, choice
-from model.attention.choice import candidates, definition
+from dinat.model import DinatConfig, DinatError, DinatForImageClassification
+from dinat.model.attention import autotune, bias_cache, by_name
+from dinat.model.attention.autotune import candidates, definition
 
 CUDA = torch.device("cuda")
 LAYERS = [(56, 2, 7, 1), (56, 2, 7, 8), (28, 4, 7, 1), (28, 4, 7, 4), (14, 8, 7, 1), (14, 8, 7, 2), (7, 16, 7, 1), (96, 6, 11, 1), (96, 6, 11, 8)]  # fmt: skip # noqa: E501
@@ -65,7 +65,7 @@ def seconds(runs: Sequence[Callable[[], object]], rounds: int = 20) -> float:
 
 def captured_seconds(call: Callable[[torch.Tensor], object], inputs: Sequence[torch.Tensor]) -> float:
     """Median seconds of a call as it is served, in a CUDA graph, over inputs that take turns."""
-    return choice.seconds_on_card(lambda: [call(x) for x in inputs], CUDA) / len(inputs)
+    return autotune.seconds_on_gpu(lambda: [call(x) for x in inputs], CUDA) / len(inputs)
 
 
 def ceilings() -> dict[str, float]:
@@ -149,10 +149,10 @@ def measured(row: dict[str, Any], network: torch.nn.Module, side: int, batch: in
     torch.cuda.reset_peak_memory_stats()
     try:
         pixels = torch.randn(batch, 3, side, side, device=CUDA, dtype=torch.bfloat16)
-        with choice.trying():
+        with autotune.trying():
             network(pixels)
         bias_cache.forget()
-        taken = choice.seconds_on_card(lambda: network(pixels), CUDA)
+        taken = autotune.seconds_on_gpu(lambda: network(pixels), CUDA)
     except Exception as failure:
         torch.cuda.empty_cache()
         row |= {"failed": " ".join(str(failure).split())[:200]}
@@ -219,7 +219,7 @@ def main() -> None:
             "networks": network_rows(NETWORKS[:1] if arguments.quick else NETWORKS, [1, 64] if arguments.quick else BATCHES),
         }
     result["served"] = served_rows() if is_time_left() else [{"failed": NO_TIME}]
-    result["chosen"] = [asdict(layer) | asdict(kept) for layer, kept in choice.chosen.items()]
+    result["chosen"] = [asdict(layer) | asdict(kept) for layer, kept in autotune.chosen.items()]
     card = re.sub(r"\W+", "-", torch.cuda.get_device_name(CUDA)).strip("-").lower()
     path = arguments.json or Path(__file__).parent / "results" / f"gpu-{card}.json"
     path.write_text(json.dumps(result, indent=2, default=str) + "\n")

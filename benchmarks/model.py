@@ -25,11 +25,11 @@ import numpy as np
 import torch
 from PIL import Image
 
-from app.allocator import keep_freed_memory
 from benchmarks.timing import ceiling, matrix_product, report, take_turns
-from model import DinatConfig, DinatForImageClassification, DinatImageProcessor
-from model.export import quantize
-from model.packed import pack
+from dinat.app.server.heap import keep_freed_memory
+from dinat.model import DinatConfig, DinatForImageClassification, DinatImageProcessor
+from dinat.model.cpu.packing import pack
+from dinat.model.export import quantize
 
 GIGA_MACS = {"mini": 2.695, "tiny": 4.295, "small": 7.772, "base": 13.677, "large": 30.458, "large-384": 89.505, "large-11x11-384": 92.085}  # fmt: skip # noqa: E501
 EXPORTED = {
@@ -58,8 +58,8 @@ def torch_way(network: DinatForImageClassification, inductor: bool = False) -> W
 
 
 def exported_way(folder: Path, runtime: str, precision: str) -> Way:
-    from app.engine.runtimes import load_runtimes
-    from app.settings import Settings
+    from dinat.app.engine.runtimes.selection import load_runtimes
+    from dinat.app.settings import Settings
 
     settings = Settings(_env_file=None, model=str(folder), runtime=runtime, precision=precision, cache_dir=folder / "cache")
     loaded: Any = load_runtimes(settings)[0]

@@ -33,9 +33,9 @@ import psutil
 import torch
 from PIL import Image
 
-from app.doctor import photograph as picture
 from benchmarks.timing import report, take_turns
-from model import DinatConfig, DinatForImageClassification, DinatImageProcessor
+from dinat.app.doctor import photograph as picture
+from dinat.model import DinatConfig, DinatForImageClassification, DinatImageProcessor
 
 CONNECTIONS = (1, 8, 32)
 OURS = {
@@ -97,7 +97,7 @@ def command(server: str, folder: str, port: int) -> list[str]:
             "--deadline-ms",
             str(DEADLINE_SECONDS * 1000),
         ]
-        return [sys.executable, "-m", "app.cli", "serve", *flags]
+        return [sys.executable, "-m", "dinat", "serve", *flags]
     return [sys.executable, "-m", f"benchmarks.peers.{server}", folder, str(port)]
 
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from app.doctor import processor
+from dinat.app.doctor import processor
 
 MATRIX = 2048
 

@@ -4,7 +4,7 @@
 
 A step is forward, cross entropy, backward and AdamW. Every way runs in a process of its own, for its memory is that process's
 peak beyond what it held before the first step; the ways take turns, and a time is the median over all steps of all turns.
-bf16 is autocast, as Trainer has it. `transformers` is model.hf's network, which has query, key and value apart.
+bf16 is autocast, as Trainer has it. `transformers` is dinat.model.hf's network, which has query, key and value apart.
 """
 
 import argparse
@@ -20,9 +20,9 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from app.allocator import keep_freed_memory
 from benchmarks.timing import report
-from model import DinatConfig, DinatForImageClassification
+from dinat.app.server.heap import keep_freed_memory
+from dinat.model import DinatConfig, DinatForImageClassification
 
 WAYS = {
     "definition": "reference",
@@ -37,7 +37,7 @@ def network(preset: str, way: str) -> torch.nn.Module:
     config = DinatConfig.preset(preset)
     if way != "transformers":
         return DinatForImageClassification(config, attention=WAYS[way]).train()
-    from model import hf
+    from dinat.model import hf
 
     return hf.DinatForImageClassification(hf.DinatConfig(**config.to_dict())).train()
 

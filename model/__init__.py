@@ -1,9 +1,9 @@
 """DiNAT, the Dilated Neighborhood Attention Transformer (arXiv 2209.15001), on today's PyTorch."""
 
-from model.config import DinatConfig
-from model.dinat import DinatBackbone, DinatForImageClassification, DinatModel
-from model.errors import AttentionError, CheckpointError, ConfigError, DinatError, ExportError, ImageError
-from model.image_processor import DinatImageProcessor
+from dinat.model.config import DinatConfig
+from dinat.model.dinat import DinatBackbone, DinatForImageClassification, DinatModel
+from dinat.model.errors import AttentionError, CheckpointError, ConfigError, DinatError, ExportError, ImageError
+from dinat.model.image_processor import DinatImageProcessor
 
 __all__ = [
     "AttentionError",

@@ -10,8 +10,8 @@ from typing import Any
 
 from torch import Tensor
 
-from model.errors import CheckpointError, ConfigError
-from model.files import CONFIG, find_files
+from dinat.model.checkpoints.files import CONFIG, find_files
+from dinat.model.errors import CheckpointError, ConfigError
 
 DEFAULT_DILATIONS = [[1, 8, 1], [1, 4, 1, 4], [1, 2, 1, 2, 1, 2], [1, 1, 1, 1, 1]]
 
@@ -240,15 +240,13 @@ class DinatConfig:
 
     @classmethod
     def from_pretrained(cls, source: str | Path, **where: Any) -> "DinatConfig":
-        """What config.json of a checkpoint says; `source` and `where` as model.files.find_files takes them.
+        """What config.json of a checkpoint says; `source` and `where` as dinat.model.checkpoints.files.find_files takes them.
 
-        Raises CheckpointError, also for an original file, which has none: model.checkpoint.open_checkpoint(file).config.
+        Raises CheckpointError, also for an original file, which has none: use open_checkpoint(file).config.
         """
         files = find_files(source, **where)
         if files.original is not None:
-            raise CheckpointError(
-                f"{source} holds weights alone: model.checkpoint.open_checkpoint reads its configuration off them"
-            )
+            raise CheckpointError(f"{source} holds only weights: open_checkpoint derives the configuration from them")
         return cls.from_dict(files.read_config())
 
     def save_pretrained(self, folder: str | Path) -> None:

@@ -12,13 +12,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from model.attention import neighborhood_attention, neighborhood_attention_with_weights
-from model.config import DinatConfig
-from model.errors import ConfigError, DinatError
-from model.kernels import LayerNorm, product
-from model.loss import classification_loss
-from model.outputs import BackboneOutput, DinatImageClassifierOutput, DinatModelOutput
-from model.pretrained import PreTrainedModel
+from dinat.model.attention import neighborhood_attention, neighborhood_attention_with_weights
+from dinat.model.checkpoints.pretrained import PreTrainedModel
+from dinat.model.config import DinatConfig
+from dinat.model.cpu.fast_layers import LayerNorm, product
+from dinat.model.errors import ConfigError, DinatError
+from dinat.model.loss import classification_loss
+from dinat.model.outputs import BackboneOutput, DinatImageClassifierOutput, DinatModelOutput
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "gelu": F.gelu,

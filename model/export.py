@@ -22,9 +22,9 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.export import ExportedProgram
 
-from model.dinat import DinatForImageClassification, NeighborhoodSelfAttention
-from model.errors import ExportError
-from model.image_processor import DinatImageProcessor
+from dinat.model.dinat import DinatForImageClassification, NeighborhoodSelfAttention
+from dinat.model.errors import ExportError
+from dinat.model.image_processor import DinatImageProcessor
 
 TOLERANCE = 1e-4
 """How far an exported output may be from PyTorch's, of the largest value of that output. Rounding is a tenth of it or less."""

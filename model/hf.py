@@ -1,10 +1,10 @@
 """transformers' DiNAT on this project's network: Auto classes, pipelines, Trainer, AutoBackbone.
 
-    import model.hf
-    model.hf.register()
+    import dinat.model.hf
+    dinat.model.hf.register()
 
-puts these classes behind transformers' names, whose own want a NATTEN that is no more. `python -m model.hf SCRIPT ARGS...` runs
-a script so, and `python -m model.hf -m MODULE ARGS...` a module. Needs the extra `hf`.
+puts these classes behind transformers' names, whose own want a NATTEN that is no more. `python -m dinat.hf SCRIPT ARGS...` runs
+a script so, and `python -m dinat.hf -m MODULE ARGS...` a module. Needs the extra `hf`.
 """
 
 import runpy
@@ -23,9 +23,9 @@ from transformers.configuration_utils import PretrainedConfig
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BackboneOutput
 
-from model.config import DinatConfig as NetworkConfig
-from model.dinat import Embeddings, Encoded, Encoder, Layer, NeighborhoodSelfAttention, PatchEmbeddings
-from model.kernels import LayerNorm
+from dinat.model.config import DinatConfig as NetworkConfig
+from dinat.model.cpu.fast_layers import LayerNorm
+from dinat.model.dinat import Embeddings, Encoded, Encoder, Layer, NeighborhoodSelfAttention, PatchEmbeddings
 
 try:
     from transformers.backbone_utils import BackboneMixin
@@ -93,7 +93,7 @@ class DinatPreTrainedModel(transformers.PreTrainedModel):
     supports_gradient_checkpointing = True
     _no_split_modules = ["Embeddings", "DinatLayer", "Downsampler"]  # noqa: RUF012
     attention = "auto"
-    """Backend, as model.attention.neighborhood_attention takes it; register() sets it."""
+    """Backend, as dinat.model.attention.neighborhood_attention takes it; register() sets it."""
 
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
@@ -262,7 +262,7 @@ class NatBackbone(DinatBackbone):
 def register(attention: str = "auto") -> None:
     """Put these classes behind transformers' names for the model types dinat and nat. Once is enough, twice does no harm.
 
-    attention: backend, as model.attention.neighborhood_attention takes it.  AutoImageProcessor then takes Pillow for these
+    attention: backend, as neighborhood_attention takes it.  AutoImageProcessor then takes Pillow for these
     model types, which the published numbers stand on: torchvision, its first choice, is up to one level of 255 off.
     """
     DinatPreTrainedModel.attention = attention
@@ -317,7 +317,7 @@ def main() -> None:
     is_module = words[:1] == ["-m"]
     words = words[1:] if is_module else words
     if not words:
-        sys.exit("usage: python -m model.hf SCRIPT ARGS..., or python -m model.hf -m MODULE ARGS...")
+        sys.exit("usage: python -m dinat.hf SCRIPT ARGS..., or python -m dinat.hf -m MODULE ARGS...")
     register()
     sys.argv = words
     if is_module:
@@ -325,9 +325,3 @@ def main() -> None:
     else:
         sys.path[0] = str(Path(words[0]).resolve().parent)
         runpy.run_path(words[0], run_name="__main__")
-
-
-if __name__ == "__main__":
-    from model import hf  # so that the classes have one home, also under pickle
-
-    hf.main()

@@ -17,11 +17,11 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from model.checkpoint import Checkpoint, open_checkpoint
-from model.errors import ImageError
-from model.files import PROCESSOR, find_files
-from model.kept import kept
-from model.resample import Pixels, resized
+from dinat.model.capture_safe_cache import kept
+from dinat.model.checkpoints.checkpoint import Checkpoint, open_checkpoint
+from dinat.model.checkpoints.files import PROCESSOR, find_files
+from dinat.model.cpu.resize import Pixels, resized
+from dinat.model.errors import ImageError
 
 Picture = Image.Image | npt.NDArray[np.uint8] | Tensor
 """A Pillow image of any mode, or uint8 as (H, W), (H, W, 1), (H, W, 3) array or (1, H, W), (3, H, W) tensor."""
@@ -83,7 +83,7 @@ class DinatImageProcessor:
 
     @classmethod
     def from_pretrained(cls, source: str | Path | Checkpoint, **where: Any) -> "DinatImageProcessor":
-        """A checkpoint's processor; `source` and `where` as model.files.find_files takes them; or an open one.
+        """A checkpoint's processor; `source` and `where` as find_files takes them; or an open one.
 
         A checkpoint without preprocessor_config.json gets that of the published models, at its image_size or 224.
         """

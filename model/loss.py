@@ -4,8 +4,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from model.config import DinatConfig
-from model.errors import ConfigError
+from dinat.model.config import DinatConfig
+from dinat.model.errors import ConfigError
 
 
 def classification_loss(logits: Tensor, labels: Tensor, config: DinatConfig) -> Tensor:

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from model.attention.geometry import neighbors
-from model.dinat import Attention, DinatForImageClassification, NeighborhoodSelfAttention
+from dinat.model.attention.geometry import neighbors
+from dinat.model.dinat import Attention, DinatForImageClassification, NeighborhoodSelfAttention
 
 
 @dataclass(frozen=True)

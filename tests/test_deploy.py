@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from app.settings import Settings
+from dinat.app.settings import Settings
 from tests.app.conftest import running
 
 ROOT = Path(__file__).parents[1]
@@ -80,7 +80,7 @@ def test_dashboard_and_alerts_ask_for_meters_that_there_are() -> None:
     with running() as service:
         assert service.client.get("/health").status_code == 200
         text = service.client.get("/metrics").text
-    exposed = set(re.findall(r"^(\w+)", text, re.MULTILINE)) | {"dinat_device_memory_bytes", "dinat_left_out"}  # a GPU's
+    exposed = set(re.findall(r"^(\w+)", text, re.MULTILINE)) | {"dinat_device_memory_bytes", "dinat_disabled"}  # a GPU's
     asked = re.findall(r"\b(?:dinat|process)_\w+", (PROMETHEUS / "alerts.yml").read_text())
     for panel in json.loads(DASHBOARD.read_text())["panels"]:
         for target in panel["targets"]:

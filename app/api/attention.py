@@ -5,13 +5,13 @@ from typing import Annotated
 from fastapi import APIRouter, Request, Response
 from pydantic import BaseModel, ConfigDict, Field
 
-from app.api.asking import ask_one
-from app.api.bodies import OPENAPI_BODY, read_one
-from app.api.parameters import DEADLINE_PARAMETER, openapi_parameters
-from app.api.results import in_json
-from app.api.schemas import PROBLEMS, AttentionOfPoint
-from app.engine.engine import Engine
-from app.engine.runtime import Wanted
+from dinat.app.api.bodies import OPENAPI_BODY, read_one
+from dinat.app.api.inference import infer_one
+from dinat.app.api.parameters import DEADLINE_PARAMETER, openapi_parameters
+from dinat.app.api.results import in_json
+from dinat.app.api.schemas import PROBLEMS, AttentionOfPoint
+from dinat.app.engine.engine import Engine
+from dinat.app.engine.runtimes.runtime import InferenceOptions
 
 router = APIRouter(tags=["attention"], responses=PROBLEMS)
 
@@ -35,7 +35,7 @@ async def attention(request: Request) -> Response:
     engine: Engine = request.app.state.engine
     engine.loaded  # noqa: B018  # raises while nothing is
     picture, point = await read_one(request, Point)
-    answer = await ask_one(request, picture, Wanted(1, point=(point.y, point.x)))
+    answer = await infer_one(request, picture, InferenceOptions(1, point=(point.y, point.x)))
     layers = [
         {
             "stage": one.stage,

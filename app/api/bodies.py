@@ -10,9 +10,9 @@ from pydantic import BaseModel, ValidationError
 from starlette.datastructures import UploadFile
 from starlette.exceptions import HTTPException
 
-from app.api.parameters import Given, Kind, faults, read_parameters
-from app.errors import BadRequest, NoImage, ServiceError, Unprocessable
-from app.images import decode_base64
+from dinat.app.api.parameters import Given, Kind, faults, read_parameters
+from dinat.app.errors import BadRequest, NoImage, ServiceError, Unprocessable
+from dinat.app.images import decode_base64
 
 Body = TypeVar("Body", bound=BaseModel)
 

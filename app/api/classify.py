@@ -2,14 +2,14 @@
 
 from fastapi import APIRouter, Request, Response
 
-from app.api.asking import ask, ask_one
-from app.api.bodies import OPENAPI_BATCH_BODY, OPENAPI_BODY, read_one, read_several
-from app.api.parameters import OPENAPI_PARAMETERS, Parameters
-from app.api.problems import problem_fields
-from app.api.results import in_json, result
-from app.api.schemas import PROBLEMS, BatchClassification, Classification
-from app.engine.engine import Engine
-from app.errors import ServiceError
+from dinat.app.api.bodies import OPENAPI_BATCH_BODY, OPENAPI_BODY, read_one, read_several
+from dinat.app.api.inference import ask, infer_one
+from dinat.app.api.parameters import OPENAPI_PARAMETERS, Parameters
+from dinat.app.api.problems import problem_fields
+from dinat.app.api.results import in_json, result
+from dinat.app.api.schemas import PROBLEMS, BatchClassification, Classification
+from dinat.app.engine.engine import Engine
+from dinat.app.errors import ServiceError
 
 router = APIRouter(tags=["classify"], responses=PROBLEMS)
 
@@ -23,7 +23,7 @@ async def classify(request: Request) -> Response:
     config = engine.loaded.config  # kept: what was taken is answered also when, by then, nothing more is
     picture, parameters = await read_one(request, Parameters)
     wanted = parameters.wanted(config)
-    answer = await ask_one(request, picture, wanted)
+    answer = await infer_one(request, picture, wanted)
     body = {"model": engine.settings.served_name, **result(answer, config, parameters.feature_format)}
     return await in_json(request, body | {"request_id": request.state.request_id}, bool(wanted.features))
 

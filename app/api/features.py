@@ -11,14 +11,14 @@ import numpy.typing as npt
 from fastapi import APIRouter, Request, Response
 from safetensors.numpy import save
 
-from app.api.asking import ask_one
-from app.api.bodies import OPENAPI_BODY, read_one
-from app.api.parameters import DEADLINE_PARAMETER, FeatureParameters, openapi_parameters
-from app.api.results import encoded, features, in_json
-from app.api.schemas import PROBLEMS
-from app.engine.engine import Engine
-from app.engine.runtime import Answer
-from app.errors import NotAcceptable, Unprocessable
+from dinat.app.api.bodies import OPENAPI_BODY, read_one
+from dinat.app.api.inference import infer_one
+from dinat.app.api.parameters import DEADLINE_PARAMETER, FeatureParameters, openapi_parameters
+from dinat.app.api.results import encoded, features, in_json
+from dinat.app.api.schemas import PROBLEMS
+from dinat.app.engine.engine import Engine
+from dinat.app.engine.runtimes.runtime import InferenceResult
+from dinat.app.errors import NotAcceptable, Unprocessable
 
 router = APIRouter(tags=["features"], responses=PROBLEMS)
 
@@ -72,7 +72,7 @@ async def extract(request: Request) -> Response:
     kind = _accepted(request)
     picture, parameters = await read_one(request, FeatureParameters)
     wanted = parameters.wanted(config)
-    answer = await ask_one(request, picture, wanted)
+    answer = await infer_one(request, picture, wanted)
     if kind == JSON:
         said = features(answer, parameters.feature_format, parameters.feature_dtype)
         return await in_json(request, {"features": said, "request_id": request.state.request_id}, large=True)
@@ -86,7 +86,7 @@ async def extract(request: Request) -> Response:
     return Response(await asyncio.to_thread(write), media_type=kind)
 
 
-def flat(answer: Answer, dtype: str) -> Maps:
+def flat(answer: InferenceResult, dtype: str) -> Maps:
     """Maps by name; those of a list by name and place: hidden_states.0, hidden_states.1."""
     named: dict[str, npt.NDArray[Any]] = {}
     for name, maps in answer.features.items():

@@ -7,9 +7,9 @@ from fastapi import APIRouter, Request, Response
 from fastapi.responses import PlainTextResponse
 from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4
 
-from app.api.schemas import PROBLEMS, Health, LeftOut, ModelCard, Process
-from app.engine.core import State
-from app.engine.engine import Engine
+from dinat.app.api.schemas import PROBLEMS, Disabled, Health, ModelCard, Process
+from dinat.app.engine.backend import State
+from dinat.app.engine.engine import Engine
 
 router = APIRouter(tags=["health"])
 
@@ -63,7 +63,7 @@ async def model(request: Request) -> ModelCard:
         device=loaded.device,
         precision=loaded.precision,
         attention=loaded.attention,
-        left_out=[LeftOut(what=left.what, why=left.why) for left in loaded.left_out],
+        disabled=[Disabled(what=left.what, why=left.why) for left in loaded.disabled],
         features=config.feature_names,
     )
 

@@ -9,15 +9,15 @@ import numpy as np
 from fastapi import APIRouter, Request, Response
 from pydantic import BaseModel, ConfigDict, Field
 
-from app.api.asking import ask_one
-from app.api.bodies import JSON, content_type, read_json
-from app.api.results import in_json
-from app.api.schemas import NOT_FOUND, PROBLEMS
-from app.engine.engine import Engine
-from app.engine.runtime import LOGITS, Answer, Array, Wanted
-from app.errors import NotFound
-from app.images import decode_base64
-from model import DinatConfig
+from dinat.app.api.bodies import JSON, content_type, read_json
+from dinat.app.api.inference import infer_one
+from dinat.app.api.results import in_json
+from dinat.app.api.schemas import NOT_FOUND, PROBLEMS
+from dinat.app.engine.engine import Engine
+from dinat.app.engine.runtimes.runtime import LOGITS, Array, InferenceOptions, InferenceResult
+from dinat.app.errors import NotFound
+from dinat.app.images import decode_base64
+from dinat.model import DinatConfig
 
 router = APIRouter(tags=["Hugging Face"], responses=PROBLEMS | NOT_FOUND)
 
@@ -62,8 +62,8 @@ async def task(request: Request) -> Response:
     engine: Engine = request.app.state.engine
     config = engine.loaded.config
     picture, parameters = await _read(request)
-    wanted = Wanted(config.num_labels, frozenset({LOGITS} if parameters.function_to_apply else ()))
-    answer = await ask_one(request, picture, wanted)
+    wanted = InferenceOptions(config.num_labels, frozenset({LOGITS} if parameters.function_to_apply else ()))
+    answer = await infer_one(request, picture, wanted)
     return await in_json(request, _elements(answer, parameters, config))
 
 
@@ -83,7 +83,7 @@ async def _read(request: Request) -> tuple[bytes, TaskParameters]:
     return decode_base64(asked.inputs), asked.parameters or TaskParameters()
 
 
-def _elements(answer: Answer, parameters: TaskParameters, config: DinatConfig) -> list[dict[str, Any]]:
+def _elements(answer: InferenceResult, parameters: TaskParameters, config: DinatConfig) -> list[dict[str, Any]]:
     scores, classes = answer.scores, answer.class_ids
     if parameters.function_to_apply is not None:
         logits = answer.features[LOGITS]

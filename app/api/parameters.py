@@ -7,9 +7,9 @@ from typing import Annotated, Any, Literal, TypeVar
 from fastapi import Request
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
-from app.engine.runtime import Wanted
-from app.errors import Unprocessable
-from model.config import DinatConfig
+from dinat.app.engine.runtimes.runtime import InferenceOptions
+from dinat.app.errors import Unprocessable
+from dinat.model.config import DinatConfig
 
 FeatureFormat = Literal["json", "base64"]
 
@@ -54,12 +54,12 @@ class Parameters(_Asked):
         Field(description="how many labels, 1 to the number of labels; 5, or all if fewer"),
     ] = None
 
-    def wanted(self, config: DinatConfig) -> Wanted:
+    def wanted(self, config: DinatConfig) -> InferenceOptions:
         """What is asked for, checked against what the network has. Raises Unprocessable."""
         top_k = min(5, config.num_labels) if self.top_k is None else self.top_k
         if not 1 <= top_k <= config.num_labels:
             raise Unprocessable(f"top_k is {top_k}, allowed are 1 to {config.num_labels}")
-        return Wanted(top_k, self.names(config))
+        return InferenceOptions(top_k, self.names(config))
 
 
 class FeatureParameters(_Asked):
@@ -67,9 +67,9 @@ class FeatureParameters(_Asked):
 
     feature_dtype: Annotated[Literal["float32", "float16"], Field(description="the maps' numbers")] = "float32"
 
-    def wanted(self, config: DinatConfig) -> Wanted:
+    def wanted(self, config: DinatConfig) -> InferenceOptions:
         """What is asked for, checked against what the network has. Raises Unprocessable."""
-        return Wanted(1, self.names(config) or frozenset(config.stage_names[1:]))
+        return InferenceOptions(1, self.names(config) or frozenset(config.stage_names[1:]))
 
 
 DEADLINE = "X-Deadline-Ms"

@@ -12,7 +12,7 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 from starlette.routing import Match
 
-from app.errors import ServiceError
+from dinat.app.errors import ServiceError
 
 log = structlog.get_logger("dinat")
 

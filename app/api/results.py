@@ -9,12 +9,12 @@ import numpy as np
 import orjson
 from fastapi import Request, Response
 
-from app.api.parameters import FeatureFormat
-from app.engine.runtime import Answer, Array
-from model import DinatConfig
+from dinat.app.api.parameters import FeatureFormat
+from dinat.app.engine.runtimes.runtime import Array, InferenceResult
+from dinat.model import DinatConfig
 
 
-def predictions(answer: Answer, config: DinatConfig) -> list[dict[str, Any]]:
+def predictions(answer: InferenceResult, config: DinatConfig) -> list[dict[str, Any]]:
     """Labels with their classes and scores, best first."""
     return [
         {"label": config.id2label[class_id], "class_id": class_id, "score": score}
@@ -22,7 +22,7 @@ def predictions(answer: Answer, config: DinatConfig) -> list[dict[str, Any]]:
     ]
 
 
-def result(answer: Answer, config: DinatConfig, feature_format: FeatureFormat) -> dict[str, Any]:
+def result(answer: InferenceResult, config: DinatConfig, feature_format: FeatureFormat) -> dict[str, Any]:
     """What /classify says of one picture."""
     said: dict[str, Any] = {"predictions": predictions(answer, config)}
     if answer.features:
@@ -30,7 +30,7 @@ def result(answer: Answer, config: DinatConfig, feature_format: FeatureFormat) -
     return said
 
 
-def features(answer: Answer, feature_format: FeatureFormat, dtype: str = "float32") -> dict[str, Any]:
+def features(answer: InferenceResult, feature_format: FeatureFormat, dtype: str = "float32") -> dict[str, Any]:
     """Its maps, by name."""
     return {
         name: [_feature_map(one, feature_format, dtype) for one in maps]
@@ -51,7 +51,7 @@ def _feature_map(values: Array, feature_format: FeatureFormat, dtype: str) -> di
 def encoded(request: Request, started: float) -> None:
     """Note how long the body took to write, which began at that time."""
     seconds = time.monotonic() - started
-    request.app.state.engine.metrics.part("encode", seconds)
+    request.app.state.engine.metrics.observe_stage("encode", seconds)
     if hasattr(request.state, "seconds"):
         request.state.seconds["encode"] = seconds
 

@@ -6,11 +6,11 @@ https://docs.aws.amazon.com/sagemaker/latest/dg/your-algorithms-inference-code.h
 from fastapi import APIRouter, Request, Response
 from fastapi.responses import PlainTextResponse
 
-from app.api.bodies import OPENAPI_BODY
-from app.api.classify import classify
-from app.api.health import NOT_NOW, ready_in_words
-from app.api.parameters import OPENAPI_PARAMETERS
-from app.api.schemas import PROBLEMS, Classification
+from dinat.app.api.bodies import OPENAPI_BODY
+from dinat.app.api.classify import classify
+from dinat.app.api.health import NOT_NOW, ready_in_words
+from dinat.app.api.parameters import OPENAPI_PARAMETERS
+from dinat.app.api.schemas import PROBLEMS, Classification
 
 router = APIRouter(tags=["SageMaker"], responses=PROBLEMS)
 

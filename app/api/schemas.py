@@ -46,7 +46,7 @@ class BatchClassification(BaseModel):
     request_id: str
 
 
-class SeenInLayer(BaseModel):
+class LayerNeighborhood(BaseModel):
     """The neighborhood of one query, in one layer."""
 
     stage: int
@@ -62,7 +62,7 @@ class SeenInLayer(BaseModel):
 class AttentionOfPoint(BaseModel):
     """What the network sees from one point of a picture."""
 
-    layers: list[SeenInLayer] = Field(description="first to last")
+    layers: list[LayerNeighborhood] = Field(description="first to last")
     request_id: str
 
 
@@ -109,7 +109,7 @@ class Health(BaseModel):
     processes: list[Process] | None = Field(None, description="where the service has several")
 
 
-class LeftOut(BaseModel):
+class Disabled(BaseModel):
     """What does not serve, since at start it was seen to fail or to compute wrongly."""
 
     what: str = Field(examples=["attention natten"])
@@ -127,7 +127,7 @@ class ModelCard(BaseModel):
     device: str
     precision: str
     attention: dict[str, str] = Field(description="attention backend of each stage")
-    left_out: list[LeftOut]
+    disabled: list[Disabled]
     features: list[str] = Field(description="what the parameter features may name")
 
 

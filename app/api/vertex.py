@@ -9,15 +9,15 @@ from fastapi import APIRouter, Request, Response
 from fastapi.responses import PlainTextResponse
 from pydantic import BaseModel, ConfigDict, Field
 
-from app.api.asking import ask_all
-from app.api.bodies import read_json
-from app.api.health import NOT_NOW, ready_in_words
-from app.api.parameters import Parameters
-from app.api.results import in_json, result
-from app.api.schemas import PROBLEMS
-from app.engine.engine import Engine
-from app.images import decode_base64
-from app.settings import Settings
+from dinat.app.api.bodies import read_json
+from dinat.app.api.health import NOT_NOW, ready_in_words
+from dinat.app.api.inference import infer_all
+from dinat.app.api.parameters import Parameters
+from dinat.app.api.results import in_json, result
+from dinat.app.api.schemas import PROBLEMS
+from dinat.app.engine.engine import Engine
+from dinat.app.images import decode_base64
+from dinat.app.settings import Settings
 
 
 class Encoded(BaseModel):
@@ -82,6 +82,6 @@ async def predict(request: Request) -> Response:
     asked = await read_json(request, Instances)
     wanted = asked.parameters.wanted(config)
     pictures = [decode_base64(one.b64) for one in asked.instances]
-    answers = await ask_all(request, pictures, wanted, called="instance")
+    answers = await infer_all(request, pictures, wanted, called="instance")
     predictions = [result(answer, config, asked.parameters.feature_format) for answer in answers]
     return await in_json(request, {"predictions": predictions}, bool(wanted.features))

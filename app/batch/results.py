@@ -12,11 +12,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from pyarrow import fs
 
-from app.api.features import flat
-from app.batch.places import BatchError, open_place
-from app.batch.sources import Item, Shard
-from app.engine.runtime import Answer
-from model import DinatConfig
+from dinat.app.api.features import flat
+from dinat.app.batch.sources import Item, Shard
+from dinat.app.batch.storage import BatchError, open_place
+from dinat.app.engine.runtimes.runtime import InferenceResult
+from dinat.model import DinatConfig
 
 ASKED = "_batch.json"
 """What the folder's results are of, and how they were asked for."""
@@ -115,13 +115,13 @@ class Rows:
         self.failed = self.pictures = 0
         self._clear()
 
-    def add(self, item: Item, answer: Answer | str) -> None:
+    def add(self, item: Item, answer: InferenceResult | str) -> None:
         """What became of a picture."""
         error = answer if isinstance(answer, str) else None
         self.pictures += 1
         self.failed += error is not None
         values = dict.fromkeys(self.schema.names) | {"path": item.path, "error": error} | dict(item.kept)
-        if isinstance(answer, Answer):
+        if isinstance(answer, InferenceResult):
             values["labels"] = [self._labels[one] for one in answer.class_ids.tolist()]
             values["class_ids"], values["scores"] = answer.class_ids, answer.scores
             maps = flat(answer, self._dtype)

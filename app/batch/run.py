@@ -11,16 +11,16 @@ from typing import Any
 
 from pyarrow import ArrowException
 
-from app.api.parameters import Parameters
-from app.batch.places import BatchError
-from app.batch.results import Results, Rows, map_names
-from app.batch.sources import Item, Shard, Source, open_source
-from app.engine.engine import Engine, Submitted
-from app.engine.many import answers, started
-from app.engine.runtime import Wanted
-from app.errors import NoImage, ServiceError
-from app.settings import Settings
-from model import DinatConfig
+from dinat.app.api.parameters import Parameters
+from dinat.app.batch.results import Results, Rows, map_names
+from dinat.app.batch.sources import Item, Shard, Source, open_source
+from dinat.app.batch.storage import BatchError
+from dinat.app.engine.engine import Engine, ImageSource
+from dinat.app.engine.runtimes.runtime import InferenceOptions
+from dinat.app.engine.stream import answers, started
+from dinat.app.errors import NoImage, ServiceError
+from dinat.app.settings import Settings
+from dinat.model import DinatConfig
 
 SHARDS_AT_ONCE = 2
 """How many an engine has under way: while one ends, the next has begun."""
@@ -42,7 +42,7 @@ class Job:
     features: str = ""
     feature_dtype: str = "float32"
 
-    def wanted(self, config: DinatConfig) -> Wanted:
+    def wanted(self, config: DinatConfig) -> InferenceOptions:
         """What is asked of each picture, checked against what the network has. Raises BatchError."""
         try:
             return Parameters(top_k=self.top_k, features=self.features).wanted(config)
@@ -76,15 +76,15 @@ class Worker:
     async def compute(self, shards: Iterable[Shard]) -> AsyncIterator[Done]:
         """Compute shards and write their results, some at a time. One that fails does not keep the others from being done."""
         left = iter(shards)
-        under_way = {asyncio.create_task(self._shard(shard)) for shard in islice(left, SHARDS_AT_ONCE)}
+        in_flight = {asyncio.create_task(self._shard(shard)) for shard in islice(left, SHARDS_AT_ONCE)}
         try:
-            while under_way:
-                over, under_way = await asyncio.wait(under_way, return_when=asyncio.FIRST_COMPLETED)
-                under_way |= {asyncio.create_task(self._shard(shard)) for shard in islice(left, len(over))}
+            while in_flight:
+                over, in_flight = await asyncio.wait(in_flight, return_when=asyncio.FIRST_COMPLETED)
+                in_flight |= {asyncio.create_task(self._shard(shard)) for shard in islice(left, len(over))}
                 for task in over:
                     yield task.result()
         finally:
-            for task in under_way:
+            for task in in_flight:
                 task.cancel()
 
     async def _shard(self, shard: Shard) -> Done:
@@ -111,7 +111,7 @@ class Worker:
                 yield item
 
 
-async def _read(item: Item) -> Submitted:
+async def _read(item: Item) -> ImageSource:
     if item.data is None:
         raise NoImage("there is no picture: its place in the row is empty")
     if isinstance(item.data, bytes | Path):
@@ -143,7 +143,7 @@ def _by_ray(job: Job, shards: Sequence[Shard], workers: int) -> Iterator[Done]:
     """
     import ray.data
 
-    from app.on_ray import share
+    from dinat.app.ray.resources import actor_resources
 
     ray.init(log_to_driver=False, logging_level=logging.ERROR)
     logging.getLogger("ray.data").setLevel(logging.CRITICAL)  # what is an error is raised
@@ -156,7 +156,7 @@ def _by_ray(job: Job, shards: Sequence[Shard], workers: int) -> Iterator[Done]:
             fn_constructor_args=(job,),
             compute=ray.data.ActorPoolStrategy(size=workers),
             batch_size=SHARDS_AT_ONCE,
-            **share(job.settings, workers),
+            **actor_resources(job.settings, workers),
         )
         for row in waiting.iter_rows():
             yield row["done"]

@@ -13,8 +13,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from pyarrow import fs
 
-from app.batch.places import BatchError, files_in, open_place
-from app.images import SUFFIXES
+from dinat.app.batch.storage import BatchError, files_in, open_place
+from dinat.app.images import SUFFIXES
 
 TARS = (".tar", ".tar.gz", ".tgz")
 

@@ -7,7 +7,7 @@ from importlib import import_module
 import typer
 
 COMMANDS = {
-    "serve": "Answer HTTP requests.",
+    "serve": "InferenceResult HTTP requests.",
     "classify": "Say what is on pictures on disk.",
     "batch": "Classify millions of pictures, shard by shard.",
     "evaluate": "Say how good a checkpoint is on labelled pictures.",
@@ -32,7 +32,7 @@ def main(arguments: list[str] | None = None) -> int:
     except SystemExit as end:
         return end.code if isinstance(end.code, int) else 0
     except Exception as error:
-        from model import DinatError  # with which PyTorch comes: two seconds that `dinat --help` need not take
+        from dinat.model import DinatError  # with which PyTorch comes: two seconds that `dinat --help` need not take
 
         if not isinstance(error, Refused | DinatError | OSError):
             raise
@@ -62,6 +62,6 @@ def _application(asked: str | None) -> typer.Typer:
     )
     application.callback()(lambda: None)  # commands have names, also were there but one
     for name, about in COMMANDS.items():
-        command = getattr(import_module(f"app.cli.{name}"), name) if name == asked else lambda: None
+        command = getattr(import_module(f"dinat.app.cli.{name}"), name) if name == asked else lambda: None
         application.command(name, short_help=about)(command)
     return application

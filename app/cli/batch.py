@@ -13,19 +13,19 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
-from app.cli import Refused
-from app.cli.flags import ENGINE, settings_flags
-from app.engine.many import PATIENCE_MS
-from app.logs import configure_logs
-from app.settings import Settings
-from model.checkpoint import open_checkpoint
+from dinat.app.cli import Refused
+from dinat.app.cli.flags import ENGINE, settings_flags
+from dinat.app.engine.stream import NO_DEADLINE_MS
+from dinat.app.logs import configure_logs
+from dinat.app.settings import Settings
+from dinat.model.checkpoints.checkpoint import open_checkpoint
 
 if TYPE_CHECKING:
-    from app.batch.run import Done, Job
-    from app.batch.sources import Shard
+    from dinat.app.batch.run import Done, Job
+    from dinat.app.batch.sources import Shard
 
 
-@settings_flags(ENGINE, deadline_ms=PATIENCE_MS, drain_seconds=0)
+@settings_flags(ENGINE, deadline_ms=NO_DEADLINE_MS, drain_seconds=0)
 def batch(
     source: Annotated[
         str,
@@ -60,9 +60,9 @@ def batch(
         raise Refused("dinat batch wants pyarrow: pip install 'dinat-serve[batch]'")
     if workers > 1 and find_spec("ray") is None:
         raise Refused(f"--workers {workers} wants Ray (pip install 'dinat-serve[ray]'); one worker uses all that a machine has")
-    from app.batch.results import Results
-    from app.batch.run import Job
-    from app.batch.sources import open_source
+    from dinat.app.batch.results import Results
+    from dinat.app.batch.run import Job
+    from dinat.app.batch.sources import open_source
 
     configure_logs("auto", logging.WARNING)
     columns = tuple(name.strip() for name in keep.split(",") if name.strip())
@@ -91,7 +91,7 @@ def _asked(job: "Job") -> dict[str, Any]:
 
 async def _compute(job: "Job", left: "Sequence[Shard]", shards: int, workers: int) -> "list[Done]":
     """Compute what is left of so many shards, with a bar on a terminal."""
-    from app.batch.run import compute
+    from dinat.app.batch.run import compute
 
     done: list[Done] = []
     began = time.monotonic()

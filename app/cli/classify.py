@@ -19,18 +19,18 @@ from rich.console import Console
 from rich.table import Table
 from safetensors.numpy import save_file
 
-from app.api.features import flat
-from app.api.parameters import Parameters
-from app.api.results import predictions
-from app.cli import Refused
-from app.cli.flags import ENGINE, settings_flags
-from app.cli.progress import with_bar
-from app.engine.engine import Submitted
-from app.engine.many import PATIENCE_MS, answers, started
-from app.engine.runtime import Answer
-from app.images import SUFFIXES
-from app.logs import configure_logs
-from app.settings import Settings
+from dinat.app.api.features import flat
+from dinat.app.api.parameters import Parameters
+from dinat.app.api.results import predictions
+from dinat.app.cli import Refused
+from dinat.app.cli.flags import ENGINE, settings_flags
+from dinat.app.cli.progress import with_bar
+from dinat.app.engine.engine import ImageSource
+from dinat.app.engine.runtimes.runtime import InferenceResult
+from dinat.app.engine.stream import NO_DEADLINE_MS, answers, started
+from dinat.app.images import SUFFIXES
+from dinat.app.logs import configure_logs
+from dinat.app.settings import Settings
 
 STDIN = "-"
 
@@ -47,7 +47,7 @@ class Maps:
     kind: str
 
 
-@settings_flags(ENGINE, deadline_ms=PATIENCE_MS, drain_seconds=0)
+@settings_flags(ENGINE, deadline_ms=NO_DEADLINE_MS, drain_seconds=0)
 def classify(
     paths: Annotated[
         list[str], typer.Argument(metavar="PATH", help="Files, folders, patterns, or - for one picture on standard input.")
@@ -122,11 +122,11 @@ async def _classify(paths: Sequence[str], settings: Settings, top_k: int | None,
     return not failed
 
 
-async def _read(path: str) -> Submitted:
+async def _read(path: str) -> ImageSource:
     return sys.stdin.buffer.read() if path == STDIN else Path(path)
 
 
-def _save_maps(answer: Answer, maps: Maps, path: str) -> None:
+def _save_maps(answer: InferenceResult, maps: Maps, path: str) -> None:
     """A picture's maps under its own name."""
     arrays = dict(flat(answer, "float32"))
     name = "stdin" if path == STDIN else path

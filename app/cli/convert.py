@@ -6,10 +6,10 @@ from typing import Annotated
 
 import typer
 
-from app.cli import Refused
-from app.cli.flags import Revision, Source
-from model import DinatConfig, DinatForImageClassification, DinatImageProcessor
-from model.checkpoint import open_checkpoint
+from dinat.app.cli import Refused
+from dinat.app.cli.flags import Revision, Source
+from dinat.model import DinatConfig, DinatForImageClassification, DinatImageProcessor
+from dinat.model.checkpoints.checkpoint import open_checkpoint
 
 
 def convert(

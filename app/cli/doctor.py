@@ -11,10 +11,10 @@ from typing import Annotated, Any
 
 import typer
 
-from app.allocator import keep_freed_memory
-from app.doctor import Report, Row, examine
-from model.config import PRESETS
-from model.native import default_cache
+from dinat.app.doctor import Report, Row, examine
+from dinat.app.server.heap import keep_freed_memory
+from dinat.model.config import PRESETS
+from dinat.model.native import default_cache
 
 
 def doctor(
@@ -27,7 +27,7 @@ def doctor(
     warnings.simplefilter("ignore")
     keep_freed_memory()
     with suppress(ModuleNotFoundError):  # nor does the log want what is not there
-        from app.logs import configure_logs
+        from dinat.app.logs import configure_logs
 
         configure_logs("console")
     cache = Path(os.environ.get("DINAT_CACHE_DIR") or default_cache())

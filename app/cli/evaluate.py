@@ -15,23 +15,23 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from app.cli import Refused
-from app.cli.flags import ENGINE, Source, settings_flags
-from app.cli.progress import with_bar
-from app.engine.engine import Engine, Submitted
-from app.engine.many import PATIENCE_MS, answers, started
-from app.engine.runtime import Wanted
-from app.evaluation import MOST_SHOWN, Evaluation
-from app.images import decode
-from app.labelled import Data, class_ids, read_data
-from app.logs import configure_logs
-from app.settings import Settings
-from model import DinatImageProcessor
+from dinat.app.cli import Refused
+from dinat.app.cli.flags import ENGINE, Source, settings_flags
+from dinat.app.cli.progress import with_bar
+from dinat.app.engine.engine import Engine, ImageSource
+from dinat.app.engine.runtimes.runtime import InferenceOptions
+from dinat.app.engine.stream import NO_DEADLINE_MS, answers, started
+from dinat.app.evaluation.labelled_images import Data, class_ids, read_data
+from dinat.app.evaluation.scores import MOST_SHOWN, Evaluation
+from dinat.app.images import decode
+from dinat.app.logs import configure_logs
+from dinat.app.settings import Settings
+from dinat.model import DinatImageProcessor
 
 Preprocessing = Literal["checkpoint", "original", "both"]
 
 
-@settings_flags([name for name in ENGINE if name != "model"], deadline_ms=PATIENCE_MS, drain_seconds=0)
+@settings_flags([name for name in ENGINE if name != "model"], deadline_ms=NO_DEADLINE_MS, drain_seconds=0)
 def evaluate(
     source: Source,
     data: Annotated[
@@ -63,7 +63,7 @@ def evaluate(
     else:
         _show(found)
     if report is not None:
-        from app.report import page
+        from dinat.app.evaluation.report import page
 
         report.write_text(page(found, f"{source} on {data}"), encoding="utf-8")
         print(f"dinat: the report is in {report}", file=sys.stderr)
@@ -89,7 +89,7 @@ async def _one(engine: Engine, data: Data, class_of: dict[str, int], kind: str, 
     read = _read if kind == "checkpoint" else _read_as_original(loaded.processor, settings.max_pixels)
     truth, best, in_top5, scores = [], [], [], []
     unreadable: dict[str, str] = {}
-    wanted = Wanted(top_k=min(5, config.num_labels))
+    wanted = InferenceOptions(top_k=min(5, config.num_labels))
     began = time.perf_counter()
     labels = iter(picture.label for picture in data.pictures)
     answered = answers(engine, [str(one.path) for one in data.pictures], wanted, read)
@@ -124,18 +124,18 @@ async def _one(engine: Engine, data: Data, class_of: dict[str, int], kind: str, 
     )
 
 
-async def _read(path: str) -> Submitted:
+async def _read(path: str) -> ImageSource:
     return Path(path)
 
 
-def _read_as_original(processor: DinatImageProcessor, max_pixels: int) -> Callable[[str], Awaitable[Submitted]]:
+def _read_as_original(processor: DinatImageProcessor, max_pixels: int) -> Callable[[str], Awaitable[ImageSource]]:
     """Pictures resized and cropped as the original evaluation did; normalised as the checkpoint says."""
     size = processor.output_size
     if size is None or size[0] != size[1]:
         raise Refused("--preprocessing original is for networks that take squares; this one keeps the pictures' aspect")
     original = DinatImageProcessor.original(size[0], crop_pct=1.0 if size[0] >= 384 else 0.875)
 
-    async def read(path: str) -> Submitted:
+    async def read(path: str) -> ImageSource:
         return await asyncio.to_thread(lambda: original.resize(decode(Path(path).read_bytes(), max_pixels)))
 
     return read

@@ -5,11 +5,11 @@ from typing import Annotated, Literal
 
 import typer
 
-from app.cli.flags import Revision, Source
-from model import DinatForImageClassification, DinatImageProcessor
-from model.checkpoint import open_checkpoint
-from model.export import export as write
-from model.export import format_of
+from dinat.app.cli.flags import Revision, Source
+from dinat.model import DinatForImageClassification, DinatImageProcessor
+from dinat.model.checkpoints.checkpoint import open_checkpoint
+from dinat.model.export import export as write
+from dinat.model.export import format_of
 
 Format = Literal["onnx", "openvino", "torch-export"]
 

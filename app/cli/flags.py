@@ -9,9 +9,9 @@ import typer
 from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
 
-from app.cli import Refused
-from app.settings import Settings, explain
-from app.training.recipe import Recipe
+from dinat.app.cli import Refused
+from dinat.app.settings import Settings, explain
+from dinat.app.training.recipe import Recipe
 
 Source = Annotated[str, typer.Argument(metavar="SOURCE", help='Folder, Hub id, original .pth file, or "digits".')]
 Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit of a Hub id.")]

@@ -3,9 +3,9 @@
 import json
 from typing import Any
 
-from app.cli.flags import Revision, Source
-from model import DinatImageProcessor
-from model.checkpoint import open_checkpoint
+from dinat.app.cli.flags import Revision, Source
+from dinat.model import DinatImageProcessor
+from dinat.model.checkpoints.checkpoint import open_checkpoint
 
 
 def info(source: Source, *, revision: Revision = None) -> None:

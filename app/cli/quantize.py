@@ -6,15 +6,15 @@ from typing import Annotated
 
 import typer
 
-from app.cli.flags import Revision, Source
-from app.doctor import forward_rate
-from app.engine.runtimes import load_runtimes
-from app.errors import ServiceError
-from app.images import decode
-from app.settings import Settings
-from model import DinatForImageClassification, DinatImageProcessor
-from model.checkpoint import open_checkpoint
-from model.export import quantize as calibrate
+from dinat.app.cli.flags import Revision, Source
+from dinat.app.doctor import forward_rate
+from dinat.app.engine.runtimes.selection import load_runtimes
+from dinat.app.errors import ServiceError
+from dinat.app.images import decode
+from dinat.app.settings import Settings
+from dinat.model import DinatForImageClassification, DinatImageProcessor
+from dinat.model.checkpoints.checkpoint import open_checkpoint
+from dinat.model.export import quantize as calibrate
 
 WORTH_IT = 1.1
 """How many times as fast it must be."""

@@ -2,16 +2,16 @@
 
 import typer
 
-from app.allocator import keep_freed_memory, keep_little_garbage
-from app.cli import Refused
-from app.cli.flags import settings_flags
-from app.engine.engine import Engine
-from app.logs import configure_logs
-from app.machine import allow_descriptors
-from app.main import create_app
-from app.server import Server
-from app.settings import Settings
-from app.supervisor import ServiceDied, Supervisor, resolve_frontends
+from dinat.app.cli import Refused
+from dinat.app.cli.flags import settings_flags
+from dinat.app.engine.engine import Engine
+from dinat.app.host import allow_descriptors
+from dinat.app.logs import configure_logs
+from dinat.app.main import create_app
+from dinat.app.server.heap import keep_freed_memory, reduce_gc
+from dinat.app.server.server import Server
+from dinat.app.server.supervisor import ServiceFailed, Supervisor, resolve_frontends
+from dinat.app.settings import Settings
 
 
 @settings_flags(Settings.model_fields)
@@ -20,14 +20,14 @@ def serve(*, settings: Settings) -> None:
     configure_logs(settings.log_format)
     keep_freed_memory()
     allow_descriptors()
-    front_ends = resolve_frontends(settings)
-    if front_ends > 1:
+    frontends = resolve_frontends(settings)
+    if frontends > 1:
         try:
-            Supervisor(settings, front_ends).run()
-        except ServiceDied as reason:
+            Supervisor(settings, frontends).run()
+        except ServiceFailed as reason:
             raise Refused(str(reason)) from None
         return
-    keep_little_garbage()
+    reduce_gc()
     engine = Engine(settings)
     server = Server(create_app(settings, engine), engine)
     server.run()

@@ -11,10 +11,10 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
-from app.cli import Refused
-from app.cli.flags import Revision, recipe_flags
-from app.settings import Settings
-from app.training.recipe import Recipe
+from dinat.app.cli import Refused
+from dinat.app.cli.flags import Revision, recipe_flags
+from dinat.app.settings import Settings
+from dinat.app.training.recipe import Recipe
 
 NEEDED = ("accelerate", "matplotlib", "sklearn", "transformers")
 
@@ -47,15 +47,15 @@ def train(
     """Train a classifier on labelled pictures. OUT is a checkpoint in the Hub's layout, with a model card.
 
     The best weights so far are always whole in OUT. Said again after it was stopped, it goes on, to the same weights.
-    On several cards: accelerate launch -m app.cli train ...
+    On several cards: accelerate launch -m dinat train ...
     """
     missing = [name for name in NEEDED if find_spec(name) is None]
     if missing:
         raise Refused(f"training wants {', '.join(missing)}, not installed: pip install 'dinat-serve[train]'")
     if device not in ("auto", "cpu"):
         raise Refused(f"--device is auto or cpu, got {device!r}; CUDA_VISIBLE_DEVICES says which cards are seen")
-    from app.training.run import train as run
-    from app.training.task import Task
+    from dinat.app.training.run import train as run
+    from dinat.app.training.task import Task
 
     speaks = os.environ.get("RANK", "0") == "0"  # of accelerate's processes the first one
     with Progress(console=Console(stderr=True), disable=not sys.stderr.isatty(), transient=True) as bar:

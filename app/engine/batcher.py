@@ -14,8 +14,8 @@ from typing import Any
 
 import numpy as np
 
-from app.engine.runtime import Answer, Array, Runtime, Wanted
-from model.resample import Pixels
+from dinat.app.engine.runtimes.runtime import Array, InferenceOptions, InferenceResult, Runtime
+from dinat.model.cpu.resize import Pixels
 
 RATE_BATCHES = 32
 """Batches over which the rate of pictures is measured."""
@@ -30,7 +30,7 @@ class Job:
     dropped: set when nobody waits any more; a dropped job is not computed.
     """
 
-    wanted: Wanted
+    wanted: InferenceOptions
     arrived: float
     deadline: float
     pixels: Pixels | Array | None = None
@@ -45,7 +45,7 @@ class Job:
         return not self.dropped and time.monotonic() < self.deadline
 
 
-Answered = Callable[[Sequence[Job], Sequence[Answer | Exception]], object]
+ResultCallback = Callable[[Sequence[Job], Sequence[InferenceResult | Exception]], object]
 """Told of jobs and what became of each. Called from any thread."""
 
 
@@ -53,7 +53,7 @@ class Batcher:
     """The engine's threads and the pictures that wait for them.
 
     answered: told of every job that was put.  on_start: called in a thread with the jobs of each batch before they run, when
-    their pixels are copied.  on_batch: then with their number and the seconds they took.  on_death: called in the thread, as it
+    their pixels are copied.  on_batch: then with their number and the seconds they took.  on_crash: called in the thread, as it
     ends, with what ended it, its runtime and the jobs that it had under way.
     """
 
@@ -62,15 +62,15 @@ class Batcher:
         runtimes: Sequence[Runtime],
         max_batch: int,
         max_wait: float,
-        answered: Answered,
+        answered: ResultCallback,
         on_start: Callable[[list[Job]], object],
         on_batch: Callable[[int, float], object],
-        on_death: Callable[[BaseException, Runtime, list[Job]], object],
+        on_crash: Callable[[BaseException, Runtime, list[Job]], object],
     ) -> None:
         self.max_batch = max_batch
         self._max_wait = max_wait
         self._answered = answered
-        self._on_start, self._on_batch, self._on_death = on_start, on_batch, on_death
+        self._on_start, self._on_batch, self._on_death = on_start, on_batch, on_crash
         self._waiting: list[Job] = []
         self._changed = threading.Condition()
         self._stopping = False
@@ -184,7 +184,9 @@ class Batcher:
         self._on_batch(len(batch), taken)
         self._answered(batch, answers)
 
-    def _answers(self, runtime: Runtime, pixels: Pixels | Array, wanted: Sequence[Wanted]) -> Sequence[Answer | Exception]:
+    def _answers(
+        self, runtime: Runtime, pixels: Pixels | Array, wanted: Sequence[InferenceOptions]
+    ) -> Sequence[InferenceResult | Exception]:
         """Run a batch. One that fails is halved, down to the pictures that are the cause: the others are answered.
 
         One that needs too much memory is halved too, and the size that fits is kept as the largest from then on.

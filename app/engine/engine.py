@@ -11,44 +11,47 @@ from pathlib import Path
 import numpy as np
 import structlog
 
-from app.engine.batcher import Answered, Job
-from app.engine.core import Core, EngineCore, State
-from app.engine.runtime import Answer, Array, Loaded, Wanted
-from app.errors import DeadlinePassed, NoImage, ServiceError, TooLarge, Unavailable
-from app.images import decode
-from app.metrics import Metrics
-from app.settings import Settings
-from model import DinatImageProcessor
-from model.native import library
-from model.resample import Pixels
+from dinat.app.engine.backend import Backend, State
+from dinat.app.engine.batcher import Job, ResultCallback
+from dinat.app.engine.local_backend import LocalBackend
+from dinat.app.engine.runtimes.runtime import Array, InferenceOptions, InferenceResult, LoadedModel
+from dinat.app.errors import DeadlinePassed, NoImage, ServiceError, TooLarge, Unavailable
+from dinat.app.images import decode
+from dinat.app.metrics import Metrics
+from dinat.app.settings import Settings
+from dinat.model import DinatImageProcessor
+from dinat.model.cpu.resize import Pixels
+from dinat.model.native import library
 
 log = structlog.get_logger("dinat")
 
-Submitted = bytes | Path | Pixels | Array
+ImageSource = bytes | Path | Pixels | Array
 
-MakeCore = Callable[[Settings, Metrics, Answered], Core]
+BackendFactory = Callable[[Settings, Metrics, ResultCallback], Backend]
 
 
 @dataclass(eq=False, kw_only=True)
-class Picture(Job):
+class ImageJob(Job):
     """A job and who waits for it. data: what was submitted, until it is pixels."""
 
-    data: Submitted
-    answer: "asyncio.Future[Answer | Exception]"
+    data: ImageSource
+    answer: "asyncio.Future[InferenceResult | Exception]"
     seconds_to_decode: float = 0.0
 
 
 class Engine:
     """Decodes pictures in threads, has them computed, and answers. Every method is for the event loop's thread.
 
-    make_core: whoever computes; this process, if nothing is said.
+    create_backend: whoever computes; this process, if nothing is said.
     """
 
-    def __init__(self, settings: Settings, make_core: MakeCore = EngineCore, metrics: Metrics | None = None) -> None:
+    def __init__(
+        self, settings: Settings, create_backend: BackendFactory = LocalBackend, metrics: Metrics | None = None
+    ) -> None:
         self.settings = settings
         self.metrics = metrics or Metrics()
-        self.core = make_core(settings, self.metrics, self._answered)
-        self.metrics.show(settings.served_name, lambda: self.core.waiting, lambda: self.core.loaded)
+        self.backend = create_backend(settings, self.metrics, self._answered)
+        self.metrics.show(settings.served_name, lambda: self.backend.waiting, lambda: self.backend.loaded)
         self.on_started: Callable[[], object] = lambda: None
         self._draining = False
         self._closes = math.inf
@@ -63,34 +66,34 @@ class Engine:
     @property
     def state(self) -> State:
         """Where the service is in its life. It may take work while it is draining: see drain."""
-        draining = self._draining and self.core.state is not State.FAILED
-        return State.DRAINING if draining else self.core.state
+        draining = self._draining and self.backend.state is not State.FAILED
+        return State.DRAINING if draining else self.backend.state
 
     @property
     def failure(self) -> BaseException | None:
         """Why it has failed, if it has."""
-        return self.core.failure
+        return self.backend.failure
 
     @property
-    def loaded(self) -> Loaded:
+    def loaded(self) -> LoadedModel:
         """What serves. Raises Unavailable, saying why, when nothing can be taken."""
-        if self.core.loaded is None or not self._takes_work:
+        if self.backend.loaded is None or not self._takes_work:
             raise Unavailable(self.why_not_ready(), headers={"Retry-After": "1"})
-        return self.core.loaded
+        return self.backend.loaded
 
     @property
     def waiting(self) -> int:
         """Pictures taken and not yet running; those being decoded count."""
-        return self.core.waiting
+        return self.backend.waiting
 
     @property
     def _takes_work(self) -> bool:
-        return self.core.state is State.READY and not self._closed
+        return self.backend.state is State.READY and not self._closed
 
     def why_not_ready(self) -> str:
         """One sentence."""
-        if self.core.failure is not None:
-            return str(self.core.failure)
+        if self.backend.failure is not None:
+            return str(self.backend.failure)
         return {
             State.LOADING: f"the model {self.settings.served_name} is loading: try again soon",
             State.DRAINING: "the service is stopping: ask another instance",
@@ -104,7 +107,7 @@ class Engine:
         """
         self._loop = asyncio.get_running_loop()
         await asyncio.to_thread(library)  # by which pictures are resized: if it must be compiled, then before they come
-        await self.core.start()
+        await self.backend.start()
         self.on_started()
 
     async def drain(self, lame_duck_seconds: float = 0) -> None:
@@ -128,10 +131,10 @@ class Engine:
     async def stop(self) -> None:
         """Drain, answer what is left with an error, and end the threads."""
         await self.drain()
-        await self.core.stop()
+        await self.backend.stop()
         self._decoders.shutdown(cancel_futures=True)
 
-    def check_room(self, pictures: int = 1) -> None:
+    def check_capacity(self, pictures: int = 1) -> None:
         """Raise Unavailable, saying when to come back, unless that many more pictures may wait."""
         if not self._takes_work:
             raise Unavailable(self.why_not_ready(), headers={"Retry-After": "1"})
@@ -151,11 +154,11 @@ class Engine:
 
     async def submit(
         self,
-        pictures: Sequence[Submitted],
-        wanted: Wanted,
+        pictures: Sequence[ImageSource],
+        wanted: InferenceOptions,
         deadline_ms: int | None = None,
         arrived: float | None = None,
-    ) -> list[Answer | ServiceError]:
+    ) -> list[InferenceResult | ServiceError]:
         """Classify pictures; in order, an error in the place of a picture that has one.
 
         pictures: the bytes of each file, or where it is; or (H, W, 3), uint8 of any size, or float32 that is resized and
@@ -163,15 +166,15 @@ class Engine:
         deadline_ms: how long the caller waits, DEADLINE_MS at most and if None.  arrived: since when, by time.monotonic; now if
         None.  Raises Unavailable and TooLarge when not even one can be taken. Cancelling the call drops what has not run yet.
         """
-        self.check_room(len(pictures))
+        self.check_capacity(len(pictures))
         arrived = time.monotonic() if arrived is None else arrived
         allowed = self.settings.deadline_ms
         deadline = arrived + min(allowed, allowed if deadline_ms is None else deadline_ms) / 1000
         loop = asyncio.get_running_loop()
-        jobs = [Picture(wanted, arrived, deadline, data=data, answer=loop.create_future()) for data in pictures]
+        jobs = [ImageJob(wanted, arrived, deadline, data=data, answer=loop.create_future()) for data in pictures]
         if not jobs:
             return []
-        if not self.core.take(jobs):
+        if not self.backend.take(jobs):
             raise Unavailable("others were faster to take the last places in the queue: come back later", {"Retry-After": "1"})
         self._under_way += 1
         self._idle.clear()
@@ -183,7 +186,7 @@ class Engine:
             if self._under_way == 0:
                 self._idle.set()
 
-    async def _answers(self, jobs: list[Picture], decoding: "list[Future[None]]") -> list[Answer | ServiceError]:
+    async def _answers(self, jobs: list[ImageJob], decoding: "list[Future[None]]") -> list[InferenceResult | ServiceError]:
         """What became of each job, by its deadline, which is one for all."""
         over = asyncio.get_running_loop().call_later(jobs[0].deadline - time.monotonic(), _deliver, jobs, [_late()] * len(jobs))
         try:
@@ -192,27 +195,27 @@ class Engine:
             over.cancel()
             for job, running in zip(jobs, decoding, strict=True):
                 running.cancel()
-                self.core.withdraw(job)
+                self.backend.withdraw(job)
         for one in answers:
-            self.metrics.picture(one)
+            self.metrics.image(one)
         return answers
 
-    def _decode(self, job: Picture) -> None:
+    def _decode(self, job: ImageJob) -> None:
         """In a decoding thread: bytes to pixels, then to whoever computes."""
-        if not job.alive or self.core.loaded is None:
+        if not job.alive or self.backend.loaded is None:
             return
         started = time.monotonic()
         try:
-            job.pixels, job.data = self._pixels(job.data, self.core.loaded.processor), b""
+            job.pixels, job.data = self._pixels(job.data, self.backend.loaded.processor), b""
         except Exception as error:
             self._answered([job], [error])
             return
         job.decoded = time.monotonic()
         job.seconds_to_decode = job.decoded - started
-        self.metrics.part("decode", job.seconds_to_decode)
-        self.core.put(job)
+        self.metrics.observe_stage("decode", job.seconds_to_decode)
+        self.backend.put(job)
 
-    def _pixels(self, data: Submitted, processor: DinatImageProcessor) -> Pixels | Array:
+    def _pixels(self, data: ImageSource, processor: DinatImageProcessor) -> Pixels | Array:
         if isinstance(data, Path):
             try:
                 data = data.read_bytes()
@@ -225,20 +228,20 @@ class Engine:
             enough = 2 * size[1], 2 * size[0]  # never below twice what is wanted: the resize still smooths
         return processor.resize(decode(data, self.settings.max_pixels, enough))
 
-    def _answered(self, jobs: Sequence[Job], answers: Sequence[Answer | Exception]) -> None:
+    def _answered(self, jobs: Sequence[Job], answers: Sequence[InferenceResult | Exception]) -> None:
         """Give answers to who waits for them. From any thread."""
         assert self._loop is not None
         self._loop.call_soon_threadsafe(_deliver, jobs, answers)
 
     def _seconds_to_wait(self, waiting: int) -> int:
         """When half of what waits will have run, at the rate of the last batches."""
-        rate = self.core.rate
+        rate = self.backend.rate
         return 1 if rate is None else min(60, max(1, math.ceil(waiting / 2 / rate)))
 
 
-def _deliver(jobs: Sequence[Job], answers: Sequence[Answer | Exception]) -> None:
+def _deliver(jobs: Sequence[Job], answers: Sequence[InferenceResult | Exception]) -> None:
     for job, answer in zip(jobs, answers, strict=True):
-        if isinstance(job, Picture) and not job.answer.done():
+        if isinstance(job, ImageJob) and not job.answer.done():
             job.answer.set_result(answer)
 
 
@@ -246,12 +249,12 @@ def _late() -> DeadlinePassed:
     return DeadlinePassed("the answer did not come within the deadline: send fewer pictures at once, or allow more time")
 
 
-def _checked(answer: Answer | Exception, job: Picture) -> Answer | ServiceError:
+def _checked(answer: InferenceResult | Exception, job: ImageJob) -> InferenceResult | ServiceError:
     """An answer as a door may give it, with its times: what went wrong on this side is for the log alone."""
     if isinstance(answer, Exception) and not isinstance(answer, ServiceError):
         log.error("a picture could not be computed", exc_info=answer)
         return ServiceError("something went wrong on this side; the log has it under this request_id")
-    if isinstance(answer, Answer):
+    if isinstance(answer, InferenceResult):
         queue, compute = job.started - job.decoded, job.computed - job.started
         return replace(answer, seconds={"decode": job.seconds_to_decode, "queue": queue, "compute": compute})
     return answer

@@ -12,9 +12,9 @@ import torch.nn.functional as F
 from PIL import Image, ImageEnhance, ImageOps
 from torch import Tensor
 
-from app.training.recipe import Recipe
-from model import DinatImageProcessor
-from model.image_processor import to_rgb
+from dinat.app.training.recipe import Recipe
+from dinat.model import DinatImageProcessor
+from dinat.model.image_processor import to_rgb
 
 ASPECT = (3 / 4, 4 / 3)
 """Width over height of what is cut out (Szegedy et al., arXiv 1409.4842)."""

@@ -10,9 +10,9 @@ from sklearn.model_selection import train_test_split
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from app.errors import ServiceError
-from app.images import decode
-from app.labelled import Data, DataError, Labelled
+from dinat.app.errors import ServiceError
+from dinat.app.evaluation.labelled_images import Data, DataError, Labelled
+from dinat.app.images import decode
 
 
 class Pictures(Dataset[dict[str, Any]]):

@@ -15,17 +15,17 @@ from transformers import TrainingArguments
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from transformers.utils.logging import disable_progress_bar
 
-from app.labelled import DataError
-from app.machine import cores
-from app.training.augmentation import Augmentation
-from app.training.card import write_card
-from app.training.data import Pictures, together
-from app.training.recipe import Recipe
-from app.training.task import Parts, Task, Trained, read_parts
-from app.training.trainer import Bar, DinatTrainer, Epoch, Progressed, last_whole
-from model import DinatConfig, DinatError, DinatImageProcessor, hf
-from model.checkpoint import Checkpoint, fit, open_checkpoint, save_checkpoint
-from model.transfer import HEAD, transfer
+from dinat.app.evaluation.labelled_images import DataError
+from dinat.app.host import cores
+from dinat.app.training.augmentation import Augmentation
+from dinat.app.training.data import Pictures, together
+from dinat.app.training.model_card import write_card
+from dinat.app.training.recipe import Recipe
+from dinat.app.training.task import Parts, Task, Trained, read_parts
+from dinat.app.training.trainer import Bar, DinatTrainer, Epoch, Progressed, last_whole
+from dinat.model import DinatConfig, DinatError, DinatImageProcessor, hf
+from dinat.model.checkpoints.checkpoint import Checkpoint, fit, open_checkpoint, save_checkpoint
+from dinat.model.checkpoints.transfer import HEAD, transfer
 
 STATE, CHECKPOINTS = "training.json", "checkpoints"
 

@@ -4,10 +4,10 @@ import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 
-from app.labelled import Data, DataError, Labelled, read_data
-from app.training.data import split
-from app.training.recipe import Recipe
-from app.training.trainer import Epoch, Progressed
+from dinat.app.evaluation.labelled_images import Data, DataError, Labelled, read_data
+from dinat.app.training.data import split
+from dinat.app.training.recipe import Recipe
+from dinat.app.training.trainer import Epoch, Progressed
 
 
 @dataclass(frozen=True)

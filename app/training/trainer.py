@@ -18,8 +18,8 @@ from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from transformers import EvalPrediction, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from app.training.augmentation import mix, targets
-from app.training.recipe import Recipe
+from dinat.app.training.augmentation import mix, targets
+from dinat.app.training.recipe import Recipe
 
 AVERAGE, PROGRESS = "average.safetensors", "progress.json"
 

@@ -9,7 +9,7 @@ import torch
 from fastapi import Request
 from PIL import Image
 
-from model import DinatForImageClassification, DinatImageProcessor
+from dinat.model import DinatForImageClassification, DinatImageProcessor
 
 
 class Classifier(litserve.LitAPI):

@@ -2,8 +2,8 @@
 
 import sys
 
-from app.ray_serve import dinat
 from benchmarks.peers.on_ray import run
+from dinat.app.ray.deployment import dinat
 
 if __name__ == "__main__":
     run(lambda: dinat({"model": sys.argv[1], "queue_limit": 64}), int(sys.argv[2]))

@@ -8,7 +8,7 @@ import uvicorn
 from fastapi import FastAPI, UploadFile
 from PIL import Image
 
-from model import DinatForImageClassification, DinatImageProcessor
+from dinat.model import DinatForImageClassification, DinatImageProcessor
 
 app = FastAPI()
 network = DinatForImageClassification.from_pretrained(sys.argv[1])

@@ -10,7 +10,7 @@ from PIL import Image
 from ray import serve
 
 from benchmarks.peers.on_ray import run
-from model import DinatForImageClassification, DinatImageProcessor
+from dinat.model import DinatForImageClassification, DinatImageProcessor
 
 app = FastAPI()
 

@@ -7,13 +7,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from model.attention import choice, compiled
-from model.attention.choice import Layer, candidates, choose
-from model.attention.compiled import compiled_attention
-from model.attention.geometry import check_geometry
-from model.attention.reference import reference_attention
-from model.attention.tiled import tiled_attention
-from model.errors import AttentionError
+from dinat.model.attention import autotune, compiled
+from dinat.model.attention.autotune import LayerKey, candidates, choose
+from dinat.model.attention.compiled import compiled_attention
+from dinat.model.attention.geometry import check_geometry
+from dinat.model.attention.reference import reference_attention
+from dinat.model.attention.tiled import tiled_attention
+from dinat.model.errors import AttentionError
 
 __all__ = ["BACKENDS", "check_backend", "neighborhood_attention", "neighborhood_attention_with_weights"]
 
@@ -25,13 +25,13 @@ def _reference(*arguments: Any) -> Tensor:
 
 
 def _natten(*arguments: Any) -> Tensor:
-    from model.attention.natten_backend import natten_attention
+    from dinat.model.attention.natten_backend import natten_attention
 
     return natten_attention(*arguments)
 
 
 def _triton(*arguments: Any, **settings: Any) -> Tensor:
-    from model.attention.triton_kernel import triton_attention
+    from dinat.model.attention.triton_kernel import triton_attention
 
     return triton_attention(*arguments, **settings)
 
@@ -44,7 +44,7 @@ BACKENDS: dict[str, Backend] = {
     "triton": _triton,
 }
 """Every backend by name: (q, k, v, rpb, kernel_size, dilation, scale, dropout) to the output; triton takes a `cut` besides.
-"auto" takes the fastest that is there (model/attention/choice.py)."""
+"auto" takes the fastest that is there (model/attention/autotune.py)."""
 
 
 def check_backend(backend: str) -> None:
@@ -66,7 +66,7 @@ def by_name(
     scale: float,
     dropout: float = 0.0,
 ) -> Tensor:
-    """What neighborhood_attention gives, by one of choice.candidates: a backend, or "triton" and the name of a cut."""
+    """What neighborhood_attention gives, by one of autotune.candidates: a backend, or "triton" and the name of a cut."""
     kind, _, cut = name.partition(" ")
     settings = {"cut": cut} if cut else {}
     return BACKENDS[kind](q, k, v, rpb, kernel_size, dilation, scale, dropout, **settings)
@@ -104,12 +104,12 @@ def neighborhood_attention(
     elif q.device.type == "cpu" and backend == "auto":
         backend = "compiled" if _is_inference(q, k, v, rpb) and compiled.takes(q, kernel_size) else "tiled"
     elif q.device.type == "cuda" and backend != "reference" and not torch.compiler.is_compiling():
-        layer = Layer.of(q, kernel_size, dilation, scale, rpb is not None, backend)
+        layer = LayerKey.of(q, kernel_size, dilation, scale, rpb is not None, backend)
         names = candidates(q.device, q.dtype, q.shape[-1], backend)
         backend = choose(layer, names, attend, q, k, v, rpb)
     elif backend == "auto":
         # A compiler cannot look for what is installed; its own code for a card is Triton's, so that is there.
-        fits = q.device.type == "cuda" and q.dtype in choice.LIMITS and 8 <= q.shape[-1] <= 128
+        fits = q.device.type == "cuda" and q.dtype in autotune.LIMITS and 8 <= q.shape[-1] <= 128
         backend = "triton" if fits else "tiled"
     return attend(backend, q, k, v, rpb)
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
-from model.kept import gave
+from dinat.model.capture_safe_cache import gave
 
 KEPT = 8
 """Things kept per table, one for each map size and dtype it met last; and as many where there is no table."""

@@ -5,11 +5,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from model.attention.bias_cache import made_from
-from model.attention.tiled import Plan, complete, plan
-from model.errors import AttentionError
-from model.kept import kept
-from model.native import DTYPES, library, missing
+from dinat.model.attention.bias_cache import made_from
+from dinat.model.attention.tiled import Plan, complete, plan
+from dinat.model.capture_safe_cache import kept
+from dinat.model.errors import AttentionError
+from dinat.model.native import DTYPES, library, missing
 
 HEAD_DIM, MOST_KEYS, BLOCK = 32, 256, 8
 """As in attention.c."""

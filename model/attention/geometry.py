@@ -18,7 +18,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from model.errors import AttentionError
+from dinat.model.errors import AttentionError
 
 
 def window_start(position: Tensor, length: Tensor | int, kernel_size: int) -> Tensor:

@@ -17,10 +17,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from model.attention.bias_cache import made_from
-from model.attention.geometry import neighbors
-from model.errors import AttentionError
-from model.kept import kept
+from dinat.model.attention.bias_cache import made_from
+from dinat.model.attention.geometry import neighbors
+from dinat.model.capture_safe_cache import kept
+from dinat.model.errors import AttentionError
 
 
 def natten_attention(

@@ -4,8 +4,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from model.attention.geometry import neighbors
-from model.kept import kept
+from dinat.model.attention.geometry import neighbors
+from dinat.model.capture_safe_cache import kept
 
 
 def attention_weights(q: Tensor, k: Tensor, rpb: Tensor | None, kernel_size: int, dilation: int, scale: float) -> Tensor:

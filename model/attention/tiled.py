@@ -13,9 +13,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from model.attention.bias_cache import made_from
-from model.attention.geometry import axis_tiles
-from model.kept import kept
+from dinat.model.attention.bias_cache import made_from
+from dinat.model.attention.geometry import axis_tiles
+from dinat.model.capture_safe_cache import kept
 
 CACHE_BYTES = 2 * 2**20
 """Keys gathered at once on a CPU: about its second-level cache."""

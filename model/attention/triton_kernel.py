@@ -18,10 +18,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from model.attention.bias_cache import made_from
-from model.attention.tiled import Plan, complete, plan
-from model.errors import AttentionError
-from model.kept import kept
+from dinat.model.attention.bias_cache import made_from
+from dinat.model.attention.tiled import Plan, complete, plan
+from dinat.model.capture_safe_cache import kept
+from dinat.model.errors import AttentionError
 
 INTERPRETED = bool(triton.knobs.runtime.interpret)
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)

@@ -1,6 +1,6 @@
 """Kernels in C for what PyTorch has none for, or a slow one: compiled for this processor when first wanted, and kept.
 
-    python -m model.native    # for every kind of processor, beside this file: for an image that has no compiler
+    python -m dinat.model.native    # for every kind of processor, beside this file: for an image that has no compiler
 
 Nothing but a C compiler is needed, and nothing happens without one: PyTorch's own kernels take their place.
 """
@@ -20,7 +20,7 @@ from pathlib import Path
 
 import torch
 
-from model.processor import marks
+from dinat.model.cpu.features import marks
 
 HERE = Path(__file__).parent
 SOURCES = sorted(HERE.glob("*.c"))

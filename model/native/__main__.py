@@ -2,7 +2,7 @@
 
 import platform
 
-from model.native import HERE, KINDS, compile_for
+from dinat.model.native import HERE, KINDS, compile_for
 
 for kind in KINDS.get(platform.machine(), ()):
     print(compile_for(kind, HERE))

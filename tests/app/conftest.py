@@ -9,11 +9,11 @@ from typing import Any
 import httpx
 import pytest
 
-from app.engine.core import EngineCore
-from app.engine.engine import Engine, MakeCore
-from app.main import create_app
-from app.server import Server
-from app.settings import Settings
+from dinat.app.engine.engine import BackendFactory, Engine
+from dinat.app.engine.local_backend import LocalBackend
+from dinat.app.main import create_app
+from dinat.app.server.server import Server
+from dinat.app.settings import Settings
 
 DIGITS = Path(__file__).parents[2] / "examples" / "digits"
 
@@ -27,10 +27,10 @@ class Service:
 
 
 @contextmanager
-def running(make_core: MakeCore = EngineCore, wait: bool = True, **changes: Any) -> Iterator[Service]:
+def running(create_backend: BackendFactory = LocalBackend, wait: bool = True, **changes: Any) -> Iterator[Service]:
     """Serve on a free port from a thread of its own; `wait` until the model is loaded, or has failed to. fp32 if not told."""
     settings = Settings(_env_file=None, **({"precision": "fp32"} | changes))
-    engine = Engine(settings, make_core)
+    engine = Engine(settings, create_backend)
     started = threading.Event()
     server = Server(create_app(settings, engine), engine)
     engine.on_started = started.set

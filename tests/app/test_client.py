@@ -13,9 +13,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from app.client import AsyncDinatClient, Classification, DinatClient, DinatServiceError
+from dinat.app.client import AsyncDinatClient, Classification, DinatClient, DinatServiceError
 from tests.app.conftest import DIGITS, Service, running
-from tests.app.test_load import Held
+from tests.app.server.test_overload import Held
 
 PICTURES = [(DIGITS / f"{digit}-1.png").read_bytes() for digit in (7, 0, 3)]
 
@@ -80,7 +80,7 @@ def test_a_key(seven: bytes) -> None:
 
 def test_a_busy_service_is_asked_again_when_it_says_so(seven: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
     with running(Held, queue_limit=1, max_batch=1) as service, ThreadPoolExecutor(2) as threads:
-        core: Any = service.engine.core
+        core: Any = service.engine.backend
         taken = [threads.submit(service.client.post, "/classify", content=seven)]
         assert core.entered.wait(30)
         taken.append(threads.submit(service.client.post, "/classify", content=seven))
@@ -97,7 +97,7 @@ def test_a_busy_service_is_asked_again_when_it_says_so(seven: bytes, monkeypatch
             for one in taken:
                 one.result()
 
-        monkeypatch.setattr("app.client.time.sleep", sleep)
+        monkeypatch.setattr("dinat.app.client.time.sleep", sleep)
         with DinatClient(url(service)) as client:
             assert client.classify(seven).best.label == "7"
         assert waited == [1.0]
@@ -134,7 +134,7 @@ def answer(status: str, body: bytes, kind: str) -> bytes:
 def test_a_request_under_which_an_instance_died_is_made_again(seven: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
     good = b'{"predictions": [{"label": "7", "class_id": 7, "score": 1.0}]}'
     waited: list[float] = []
-    monkeypatch.setattr("app.client.time.sleep", waited.append)
+    monkeypatch.setattr("dinat.app.client.time.sleep", waited.append)
     proxys = answer("502 Bad Gateway", b"<html>no upstream</html>", "text/html")
     rays = answer("500 Internal Server Error", b"Internal Server Error", "text/plain")
     with answering(b"", proxys, rays, answer("200 OK", good, "application/json")) as there, DinatClient(there) as client:

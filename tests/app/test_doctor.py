@@ -6,10 +6,10 @@ from typing import Any
 
 import pytest
 
-from app import doctor
-from app.cli import main
-from model import DinatConfig, attention, native
-from model.processor import has_bf16
+from dinat.app import doctor
+from dinat.app.cli import main
+from dinat.model import DinatConfig, attention, native
+from dinat.model.cpu.features import has_bf16
 
 SMALL = {"embed_dim": 32, "depths": [2, 1], "num_heads": [1, 2], "kernel_size": 3, "dilations": [[1, 2], [1]], "image_size": 32}
 

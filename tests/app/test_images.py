@@ -4,9 +4,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from app.errors import ServiceError, TooLarge
-from app.images import decode, formats
-from tests.app.pictures import encoded, noise
+from dinat.app.errors import ServiceError, TooLarge
+from dinat.app.images import decode, formats
+from tests.app.sample_images import encoded, noise
 
 SAMPLES = {kind: encoded(noise(24, 31), kind) for kind in formats()}
 

@@ -28,7 +28,7 @@ def test_what_happened_is_counted(seven: bytes) -> None:
     assert counted["dinat_requests_total", (("route", "/classify"), ("status", "200"))] == 3
     assert counted["dinat_requests_total", (("route", "/classify"), ("status", "415"))] == 1
     assert counted["dinat_images_total", (("outcome", "classified"),)] == 3
-    assert counted["dinat_images_total", (("outcome", "refused"),)] == 1
+    assert counted["dinat_images_total", (("outcome", "rejected"),)] == 1
     assert counted["dinat_batch_size_images_sum", ()] == 3
     assert counted["dinat_queue_depth_images", ()] == 0
     assert counted["dinat_request_duration_seconds_count", (("route", "/classify"),)] == 4

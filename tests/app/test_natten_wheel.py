@@ -3,8 +3,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from app import natten_wheel
-from app.natten_wheel import main, requirement
+from dinat.app import natten_wheel
+from dinat.app.natten_wheel import main, requirement
 
 
 @pytest.mark.parametrize(

@@ -33,7 +33,7 @@ def load_until_refused(url: str, picture: bytes, clients: int = 16, first: int =
     Entered once more than `first` have come, left once every client has ended.
     """
     statuses: list[int] = []
-    under_way = threading.Event()
+    in_flight = threading.Event()
 
     def ask(_: int) -> None:
         with httpx.Client(base_url=url, timeout=60) as client:
@@ -44,13 +44,13 @@ def load_until_refused(url: str, picture: bytes, clients: int = 16, first: int =
                     return  # it no longer listens: nothing was sent
                 statuses.append(status)
                 if len(statuses) > first:
-                    under_way.set()
+                    in_flight.set()
                 if status != 200:
                     return
 
     with ThreadPoolExecutor(clients) as threads:
         asking = [threads.submit(ask, n) for n in range(clients)]
-        assert under_way.wait(60)
+        assert in_flight.wait(60)
         yield statuses
         for asked in asking:
             asked.result()
@@ -78,7 +78,7 @@ class Server:
 
     def __enter__(self) -> Self:
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "app.cli", "serve", "--port", str(self._port), "--log-format", "json"],
+            [sys.executable, "-m", "dinat", "serve", "--port", str(self._port), "--log-format", "json"],
             stderr=subprocess.PIPE,
             text=True,
             env={**os.environ, **self._settings},

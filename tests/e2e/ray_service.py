@@ -1,11 +1,11 @@
-"""The service on a Ray of its own, by arguments of app.ray_serve: says its address, and ends when standard input does."""
+"""Serve on a Ray cluster of its own: print the address, and exit when standard input closes."""
 
 import sys
 
 import ray
 from ray import serve
 
-from app.ray_serve import dinat
+from dinat.app.ray.deployment import dinat
 from tests.e2e.processes import free_port
 
 

@@ -79,7 +79,7 @@ def settled(server: Server) -> dict[str, int]:
     return footprint(server)
 
 
-def test_front_ends_that_are_killed() -> None:
+def test_frontends_that_are_killed() -> None:
     marks = []
     with Server(frontends=2, queue_limit=32, runtime="torch") as server:
         for kills in (10, FRONT_END_KILLS - 10):

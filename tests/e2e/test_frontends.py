@@ -16,9 +16,9 @@ import psutil
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from model import DinatForImageClassification, DinatImageProcessor
+from dinat.model import DinatForImageClassification, DinatImageProcessor
 from tests.app.conftest import server_timing
-from tests.app.pictures import encoded, noise
+from tests.app.sample_images import encoded, noise
 from tests.e2e.processes import DIGITS, Server, load_until_refused
 
 EXACT = {"runtime": "torch", "precision": "fp32", "max_batch": 1}
@@ -147,7 +147,7 @@ def test_pictures_of_no_fixed_size_pass_beside_the_slots(tmp_path: Path) -> None
         assert server.stop() == 0
 
 
-def test_a_front_end_that_dies_is_replaced_and_keeps_no_place() -> None:
+def test_a_frontend_that_dies_is_replaced_and_keeps_no_place() -> None:
     with Server(frontends=2, queue_limit=8, **EXACT) as server:
         over = threading.Event()
         wrong: list[Any] = []
@@ -242,7 +242,7 @@ def test_a_model_that_does_not_load_ends_the_service_with_one_line() -> None:
 
 
 def test_sigterm_while_the_model_loads_ends_the_service_at_once() -> None:
-    words = [sys.executable, "-m", "app.cli", "serve", "--frontends=2", "--log-format=json", "--port=0"]
+    words = [sys.executable, "-m", "dinat", "serve", "--frontends=2", "--log-format=json", "--port=0"]
     with subprocess.Popen(words, stderr=subprocess.PIPE, text=True) as process:
         assert process.stderr is not None
         while "listening on" not in process.stderr.readline():
@@ -267,5 +267,5 @@ def test_a_queue_that_memory_does_not_hold_is_named_at_start() -> None:
 
 
 def serve(*flags: str) -> "subprocess.CompletedProcess[str]":
-    words = [sys.executable, "-m", "app.cli", "serve", "--frontends=2", "--log-format=json", "--runtime=torch", *flags]
+    words = [sys.executable, "-m", "dinat", "serve", "--frontends=2", "--log-format=json", "--runtime=torch", *flags]
     return subprocess.run(words, capture_output=True, text=True, timeout=60, check=False)

@@ -16,9 +16,9 @@ import psutil
 import pytest
 from PIL import Image
 
-from app.errors import ServiceError
-from app.images import decode, formats
-from tests.app.pictures import encoded, noise
+from dinat.app.errors import ServiceError
+from dinat.app.images import decode, formats
+from tests.app.sample_images import encoded, noise
 from tests.e2e.processes import DIGITS, Server
 
 PICTURES = int(os.environ.get("DINAT_FUZZ", "0"))

@@ -12,7 +12,7 @@ import psutil
 import pytest
 from PIL import Image
 
-from app.client import Classification, DinatClient
+from dinat.app.client import Classification, DinatClient
 from tests.e2e.processes import DIGITS, Server
 
 pytest.importorskip("ray", reason="Ray is not installed")
@@ -104,7 +104,7 @@ def test_a_replica_is_killed_under_load_and_nothing_is_lost(on_ray: str) -> None
     ],
 )
 def test_a_wrong_argument_is_named(arguments: dict[str, object], said: str) -> None:
-    from app.ray_serve import dinat
+    from dinat.app.ray.deployment import dinat
 
     with pytest.raises(ValueError, match=said):
         dinat(arguments)

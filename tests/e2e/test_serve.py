@@ -43,7 +43,7 @@ def test_what_is_sent_before_sigterm_and_in_the_second_after_it_is_answered(fron
 
     async def load(server: Server) -> float:
         """64 connections, until nobody listens any more; when the signal was sent."""
-        under_way = asyncio.Event()
+        in_flight = asyncio.Event()
         trace = aiohttp.TraceConfig()
 
         @trace.on_request_chunk_sent.append
@@ -62,11 +62,11 @@ def test_what_is_sent_before_sigterm_and_in_the_second_after_it_is_answered(fron
                 except aiohttp.ClientError as error:
                     sent.append((asked["at"], repr(error)))
                 if len(sent) > 200:
-                    under_way.set()
+                    in_flight.set()
 
         async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=64), trace_configs=[trace]) as session:
             asking = [asyncio.create_task(ask(session)) for _ in range(64)]
-            await under_way.wait()
+            await in_flight.wait()
             signalled = time.monotonic()
             server.process.send_signal(signal.SIGTERM)
             await asyncio.gather(*asking)

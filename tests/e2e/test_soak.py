@@ -9,7 +9,7 @@ from pathlib import Path
 import httpx
 import pytest
 
-from tests.app.pictures import encoded, noise, png_bomb
+from tests.app.sample_images import encoded, noise, png_bomb
 from tests.e2e.processes import DIGITS, Server
 
 REQUESTS = 20_000

@@ -10,12 +10,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from app.engine.runtime import Answer, Wanted
-from app.engine.torch_runtime import TorchRuntime
-from model import DinatConfig, DinatForImageClassification, DinatImageProcessor
-from model.attention import by_name, choice, neighborhood_attention
-from model.attention.choice import candidates, trying
-from model.checkpoint import open_checkpoint
+from dinat.app.engine.runtimes.runtime import InferenceOptions, InferenceResult
+from dinat.app.engine.runtimes.torch_runtime import TorchRuntime
+from dinat.model import DinatConfig, DinatForImageClassification, DinatImageProcessor
+from dinat.model.attention import autotune, by_name, neighborhood_attention
+from dinat.model.attention.autotune import candidates, trying
+from dinat.model.checkpoints.checkpoint import open_checkpoint
 from tests.model.definition import assert_equals_the_definition
 
 pytestmark = [
@@ -27,14 +27,14 @@ pytestmark = [
 CUDA = torch.device("cuda")
 REHEARSED = torch.cuda.is_available() and torch.cuda.get_device_name() == "stand-in card"
 """Whether the card is tests/rehearsal's, which is slow: then there are few examples, and small ones."""
-EXACT = ["tiled", *(["triton"] if choice.find_spec("triton") else []), *(["natten"] if choice.find_spec("natten") else [])]
+EXACT = ["tiled", *(["triton"] if autotune.find_spec("triton") else []), *(["natten"] if autotune.find_spec("natten") else [])]
 EVERYTHING = frozenset({"stem", "stage2", "pooled", "hidden_states"})
 
 
 @pytest.fixture(autouse=True)
 def nothing_chosen() -> Iterator[None]:
-    choice.chosen.clear()
-    choice._distrusted.clear()
+    autotune.chosen.clear()
+    autotune._distrusted.clear()
     yield
 
 
@@ -48,7 +48,7 @@ def pictures(count: int, side: int = 64, seed: int = 0) -> np.ndarray:
     return np.random.default_rng(seed).integers(0, 256, (count, side, side, 3), dtype=np.uint8)
 
 
-def scores(answers: list[Answer]) -> np.ndarray:
+def scores(answers: list[InferenceResult]) -> np.ndarray:
     """(B, classes), in the order of the classes."""
     return np.stack([answer.scores[np.argsort(answer.class_ids)] for answer in answers])
 
@@ -147,15 +147,15 @@ def test_auto_keeps_what_is_right_and_fastest_and_remembers_it(tmp_path: Path) -
     file = tmp_path / "choices.json"
     with torch.inference_mode(), trying(file=file):
         neighborhood_attention(q, k, v, rpb, 7, 1)
-    (kept,) = choice.chosen.values()
-    assert {*kept.seconds, *kept.left_out} == set(candidates(CUDA, torch.bfloat16, 32))
-    assert all(name.startswith("natten") for name in kept.left_out), kept.left_out  # which has not every kernel on every card
+    (kept,) = autotune.chosen.values()
+    assert {*kept.seconds, *kept.disabled} == set(candidates(CUDA, torch.bfloat16, 32))
+    assert all(name.startswith("natten") for name in kept.disabled), kept.disabled  # which has not every kernel on every card
     assert kept.seconds[kept.backend] == min(kept.seconds.values())
     assert all(error <= 1e-2 for error in kept.errors.values())
-    choice.chosen.clear()
+    autotune.chosen.clear()
     with torch.inference_mode(), trying(file=file):
         neighborhood_attention(q, k, v, rpb, 7, 1)
-    assert list(choice.chosen.values()) == [kept]
+    assert list(autotune.chosen.values()) == [kept]
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
@@ -165,12 +165,12 @@ def test_the_service_says_on_a_card_what_it_says_on_a_cpu(precision: str, attent
     cpu = TorchRuntime(open_checkpoint("digits"), torch.device("cpu"), "fp32", "tiled")
     most = 2 if REHEARSED else 8
     assert card.warm(most) == most
-    assert [left for left in card.left_out if "natten" not in left.what] == []
+    assert [left for left in card.disabled if "natten" not in left.what] == []
     assert card.precision == precision
     close = 1e-5 if precision == "fp32" else 0.05
     for count in [n for n in (8, 1, 2, 3, 5) if n <= most]:
         for features in (frozenset[str](), EVERYTHING):
-            wanted = [Wanted(10, features)] * count
+            wanted = [InferenceOptions(10, features)] * count
             got, expected = card.run(pictures(count), wanted), cpu.run(pictures(count), wanted)
             np.testing.assert_allclose(scores(got), scores(expected), rtol=0, atol=close)
             for mine, other in zip(got, expected, strict=True):
@@ -184,9 +184,9 @@ def test_batches_come_from_cuda_graphs_and_two_threads_do_not_mix_them() -> None
     card.warm(4)
     assert card._captured is not None
     batches = [pictures(1 + seed % 4, seed=seed) for seed in range(24)]
-    expected = [scores(card.run(batch, [Wanted(10, frozenset({"pooled"}))] * len(batch))) for batch in batches]
+    expected = [scores(card.run(batch, [InferenceOptions(10, frozenset({"pooled"}))] * len(batch))) for batch in batches]
     with ThreadPoolExecutor(card.lanes) as threads:
-        got = list(threads.map(lambda batch: scores(card.run(batch, [Wanted(10)] * len(batch))), batches))
+        got = list(threads.map(lambda batch: scores(card.run(batch, [InferenceOptions(10)] * len(batch))), batches))
     for mine, other in zip(got, expected, strict=True):
         np.testing.assert_allclose(mine, other, rtol=0, atol=1e-5)
 
@@ -195,7 +195,7 @@ def test_maps_of_two_threads_do_not_mix() -> None:
     """Nothing in the network may change while it computes, not even for a moment."""
     card = runtime("digits", "bf16", "tiled")
     card.warm(1)
-    wanted = [Wanted(10, EVERYTHING)]
+    wanted = [InferenceOptions(10, EVERYTHING)]
     expected = [scores(card.run(pictures(1, seed=seed), wanted)) for seed in range(8)]
     with ThreadPoolExecutor(card.lanes) as threads:
         got = list(threads.map(lambda seed: scores(card.run(pictures(1, seed=seed), wanted)), range(8)))
@@ -209,7 +209,7 @@ def test_pictures_that_keep_their_aspect_are_served_at_every_size(tmp_path: Path
     card.warm(2)
     for height, width in ((48, 48), (48, 64), (96, 48)):
         picture = np.random.default_rng(height).integers(0, 256, (height, width, 3), dtype=np.uint8)
-        got, expected = (one.run(np.stack([picture] * 2), [Wanted(10)] * 2) for one in (card, cpu))
+        got, expected = (one.run(np.stack([picture] * 2), [InferenceOptions(10)] * 2) for one in (card, cpu))
         np.testing.assert_allclose(scores(got), scores(expected), rtol=0, atol=1e-5)
 
 

@@ -13,14 +13,14 @@ from huggingface_hub import try_to_load_from_cache
 from PIL import Image
 from safetensors.torch import load_file
 
-import model
-from model.config import HUB_IDS
+from dinat import model
+from dinat.model.config import HUB_IDS
 from tests.app.conftest import DIGITS
 from tests.parity import segmenters
 
 transformers = pytest.importorskip("transformers", reason="transformers is not installed (extra: hf)")
 
-from model import hf  # noqa: E402
+from dinat.model import hf  # noqa: E402
 
 FOLDER = Path(model.__file__).parent / "digits"
 PIXELS = torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))
@@ -187,14 +187,14 @@ def test_a_script_runs_with_it_registered(tmp_path: Path) -> None:
     )
     for words in ([str(tmp_path / "script.py")], ["-m", "script"]):
         done = subprocess.run(
-            [sys.executable, "-m", "model.hf", *words, "--flag", "x"],
+            [sys.executable, "-m", "dinat.hf", *words, "--flag", "x"],
             capture_output=True,
             text=True,
             timeout=120,
             cwd=Path(model.__file__).parents[1],
             env={"PYTHONPATH": str(tmp_path), "PATH": "", "HOME": str(tmp_path)},
         )
-        assert done.stdout.split() == ["model.hf", "--flag", "x"], done.stderr
+        assert done.stdout.split() == ["dinat.model.hf", "--flag", "x"], done.stderr
 
 
 def test_no_script_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:

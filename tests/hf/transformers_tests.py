@@ -20,7 +20,7 @@ class OnThisNetwork:
         """Before any test is imported."""
         from transformers import testing_utils
 
-        from model import hf
+        from dinat.model import hf
 
         testing_utils.is_natten_available = lambda: True
         hf.register()

@@ -21,10 +21,10 @@ from typing import Any
 import httpx
 import pytest
 
-from model import DinatConfig, DinatForImageClassification, DinatImageProcessor
+from dinat.model import DinatConfig, DinatForImageClassification, DinatImageProcessor
 from tests.e2e.processes import DIGITS, free_port, load_until_refused
 from tests.image.buildah import Buildah
-from tests.model.test_checkpoint import Hub
+from tests.model.checkpoints.test_checkpoint import Hub
 
 ROOT = Path(__file__).parents[2]
 BASE, IMAGE = "localhost/debian:bookworm", "localhost/dinat-serve:cpu"

@@ -9,7 +9,7 @@ import jsonschema
 import pytest
 import yaml
 
-from app.settings import Settings
+from dinat.app.settings import Settings
 from tests.kubernetes.reduce_crds import SCHEMAS
 
 helm = pytest.importorskip("helm_python", reason="helm-python-sdk is not installed")

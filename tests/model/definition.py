@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from model.attention import neighborhood_attention
+from dinat.model.attention import neighborhood_attention
 
 
 def assert_equals_the_definition(

@@ -5,8 +5,8 @@ from typing import Any
 import pytest
 import torch
 
-from model import ConfigError, DinatConfig, DinatForImageClassification
-from model.config import HUB_IDS, PRESETS
+from dinat.model import ConfigError, DinatConfig, DinatForImageClassification
+from dinat.model.config import HUB_IDS, PRESETS
 
 PARAMETERS = {
     "mini": 19_984_174,

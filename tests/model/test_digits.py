@@ -7,8 +7,8 @@ import pytest
 import torch
 from PIL import Image, ImageDraw
 
+from dinat.model import DinatForImageClassification, DinatImageProcessor
 from examples.digits_data import picture, split
-from model import DinatForImageClassification, DinatImageProcessor
 
 EXAMPLES = sorted((Path(__file__).parents[2] / "examples" / "digits").glob("*.png"))
 

@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from model import ConfigError, DinatBackbone, DinatConfig, DinatError, DinatForImageClassification, DinatModel
+from dinat.model import ConfigError, DinatBackbone, DinatConfig, DinatError, DinatForImageClassification, DinatModel
 
 
 def small(**changes: Any) -> DinatConfig:

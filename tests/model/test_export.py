@@ -12,8 +12,8 @@ import pytest
 import torch
 from PIL import Image
 
-from model import DinatConfig, DinatForImageClassification, DinatImageProcessor, ExportError
-from model.export import FORMATS, export, format_of, output_names
+from dinat.model import DinatConfig, DinatForImageClassification, DinatImageProcessor, ExportError
+from dinat.model.export import FORMATS, export, format_of, output_names
 
 ROOT = Path(__file__).parents[2]
 PROCESSOR = DinatImageProcessor(size={"height": 24, "width": 20})

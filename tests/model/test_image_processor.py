@@ -7,8 +7,8 @@ import pytest
 import torch
 from PIL import Image
 
-from model import DinatImageProcessor, ImageError
-from model.image_processor import to_rgb
+from dinat.model import DinatImageProcessor, ImageError
+from dinat.model.image_processor import to_rgb
 
 GRADIENT = np.tile(np.arange(256, dtype=np.uint8), (16, 1))
 

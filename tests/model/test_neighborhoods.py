@@ -1,9 +1,9 @@
 import pytest
 import torch
 
-from model import DinatConfig, DinatForImageClassification
-from model.attention.geometry import neighbors
-from model.neighborhoods import neighborhoods
+from dinat.model import DinatConfig, DinatForImageClassification
+from dinat.model.attention.geometry import neighbors
+from dinat.model.neighborhoods import neighborhoods
 
 
 def network(**changes: object) -> DinatForImageClassification:

@@ -15,7 +15,7 @@ from PIL import Image
 from transformers import AutoConfig, AutoImageProcessor
 from transformers.models.dinat import modeling_dinat
 
-from model import DinatForImageClassification, DinatImageProcessor
+from dinat.model import DinatForImageClassification, DinatImageProcessor
 from tests.parity.natten_rules import natten2dav, natten2dqkrpb
 
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from model import DinatBackbone, DinatConfig, DinatForImageClassification, DinatImageProcessor
+from dinat.model import DinatBackbone, DinatConfig, DinatForImageClassification, DinatImageProcessor
 from tests.parity.cases import (
     INPUTS,
     NETWORKS,

@@ -10,10 +10,10 @@ from torch import nn
 
 import tests.rehearsal.plugin  # noqa: F401  # before anything imports Triton
 from benchmarks import gpu, serving
-from model import AttentionError, DinatForImageClassification, DinatImageProcessor, attention
+from dinat.model import AttentionError, DinatForImageClassification, DinatImageProcessor, attention
 from tests.rehearsal import card
 
-SERVER = "import tests.rehearsal.plugin; from app.cli import main; raise SystemExit(main(__import__('sys').argv[1:]))"
+SERVER = "import tests.rehearsal.plugin; from dinat.app.cli import main; raise SystemExit(main(__import__('sys').argv[1:]))"
 
 
 def swin() -> nn.Module:

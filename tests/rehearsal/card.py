@@ -104,7 +104,7 @@ class CardTensor(torch.Tensor):
         return _run(func, args, kwargs or {})
 
 
-def _on_card(x: object) -> bool:
+def _on_gpu(x: object) -> bool:
     return isinstance(x, CardTensor) and x.device.type == "cuda"
 
 
@@ -147,9 +147,9 @@ def _run(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         if mine[0].held.is_meta and func in READ_ON_THE_HOST:
             return 1.0
         return _wrapped(func(*tree_map(_held, args), **tree_map(_held, kwargs)), mine, mine[0].device)
-    if not any(_on_card(x) for x in mine):
+    if not any(_on_gpu(x) for x in mine):
         return _on_host(func, args, kwargs, mine)
-    _check_devices(func, flat, next(x.device for x in mine if _on_card(x)))
+    _check_devices(func, flat, next(x.device for x in mine if _on_gpu(x)))
     return _compute(func, args, kwargs, mine)
 
 
@@ -169,7 +169,7 @@ def _check_devices(func: Any, tensors: list[torch.Tensor], device: torch.device)
 
 def _compute(func: Any, args: Any, kwargs: dict[str, Any], mine: list[CardTensor]) -> Any:
     """An operator on a card: on what its operands hold, and noted as launched."""
-    device = next(x.device for x in mine if _on_card(x))
+    device = next(x.device for x in mine if _on_gpu(x))
     kwargs = {
         name: ("meta" if mine[0].held.is_meta else "cpu") if name == "device" and value else value
         for name, value in kwargs.items()
@@ -211,7 +211,7 @@ def _writes_to(func: Any) -> list[tuple[int, str]]:
 
 def _ours(func: Any) -> Callable[..., Any]:
     """What one of this project's operators does, in the open."""
-    from model.attention import tiled, triton_kernel
+    from dinat.model.attention import tiled, triton_kernel
 
     def backward(*args: Any) -> Any:  # by torch.func, which takes no tensors of ours, and cannot begin within an operator
         with ThreadPoolExecutor(1) as thread:
@@ -291,7 +291,7 @@ def _host_access(what: str, reads: list[Memory], writes: list[Memory]) -> None:
 
 def _copy(target: torch.Tensor, source: torch.Tensor, non_blocking: bool) -> torch.Tensor:
     """target.copy_(source), between any two of a card, pinned memory and plain memory of the host."""
-    to_card, from_card = _on_card(target), _on_card(source)
+    to_card, from_card = _on_gpu(target), _on_gpu(source)
     reads = [source.memory] if isinstance(source, CardTensor) else []
     writes = [target.memory] if isinstance(target, CardTensor) else []
     into, out_of = _held(target), _held(source)
@@ -678,7 +678,7 @@ class _Launched:
                 self._kernel[grid](*args, **kwargs)
                 return
             for x in tensors:
-                if not _on_card(x) or x.device.index != current():
+                if not _on_gpu(x) or x.device.index != current():
                     raise ValueError(f"Pointer argument cannot be accessed from Triton: {x.device}, current is {current()}")
             held = [_held(x) for x in args]
 
@@ -708,7 +708,7 @@ def _attend(q: Any, k: Any, v: Any, bias: Any, queries: Any, keys: Any, kinds: A
 
 
 def _na2d(query: Any, key: Any, value: Any, kernel_size: int, dilation: int = 1, scale: Any = None, backend: Any = None) -> Any:
-    from model.attention.reference import reference_attention
+    from dinat.model.attention.reference import reference_attention
 
     for x in (query, key, value):
         if x.shape[-1] % 8:
@@ -796,7 +796,7 @@ def install(cards: int = 1) -> None:
         return made if device is None else made.to(device)
 
     def gradients(outputs: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
-        return _gradients(outputs, inputs) if _on_card(outputs) else grad(outputs, inputs, *args, **kwargs)
+        return _gradients(outputs, inputs) if _on_gpu(outputs) else grad(outputs, inputs, *args, **kwargs)
 
     torch.Tensor.to, torch.tensor, torch.autograd.grad, torch.empty = moved, of_values, gradients, _pinned_empty  # type: ignore
     torch.Tensor.cuda = lambda self, device=None, **_: self.to(_indexed(device))  # type: ignore
@@ -835,8 +835,8 @@ def install(cards: int = 1) -> None:
     for name, double in doubles.items():
         setattr(torch.cuda, name, double)
 
-    from app.engine import cuda_graphs
-    from model.attention import triton_kernel
+    from dinat.app.engine.runtimes import cuda_graphs
+    from dinat.model.attention import triton_kernel
 
     cuda_graphs.SimpleQueue, cuda_graphs.threading = RecordedQueue, SimpleNamespace(Lock=RecordedLock)  # type: ignore
     triton_kernel.attend = _Launched(triton_kernel.attend)

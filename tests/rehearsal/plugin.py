@@ -8,6 +8,6 @@ from tests.rehearsal import card
 
 card.install(cards=int(os.environ.get("REHEARSAL_CARDS", "1")))
 
-from model.attention import choice  # noqa: E402
+from dinat.model.attention import choice  # noqa: E402
 
 choice.ROUNDS, choice.REPEATS = 1, 1  # what takes no time is timed in no time

@@ -1,4 +1,4 @@
-"""The GPU's code on a machine with none: tests/gpu, tests/rehearsal/on_card and benchmarks.gpu, on a stand-in for the card.
+"""The GPU's code on a machine with none: tests/gpu, tests/rehearsal/on_fake_gpu and benchmarks.gpu, on a stand-in for the card.
 
 Each in a process of its own, which believes that PyTorch sees a card (tests/rehearsal/card.py).
 """
@@ -26,8 +26,11 @@ pytestmark = [
 ]
 
 
-SUITES = ["tests/gpu", *sorted(str(path.relative_to(ROOT)) for path in (ROOT / "tests/rehearsal/on_card").glob("test_*.py"))]
-QUICK = "tests/rehearsal/on_card/test_self_check.py"
+SUITES = [
+    "tests/gpu",
+    *sorted(str(path.relative_to(ROOT)) for path in (ROOT / "tests/rehearsal/on_fake_gpu").glob("test_*.py")),
+]
+QUICK = "tests/rehearsal/on_fake_gpu/test_self_check.py"
 """What is part of `make test`; all else takes minutes."""
 
 whole = pytest.mark.skipif("DINAT_REHEARSAL" not in os.environ, reason="DINAT_REHEARSAL is not set (make rehearsal)")

@@ -1,0 +1,1 @@
+"""What executes the network: PyTorch, OpenVINO, ONNX Runtime."""

@@ -1,0 +1,1 @@
+"""uvicorn, its connections, and the processes of one service."""

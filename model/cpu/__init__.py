@@ -1,0 +1,1 @@
+"""Fast paths on a CPU: fused layers, packed weights, resizing."""

@@ -1,0 +1,82 @@
+import threading
+from typing import Any
+
+import pytest
+from openapi_spec_validator import validate
+
+from dinat.app.engine.local_backend import LocalBackend
+from dinat.model.native import library
+from tests.app.conftest import Service, running
+
+
+def test_ready(service: Service) -> None:
+    for path in ("/health", "/health/ready", "/health/live"):
+        response = service.client.get(path)
+        assert response.status_code == 200
+        assert response.json() == {"status": "ready", "detail": "the service is ready", "model": "digits"}
+
+
+def test_loading_is_live_but_not_ready(seven: bytes) -> None:
+    go_on = threading.Event()
+
+    class SlowToLoad(LocalBackend):
+        def load(self) -> Any:
+            assert go_on.wait(60)
+            return super().load()
+
+    with running(SlowToLoad, wait=False) as service:
+        try:
+            assert service.client.get("/health/live").status_code == 200
+            ready = service.client.get("/health/ready")
+            assert ready.status_code == 503
+            assert ready.json()["status"] == "loading"
+            refused = service.client.post("/classify", content=seven)
+            assert refused.status_code == 503
+            assert "is loading" in refused.json()["detail"]
+            assert int(refused.headers["retry-after"]) >= 1
+        finally:
+            go_on.set()
+
+
+@pytest.mark.parametrize(
+    ("settings", "reason"),
+    [
+        ({"model": "/no/such/folder"}, "'/no/such/folder' is not there"),
+        ({"device": "cuda:99"}, "device 'cuda:99' is not there"),
+        ({"device": "abacus"}, "device 'abacus' is not known: take auto, cpu, cuda or cuda:N"),
+    ],
+)
+def test_a_model_that_does_not_load_is_neither_live_nor_ready(settings: dict[str, str], reason: str, seven: bytes) -> None:
+    with running(**settings) as service:
+        for path in ("/health", "/health/live", "/health/ready"):
+            response = service.client.get(path)
+            assert response.status_code == 503
+            assert response.json()["status"] == "failed"
+            assert reason in response.json()["detail"]
+        assert reason in service.client.post("/classify", content=seven).json()["detail"]
+
+
+def test_model(service: Service) -> None:
+    model = service.client.get("/model").json()
+    assert model["model"] == "digits"
+    assert model["labels"] == list("0123456789")
+    assert model["config"]["depths"] == [2, 2, 2]
+    assert model["input_size"]["size"] == 64
+    kernels = library()
+    by_torch = kernels is not None and kernels.lanes == 16
+    assert (model["runtime"], model["device"], model["precision"]) == ("torch" if by_torch else "openvino", "cpu", "fp32")
+    assert model["attention"] == dict.fromkeys(("stage1", "stage2", "stage3"), "compiled" if by_torch else "tiled")
+    assert model["features"] == ["stem", "stage1", "stage2", "stage3", "pooled", "hidden_states"]
+
+
+def test_openapi_is_valid_and_shows_every_body_and_error(service: Service) -> None:
+    document = service.client.get("/openapi.json").json()
+    validate(document)
+    classify = document["paths"]["/classify"]["post"]
+    assert set(classify["requestBody"]["content"]) == {
+        "multipart/form-data",
+        "image/*",
+        "application/octet-stream",
+        "application/json",
+    }
+    assert {"200", "400", "413", "415", "422", "503"} <= set(classify["responses"])

@@ -1,0 +1,17 @@
+from collections.abc import Iterator
+
+import pytest
+
+from dinat.model.attention import autotune, bias_cache
+from tests.rehearsal import card
+
+if not card.installed():  # tests/rehearsal/test_rehearsal.py runs these in a process that has the stand-in
+    collect_ignore_glob = ["test_*.py"]
+
+
+@pytest.fixture(autouse=True)
+def a_new_start() -> Iterator[None]:
+    autotune.chosen.clear()
+    autotune._distrusted.clear()
+    bias_cache.forget()
+    yield

@@ -1,0 +1,76 @@
+"""Every published network can be captured as a CUDA graph, by every attention and in every precision: nothing that it does
+once a batch copies between host and card, waits, or reads a value on the host."""
+
+import pytest
+import torch
+
+from dinat.app.engine.runtimes.cuda_graphs import CapturedComputation
+from dinat.app.engine.runtimes.runtime import rank
+from dinat.model import AttentionError, DinatConfig, DinatForImageClassification, DinatImageProcessor, attention
+from dinat.model.config import PRESETS
+from tests.rehearsal import card
+
+CUDA = torch.device("cuda", 0)
+PROCESSOR = DinatImageProcessor()
+
+
+def capture(config: DinatConfig, attention: str, dtype: torch.dtype, height: int, width: int, batch: int = 1) -> torch.Size:
+    """The shape of the scores that a captured network gives."""
+    with card.shapes_only(), torch.inference_mode():
+        with torch.device("meta"):
+            network = DinatForImageClassification(config, attention=attention).eval()
+        network = network.to_empty(device=CUDA).to(dtype)
+
+        def compute(pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+            return rank(network.classify(PROCESSOR.normalize(pixels).to(dtype))[0], config)
+
+        captured = CapturedComputation(compute, torch.zeros(batch, height, width, 3, dtype=torch.uint8, device=CUDA))
+        scores, classes = captured.run(torch.zeros(batch, height, width, 3, dtype=torch.uint8))
+        assert (scores.dtype, classes.dtype) == (torch.float32, torch.int64)
+        return scores.shape
+
+
+@pytest.mark.parametrize("attention", ["tiled", "triton", "natten"])
+@pytest.mark.parametrize(
+    ("preset", "dtype"), [*((preset, torch.bfloat16) for preset in PRESETS), ("mini", torch.float16), ("mini", torch.float32)]
+)
+def test_every_published_network_can_be_captured(preset: str, attention: str, dtype: torch.dtype) -> None:
+    config = DinatConfig.preset(preset)
+    side = getattr(config, "image_size", 224)
+    assert capture(config, attention, dtype, side, side) == (1, config.num_labels)
+
+
+@pytest.mark.parametrize("layer_scale", [0.0, 1e-5])
+@pytest.mark.parametrize(("height", "width"), [(224, 224), (160, 200), (96, 256)])
+@pytest.mark.parametrize("attention", ["tiled", "triton", "natten"])
+def test_pictures_of_any_size_and_batches_can_be_captured(attention: str, height: int, width: int, layer_scale: float) -> None:
+    config = DinatConfig.preset("mini", layer_scale_init_value=layer_scale)
+    assert capture(config, attention, torch.bfloat16, height, width, batch=4) == (4, 1000)
+
+
+@pytest.mark.parametrize("problem_type", ["regression", "multi_label_classification", "single_label_classification"])
+def test_every_kind_of_score_can_be_captured(problem_type: str) -> None:
+    config = DinatConfig(depths=[1], num_heads=[2], dilations=[[1]], num_labels=3, problem_type=problem_type)
+    assert capture(config, "tiled", torch.float32, 64, 64) == (1, 3)
+
+
+def test_natten_without_kernels_for_the_card_is_no_candidate(monkeypatch: pytest.MonkeyPatch) -> None:
+    from natten import backends
+
+    from dinat.model.attention import natten_backend
+
+    monkeypatch.setattr(backends, "get_compatible_backends", lambda *_, **__: ["flex-fna"])
+    with pytest.raises(AttentionError, match=r"natten has no kernel for torch\.bfloat16 heads of 81 channels"):
+        natten_backend.choose.__wrapped__(81, 32, torch.bfloat16, CUDA, False)
+
+
+def test_a_compiler_is_given_the_kernel_without_a_look_at_what_is_installed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    monkeypatch.setattr(attention, "candidates", lambda *_: pytest.fail("looked"))
+    called: list[str] = []
+    for name in ("triton", "tiled"):
+        monkeypatch.setitem(attention.BACKENDS, name, lambda q, *_, name=name: called.append(name) or q)
+    for dtype, head_dim in ((torch.bfloat16, 32), (torch.float64, 32), (torch.bfloat16, 4)):
+        x = torch.zeros(1, 7, 7, 1, head_dim, device=CUDA, dtype=dtype)
+        attention.neighborhood_attention(x, x, x)
+    assert called == ["triton", "tiled", "tiled"]
