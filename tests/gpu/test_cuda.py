@@ -25,7 +25,7 @@ pytestmark = [
 ]
 
 CUDA = torch.device("cuda")
-REHEARSED = torch.cuda.is_available() and torch.cuda.get_device_name() == "stand-in card"
+REHEARSED = torch.cuda.is_available() and torch.cuda.get_device_name() == "Fake GPU"
 """Whether the card is tests/rehearsal's, which is slow: then there are few examples, and small ones."""
 EXACT = ["tiled", *(["triton"] if autotune.find_spec("triton") else []), *(["natten"] if autotune.find_spec("natten") else [])]
 EVERYTHING = frozenset({"stem", "stage2", "pooled", "hidden_states"})
