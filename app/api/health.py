@@ -65,7 +65,7 @@ async def model(request: Request) -> ModelCard:
         device=loaded.device,
         precision=loaded.precision,
         attention=loaded.attention,
-        disabled=[Disabled(what=disabled.what, why=disabled.why) for disabled in loaded.disabled],
+        disabled=[Disabled(name=disabled.name, reason=disabled.reason) for disabled in loaded.disabled],
         features=config.feature_names,
     )
 

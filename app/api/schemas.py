@@ -114,8 +114,8 @@ class Health(BaseModel):
 class Disabled(BaseModel):
     """A component that failed the self-check at startup and is disabled."""
 
-    what: str = Field(examples=["attention natten"])
-    why: str
+    name: str = Field(examples=["attention natten"])
+    reason: str
 
 
 class ModelCard(BaseModel):

@@ -59,7 +59,7 @@ def check_digits(service: Service) -> None:
 def disabled(answers: tuple[dict[str, Any], list[dict[str, Any]], str]) -> dict[str, str]:
     """What is left out, and why: the same in all three places."""
     model, log, metrics = answers
-    said = {left["what"]: left["why"] for left in model["disabled"]}
+    said = {left["name"]: left["reason"] for left in model["disabled"]}
     (warning,) = [entry for entry in log if entry["event"] == "left out"] or [{}]
     assert {what: why for what, why in warning.items() if what not in ("event", "log_level")} == said
     assert {what for what in said if f'dinat_disabled{{what="{what}"}} 1.0' in metrics} == set(said)
