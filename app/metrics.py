@@ -144,7 +144,7 @@ class _Serving(Collector):
         loaded = self._loaded()
         if loaded is not None:
             for left in loaded.disabled:
-                disabled.add_metric([left.what], 1)
+                disabled.add_metric([left.name], 1)
             serving = {"model": self._model, "runtime": loaded.runtime, "device": loaded.device, "precision": loaded.precision}
             yield InfoMetricFamily("dinat_model", "What is being served.", serving)
         yield disabled

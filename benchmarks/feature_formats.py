@@ -13,7 +13,7 @@ import numpy as np
 import orjson
 
 from benchmarks.timing import median_seconds, report
-from dinat.app.api.features import NPZ, SAFETENSORS, WRITERS, flat
+from dinat.app.api.features import NPZ, SAFETENSORS, WRITERS, flatten_features
 from dinat.app.api.results import features
 from dinat.app.engine.runtimes.runtime import InferenceResult
 from dinat.model import DinatConfig
@@ -42,7 +42,7 @@ def main() -> None:
         "json": lambda: orjson.dumps(features(result, "json"), option=orjson.OPT_SERIALIZE_NUMPY),
         "json, base64": lambda: orjson.dumps(features(result, "base64")),
         **{
-            f"{kind}, {dtype}": lambda kind=kind, dtype=dtype: WRITERS[kind](flat(result, dtype))
+            f"{kind}, {dtype}": lambda kind=kind, dtype=dtype: WRITERS[kind](flatten_features(result, dtype))
             for kind in (NPZ, SAFETENSORS)
             for dtype in ("float32", "float16")
         },

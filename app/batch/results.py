@@ -12,7 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from pyarrow import fs
 
-from dinat.app.api.features import flat
+from dinat.app.api.features import flatten_features
 from dinat.app.batch.sources import Item, Shard
 from dinat.app.batch.storage import BatchError, open_place
 from dinat.app.engine.runtimes.runtime import InferenceResult
@@ -124,7 +124,7 @@ class Rows:
         if isinstance(answer, InferenceResult):
             values["labels"] = [self._labels[one] for one in answer.class_ids.tolist()]
             values["class_ids"], values["scores"] = answer.class_ids, answer.scores
-            maps = flat(answer, self._dtype)
+            maps = flatten_features(answer, self._dtype)
             values |= maps
             self._bytes += sum(one.nbytes for one in maps.values())
         for name, value in values.items():

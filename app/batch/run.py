@@ -45,7 +45,7 @@ class Job:
     def wanted(self, config: DinatConfig) -> InferenceOptions:
         """What is asked of each picture, checked against what the network has. Raises BatchError."""
         try:
-            return Parameters(top_k=self.top_k, features=self.features).wanted(config)
+            return Parameters(top_k=self.top_k, features=self.features).options(config)
         except ServiceError as error:
             raise BatchError(error.detail) from None
 

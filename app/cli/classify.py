@@ -19,7 +19,7 @@ from rich.console import Console
 from rich.table import Table
 from safetensors.numpy import save_file
 
-from dinat.app.api.features import flat
+from dinat.app.api.features import flatten_features
 from dinat.app.api.parameters import Parameters
 from dinat.app.api.results import predictions
 from dinat.app.cli import Refused
@@ -104,7 +104,7 @@ async def _classify(paths: Sequence[str], settings: Settings, top_k: int | None,
     failed: dict[str, str] = {}
     async with started(settings) as engine:
         config = engine.loaded.config
-        wanted = Parameters(top_k=top_k, features=maps.names if maps else "").wanted(config)
+        wanted = Parameters(top_k=top_k, features=maps.names if maps else "").options(config)
         async with with_bar(answers(engine, paths, wanted, _read), len(paths), "classifying") as done:
             async for path, answer in done:
                 if isinstance(answer, str):
@@ -128,7 +128,7 @@ async def _read(path: str) -> ImageSource:
 
 def _save_maps(answer: InferenceResult, maps: Maps, path: str) -> None:
     """A picture's maps under its own name."""
-    arrays = dict(flat(answer, "float32"))
+    arrays = dict(flatten_features(answer, "float32"))
     name = "stdin" if path == STDIN else path
     place = maps.folder.joinpath(*(part for part in Path(name).parts if part not in ("..", Path(name).anchor)))
     place = place.with_name(f"{place.name}.{maps.kind}")

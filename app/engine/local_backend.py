@@ -114,7 +114,7 @@ class LocalBackend:
         else:
             self.metrics.watch_devices(self.runtimes)
             if disabled:
-                log.warning("left out", **{left.what: left.why for left in disabled})
+                log.warning("left out", **{left.name: left.reason for left in disabled})
             log.info(
                 "ready",
                 model=self.settings.model,

@@ -55,7 +55,7 @@ def http_protocol(engine: Engine) -> type[asyncio.Protocol]:
             self.scope["state"]["arrived"] = time.monotonic()
 
         def on_headers_complete(self) -> None:
-            """Note that the head is here: from now on RequestContext sees to the time."""
+            """Stop the timer of the head: from now on RequestMiddleware limits the time."""
             super().on_headers_complete()
             self.in_head = False
 

@@ -63,7 +63,7 @@ def test_the_asynchronous_twin(service: Service) -> None:
 
 
 def test_what_the_service_refuses_is_raised(service: Service, seven: bytes) -> None:
-    with DinatClient(url(service)) as client, pytest.raises(DinatServiceError, match="415: the picture is text") as raised:
+    with DinatClient(url(service)) as client, pytest.raises(DinatServiceError, match="415: the image is text") as raised:
         client.classify(b"text")
     assert len(raised.value.request_id) == 32
     with DinatClient(f"{url(service)}/elsewhere") as client, pytest.raises(DinatServiceError, match="404"):

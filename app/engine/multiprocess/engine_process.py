@@ -134,7 +134,7 @@ class EngineProcess:
             "device": loaded.device,
             "precision": loaded.precision,
             "attention": loaded.attention,
-            "disabled": [{"what": left.what, "why": left.why} for left in loaded.disabled],
+            "disabled": [{"name": left.name, "reason": left.reason} for left in loaded.disabled],
         }
         front.channel.send(["loaded", front.owner, slots.count, slots.size, told], (), [slots.descriptor])
 

@@ -54,11 +54,11 @@ class InferenceResult:
 class Disabled:
     """What was meant to serve, was seen to fail or to give wrong numbers, and does not serve.
 
-    what: such as "attention natten", "precision bf16", "CUDA graphs" or "device cuda:1".  why: a sentence.
+    name: such as "attention natten", "precision bf16", "CUDA graphs" or "device cuda:1".  reason: a sentence.
     """
 
-    what: str
-    why: str
+    name: str
+    reason: str
 
 
 @dataclass(frozen=True)

@@ -108,7 +108,7 @@ def test_maps_and_pictures_that_cannot_be_read(tmp_path: Path) -> None:
     assert main(["batch", str(source), str(tmp_path / "out"), *flags, *EXACT]) == 0
     bad, good = rows(tmp_path / "out")
     assert (bad["path"], bad["labels"], bad["stage2"]) == ("bad.png", None, None)
-    assert bad["error"].startswith("the picture is text: read are JPEG")
+    assert bad["error"].startswith("the image is text: supported formats are JPEG")
     assert main(["classify", str(source / "good.png"), "--features", "stage2", "--maps", str(tmp_path / "maps"), *EXACT]) == 0
     (file,) = (tmp_path / "maps").rglob("*.npz")
     assert good["stage2"]["shape"] == [64, 8, 8]
@@ -191,7 +191,7 @@ def test_what_cannot_be_done_is_said_in_a_line(tmp_path: Path, capsys: pytest.Ca
     assert f"{empty} is not there, or is empty" in refused([str(empty), str(out)], capsys)
     assert "say which by a pattern" in refused([str(mixed), str(out)], capsys)
     assert "--column and --keep are for Parquet" in refused([str(DIGITS), str(out), "--keep", "id"], capsys)
-    assert "top_k is 11, allowed are 1 to 10" in refused([str(DIGITS), str(out), "--top-k", "11"], capsys)
+    assert "top_k must be between 1 and 10, got 11" in refused([str(DIGITS), str(out), "--top-k", "11"], capsys)
     assert "nowhere" in refused(["nowhere://bucket/in", str(out)], capsys)
     pq.write_table(pa.table({"a": [b""], "b": [b""], "c": [1]}), tmp_path / "two.parquet")
     two = str(tmp_path / "two.parquet")

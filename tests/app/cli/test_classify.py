@@ -42,7 +42,7 @@ def test_a_table_for_people_and_bad_files_at_the_end(tmp_path: Path, capsys: pyt
     assert main(["classify", str(tmp_path), *EXACT]) == 1
     out, err = capsys.readouterr()
     assert "good.png" in out.replace("\n", "")
-    assert "bad.png: the picture is text" in err
+    assert "bad.png: the image is text" in err
     assert "1 of 2 pictures could not be classified" in err
 
 
@@ -83,8 +83,8 @@ def test_maps_of_every_picture(kind: str, tmp_path: Path, capsys: pytest.Capture
         (["/no/such/file.png"], "/no/such/file.png is not there"),
         ([ALL[0], "--to", "x"], "--to keeps jsonl or csv"),
         ([ALL[0], "--features", "stage1"], "one wants the other"),
-        ([ALL[0], "--top-k", "11", *EXACT], "top_k is 11, allowed are 1 to 10"),
-        ([ALL[0], "--features", "stage9", "--maps", "x", *EXACT], "features names stage9"),
+        ([ALL[0], "--top-k", "11", *EXACT], "top_k must be between 1 and 10, got 11"),
+        ([ALL[0], "--features", "stage9", "--maps", "x", *EXACT], "features must be among stem"),
         ([ALL[0], "--model", "/no/such", *EXACT], "'/no/such' is not there"),
         ([ALL[0], "--max-batch", "0"], "DINAT_MAX_BATCH"),
         ([ALL[0], "--output", "jsonl", "--to", __file__], "holds something else"),

@@ -131,7 +131,7 @@ def test_what_cannot_be_read_is_named_and_left_out(folder: Path, capsys: pytest.
     assert main(["evaluate", "digits", str(folder), *EXACT]) == 1
     said = capsys.readouterr()
     assert f"{folder / '7'} has no picture: the class is left out" in said.err
-    assert re.search(r"cut\.png: the picture is damaged", said.err)
+    assert re.search(r"cut\.png: the image is damaged", said.err)
     assert "94.44%" in said.out  # 17 of 18: one is a 3 among the 8s
 
 

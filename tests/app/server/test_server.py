@@ -9,7 +9,7 @@ from typing import Any
 import httpx
 import pytest
 
-from dinat.app.api.middleware import _Pace
+from dinat.app.api.middleware import _RateLimit
 from tests.app.conftest import Service, running
 from tests.app.server.test_overload import Held, send_head
 
@@ -120,8 +120,8 @@ def test_a_connection_that_asks_for_nothing_is_closed(seven: bytes, sent: bytes)
 
 def test_refusals_beyond_their_rate_wait_for_their_turn() -> None:
     async def refuse(count: int) -> float:
-        pace, started = _Pace(1000), time.monotonic()
-        await asyncio.gather(*(pace.turn() for _ in range(count)))
+        limit, started = _RateLimit(1000), time.monotonic()
+        await asyncio.gather(*(limit.acquire() for _ in range(count)))
         return time.monotonic() - started
 
     assert asyncio.run(refuse(400)) >= 0.2  # a hundred at once, and a hundred in each tenth of a second that follows

@@ -177,7 +177,7 @@ def test_a_damaged_picture_is_named_and_once_it_is_gone_training_goes_on(
     whole = (data / "2" / "2-1.png").read_bytes()
     (data / "2" / "2-1.png").write_bytes(whole[: len(whole) // 2])
     said = refused(capsys, data, tmp_path / "out", *SMALL, "--workers", workers, "--epochs", 1)
-    assert said.startswith(f"{data / '2' / '2-1.png'}: the picture is damaged")
+    assert said.startswith(f"{data / '2' / '2-1.png'}: the image is damaged")
     (data / "2" / "2-1.png").write_bytes(whole)
     trained(data, tmp_path / "out", "--epochs", 1)
 

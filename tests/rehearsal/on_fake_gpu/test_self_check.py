@@ -64,7 +64,7 @@ def check_digits(service: Service) -> None:
 def disabled(report: Report) -> dict[str, str]:
     """Return what is disabled, and why, after checking that all three places agree."""
     model, log, metrics = report
-    reasons = {entry["what"]: entry["why"] for entry in model["disabled"]}
+    reasons = {entry["name"]: entry["reason"] for entry in model["disabled"]}
     (warning,) = [entry for entry in log if entry["event"] == "left out"] or [{}]
     assert {name: value for name, value in warning.items() if name not in ("event", "log_level")} == reasons
     assert {name for name in reasons if f'dinat_disabled{{what="{name}"}} 1.0' in metrics} == set(reasons)
