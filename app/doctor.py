@@ -96,8 +96,8 @@ def examine(preset: str, device: str, cache: Path, say: Callable[[str], None]) -
             except Exception as error:
                 report.wrong.append(f"{runtime_name}: {autotune.reason(error)}")
             else:
-                others = [left for left in runtime.disabled if not left.what.startswith("attention ")]  # those are said
-                report.wrong += [f"{left.what}: {left.why}" for left in others]
+                others = [one for one in runtime.disabled if not one.name.startswith("attention ")]  # those are said
+                report.wrong += [f"{one.name}: {one.reason}" for one in others]
         say("the service")
         try:
             report.rates.append(served_rate(folder, device))

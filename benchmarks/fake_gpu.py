@@ -39,13 +39,13 @@ class StandIn:
         self._rate = rate
         self._computing = threading.Lock()
 
-    def run(self, pixels: Pixels, wanted: Sequence[InferenceOptions]) -> list[InferenceResult]:
+    def run(self, pixels: Pixels, options: Sequence[InferenceOptions]) -> list[InferenceResult]:
         with self._computing:
             time.sleep(len(pixels) / self._rate)
         few = pixels[:, 100, 100:103, :].reshape(len(pixels), 9)
         classes = few.astype(np.int64) + 256 * (np.arange(9) % 3)
         scores = np.sort(few.astype(np.float32) / 256)[:, ::-1]
-        return [InferenceResult(classes[i, : want.top_k], scores[i, : want.top_k].copy(), {}) for i, want in enumerate(wanted)]
+        return [InferenceResult(classes[i, : one.top_k], scores[i, : one.top_k].copy(), {}) for i, one in enumerate(options)]
 
     def attention(self) -> dict[str, str]:
         return {}

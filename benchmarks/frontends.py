@@ -40,7 +40,8 @@ from benchmarks.fake_gpu import stand_in
 from benchmarks.serving import free_port
 from benchmarks.timing import report
 from dinat.app.doctor import photograph
-from dinat.app.engine.batcher import Job
+from dinat.app.engine.events import BackendEvents
+from dinat.app.engine.job import Job
 from dinat.app.engine.multiprocess.engine_client import EngineClient
 from dinat.app.engine.multiprocess.engine_process import EngineProcess
 from dinat.app.engine.runtimes.runtime import InferenceOptions, InferenceResult
@@ -188,19 +189,28 @@ async def _feed(settings: Settings, address: str, pid: int, seconds: float) -> d
     pixels = np.random.default_rng(0).integers(0, 256, (224, 224, 3), dtype=np.uint8)
     done, over = 0, False
 
-    def answered(jobs: Sequence[Job], answers: Sequence[InferenceResult | Exception]) -> None:
-        nonlocal done
-        if not over:
-            assert all(isinstance(answer, InferenceResult) for answer in answers), answers[0]
-            done += len(jobs)
-            loop.call_soon(feed, len(jobs))
+    class Feeder(BackendEvents):
+        """Replaces every job that ended by a new one."""
 
-    core = EngineClient(settings, Metrics(), answered, address)
+        def on_batch_start(self, batch: Sequence[Job]) -> None:
+            pass
+
+        def on_results(self, jobs: Sequence[Job], results: Sequence[InferenceResult | Exception]) -> None:
+            nonlocal done
+            if not over:
+                assert all(isinstance(result, InferenceResult) for result in results), results[0]
+                done += len(jobs)
+                loop.call_soon(feed, len(jobs))
+
+        async def on_state_change(self) -> None:
+            pass
+
+    core = EngineClient(settings, Metrics(), Feeder(), address)
 
     def feed(count: int) -> None:
         now = time.monotonic()
         jobs = [Job(InferenceOptions(5), now, now + 600, pixels=pixels, decoded=now) for _ in range(count)]
-        assert core.take(jobs)
+        assert core.reserve(jobs)
         for job in jobs:
             core.put(job)
 

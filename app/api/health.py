@@ -35,7 +35,7 @@ def _health(request: Request, response: Response, healthy: bool) -> Health:
     response.headers["Cache-Control"] = "no-store"
     read = request.app.state.processes
     processes = None if read is None else [Process.model_validate(told) for told in read()]
-    return Health(status=engine.state, detail=engine.why_not_ready(), model=engine.settings.served_name, processes=processes)
+    return Health(status=engine.state, detail=engine.status_detail(), model=engine.settings.served_name, processes=processes)
 
 
 NOT_NOW: dict[int | str, dict[str, Any]] = {503: {"description": "Not now; the text says why", "content": {"text/plain": {}}}}
@@ -45,7 +45,7 @@ def ready_in_words(request: Request) -> Response:
     """200 once pictures are taken, and a sentence: for those who want no more."""
     engine: Engine = request.app.state.engine
     status = HTTPStatus.OK if engine.state is State.READY else HTTPStatus.SERVICE_UNAVAILABLE
-    return PlainTextResponse(engine.why_not_ready(), status)
+    return PlainTextResponse(engine.status_detail(), status)
 
 
 @router.get("/model", responses={503: PROBLEMS[503]})
@@ -63,7 +63,7 @@ async def model(request: Request) -> ModelCard:
         device=loaded.device,
         precision=loaded.precision,
         attention=loaded.attention,
-        disabled=[Disabled(what=left.what, why=left.why) for left in loaded.disabled],
+        disabled=[Disabled(what=one.name, why=one.reason) for one in loaded.disabled],
         features=config.feature_names,
     )
 

@@ -103,7 +103,7 @@ class RequestContext:
             seconds = time.monotonic() - arrived
             matched, path = scope.get("route"), scope["path"]
             route = matched.path if matched is not None else self._door(path) or "none"
-            self._engine.metrics.request(route, status, seconds)
+            self._engine.metrics.count_request(route, status, seconds)
             log.info(
                 "request",
                 method="HEAD" if is_head else scope["method"],
@@ -131,7 +131,7 @@ class RequestContext:
             self._engine.check_capacity()
         except Unavailable as refusal:
             return refusal
-        return self._engine.late(arrived)
+        return self._engine.deadline_error(arrived)
 
     def _limited(self, receive: Receive, scope: Scope, announced: bytes) -> Receive:
         """`receive`, within the limits of size and time."""
@@ -145,7 +145,7 @@ class RequestContext:
             if complete:
                 return await receive()
             if received <= limit:
-                if scope["state"].get("body_is_here"):
+                if scope["state"].get("body_received"):
                     message = await receive()
                 else:
                     try:

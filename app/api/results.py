@@ -51,7 +51,7 @@ def _feature_map(values: Array, feature_format: FeatureFormat, dtype: str) -> di
 def encoded(request: Request, started: float) -> None:
     """Note how long the body took to write, which began at that time."""
     seconds = time.monotonic() - started
-    request.app.state.engine.metrics.observe_stage("encode", seconds)
+    request.app.state.engine.metrics.observe_part("encode", seconds)
     if hasattr(request.state, "seconds"):
         request.state.seconds["encode"] = seconds
 

@@ -165,7 +165,7 @@ def test_the_service_says_on_a_card_what_it_says_on_a_cpu(precision: str, attent
     cpu = TorchRuntime(open_checkpoint("digits"), torch.device("cpu"), "fp32", "tiled")
     most = 2 if REHEARSED else 8
     assert card.warm(most) == most
-    assert [left for left in card.disabled if "natten" not in left.what] == []
+    assert [one for one in card.disabled if "natten" not in one.name] == []
     assert card.precision == precision
     close = 1e-5 if precision == "fp32" else 0.05
     for count in [n for n in (8, 1, 2, 3, 5) if n <= most]:

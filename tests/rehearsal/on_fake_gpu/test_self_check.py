@@ -60,9 +60,9 @@ def disabled(answers: tuple[dict[str, Any], list[dict[str, Any]], str]) -> dict[
     """What is left out, and why: the same in all three places."""
     model, log, metrics = answers
     said = {left["what"]: left["why"] for left in model["disabled"]}
-    (warning,) = [entry for entry in log if entry["event"] == "left out"] or [{}]
+    (warning,) = [entry for entry in log if entry["event"] == "disabled"] or [{}]
     assert {what: why for what, why in warning.items() if what not in ("event", "log_level")} == said
-    assert {what for what in said if f'dinat_disabled{{what="{what}"}} 1.0' in metrics} == set(said)
+    assert {what for what in said if f'dinat_disabled{{name="{what}"}} 1.0' in metrics} == set(said)
     return said
 
 
@@ -128,8 +128,8 @@ def test_graphs_that_give_other_numbers_do_not_serve(monkeypatch: pytest.MonkeyP
 
     monkeypatch.setattr(card.CUDAGraph, "replay", forgetful)
     said = disabled(served())
-    assert "batches of 2: its numbers are" in said["CUDA graphs"]
-    assert "off the same without a graph" in said["CUDA graphs"]
+    assert "batches of 2: relative error" in said["CUDA graphs"]
+    assert "against the network without a graph" in said["CUDA graphs"]
 
 
 def spoil_network(monkeypatch: pytest.MonkeyPatch, when: Callable[[DinatForImageClassification], bool]) -> None:
@@ -146,14 +146,14 @@ def test_half_precision_that_is_off_gives_way_to_float32(monkeypatch: pytest.Mon
     spoil_network(monkeypatch, lambda network: network.classifier.weight.dtype == torch.bfloat16)
     answers = served(precision="bf16")
     assert answers[0]["precision"] == "fp32"
-    assert "off float32 on the processor" in disabled(answers)["precision bf16"]
+    assert "against float32 on the CPU" in disabled(answers)["precision bf16"]
 
 
 def test_a_card_that_is_off_in_float32_gives_way_to_the_processor(monkeypatch: pytest.MonkeyPatch) -> None:
     spoil_network(monkeypatch, lambda network: network.classifier.weight.device.type == "cuda")
     answers = served(precision="fp32")
     assert answers[0]["device"] == "cpu"
-    assert "off float32 on the processor" in disabled(answers)["device cuda:0"]
+    assert "against float32 on the CPU" in disabled(answers)["device cuda:0"]
 
 
 def test_a_batch_that_does_not_fit_is_halved(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -165,7 +165,7 @@ def test_a_batch_that_does_not_fit_is_halved(monkeypatch: pytest.MonkeyPatch) ->
         return compute(self, pixels)
 
     monkeypatch.setattr(TorchRuntime, "_compute", small)
-    assert disabled(served(max_batch=8)) == {"batches over 2": "they do not fit into the memory of cuda:0"}
+    assert disabled(served(max_batch=8)) == {"batches over 2": "out of memory on cuda:0"}
 
 
 def test_without_the_check_nothing_is_compared(tmp_path: Path) -> None:
@@ -194,7 +194,7 @@ def test_a_card_that_answers_nothing_any_more_ends_the_service(monkeypatch: pyte
         picture = (DIGITS / "7-1.png").read_bytes()
         answers = [service.client.post("/classify", content=picture) for _ in range(3)]
         assert {answer.status_code for answer in answers} == {503}
-        assert "cuda:0 answers nothing any more" in answers[0].json()["detail"]
+        assert "cuda:0 no longer responds" in answers[0].json()["detail"]
         live = service.client.get("/health/live")
         assert live.status_code == 503
-        assert "cuda:0 answers nothing any more" in live.json()["detail"]
+        assert "cuda:0 no longer responds" in live.json()["detail"]
