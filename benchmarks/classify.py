@@ -24,7 +24,7 @@ from dinat.app.cli.classify import writer
 from dinat.app.doctor import photograph, save
 from dinat.app.engine.engine import Engine
 from dinat.app.engine.runtimes.runtime import InferenceOptions
-from dinat.app.engine.stream import NO_DEADLINE_MS, answers, started
+from dinat.app.engine.stream import NO_DEADLINE_MS, running_engine, stream_results
 from dinat.app.server.heap import keep_freed_memory
 from dinat.app.settings import Settings
 
@@ -44,7 +44,7 @@ async def run_classify(engine: Engine, paths: list[Path], output: Path) -> None:
         return Path(path)
 
     with writer("jsonl", output) as out:
-        async for path, result in answers(engine, list(map(str, paths)), InferenceOptions(top_k=5), read):
+        async for path, result in stream_results(engine, list(map(str, paths)), InferenceOptions(top_k=5), read):
             assert not isinstance(result, str), result
             out.write(path, {"predictions": predictions(result, engine.loaded.config)})
         out.close()
@@ -67,7 +67,7 @@ async def measure(folder: Path, count: int, rounds: int) -> list[dict[str, Any]]
     settings = Settings(_env_file=None, model=str(folder / "model"), deadline_ms=NO_DEADLINE_MS, drain_seconds=0)
     seconds: dict[str, list[float]] = {"engine": [], "dinat classify": [], "dinat batch": []}
     memory: list[float] = []
-    async with started(settings) as engine:
+    async with running_engine(settings) as engine:
         worker = Worker(Job(settings, str(images), str(folder / "results")), engine)
         await run_engine(engine, paths[: count // 10])
         for n in range(rounds):

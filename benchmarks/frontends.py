@@ -41,7 +41,8 @@ from benchmarks.fake_gpu import use_fake_gpu
 from benchmarks.serving import free_port
 from benchmarks.timing import report
 from dinat.app.doctor import photograph
-from dinat.app.engine.batcher import Job
+from dinat.app.engine.events import BackendEvents
+from dinat.app.engine.job import Job
 from dinat.app.engine.multiprocess.engine_client import EngineClient
 from dinat.app.engine.multiprocess.engine_process import EngineProcess
 from dinat.app.engine.runtimes.runtime import InferenceOptions, InferenceResult
@@ -198,19 +199,28 @@ async def _feed(settings: Settings, address: str, pid: int, seconds: float) -> d
     pixels = np.random.default_rng(0).integers(0, 256, (224, 224, 3), dtype=np.uint8)
     completed, stopping = 0, False
 
-    def on_results(jobs: Sequence[Job], results: Sequence[InferenceResult | Exception]) -> None:
-        nonlocal completed
-        if not stopping:
-            assert all(isinstance(result, InferenceResult) for result in results), results[0]
-            completed += len(jobs)
-            loop.call_soon(submit, len(jobs))
+    class Feeder(BackendEvents):
+        """Replaces every job that ended by a new one."""
 
-    client = EngineClient(settings, Metrics(), on_results, address)
+        def on_batch_start(self, batch: Sequence[Job]) -> None:
+            pass
+
+        def on_results(self, jobs: Sequence[Job], results: Sequence[InferenceResult | Exception]) -> None:
+            nonlocal completed
+            if not stopping:
+                assert all(isinstance(result, InferenceResult) for result in results), results[0]
+                completed += len(jobs)
+                loop.call_soon(submit, len(jobs))
+
+        async def on_state_change(self) -> None:
+            pass
+
+    client = EngineClient(settings, Metrics(), Feeder(), address)
 
     def submit(count: int) -> None:
         now = time.monotonic()
         jobs = [Job(InferenceOptions(5), now, now + 600, pixels=pixels, decoded=now) for _ in range(count)]
-        assert client.take(jobs)
+        assert client.reserve(jobs)
         for job in jobs:
             client.put(job)
 

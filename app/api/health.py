@@ -35,7 +35,7 @@ def _health(request: Request, response: Response, healthy: bool) -> Health:
     response.headers["Cache-Control"] = "no-store"
     read_processes = request.app.state.processes
     processes = None if read_processes is None else [Process.model_validate(process) for process in read_processes()]
-    return Health(status=engine.state, detail=engine.why_not_ready(), model=engine.settings.served_name, processes=processes)
+    return Health(status=engine.state, detail=engine.status_detail(), model=engine.settings.served_name, processes=processes)
 
 
 NOT_READY: dict[int | str, dict[str, Any]] = {
@@ -47,7 +47,7 @@ def plain_text_readiness(request: Request) -> Response:
     """Return the readiness as plain text, with 200 or 503, for platforms that only read the status."""
     engine: Engine = request.app.state.engine
     status = HTTPStatus.OK if engine.state is State.READY else HTTPStatus.SERVICE_UNAVAILABLE
-    return PlainTextResponse(engine.why_not_ready(), status)
+    return PlainTextResponse(engine.status_detail(), status)
 
 
 @router.get("/model", responses={503: PROBLEMS[503]})

@@ -110,7 +110,7 @@ class RequestMiddleware:
             seconds = time.monotonic() - arrived
             matched, path = scope.get("route"), scope["path"]
             route = matched.path if matched is not None else self._endpoint(path) or "none"
-            self._engine.metrics.request(route, status, seconds)
+            self._engine.metrics.count_request(route, status, seconds)
             log.info(
                 "request",
                 method="HEAD" if is_head else scope["method"],
@@ -138,7 +138,7 @@ class RequestMiddleware:
             self._engine.check_capacity()
         except Unavailable as error:
             return error
-        return self._engine.late(arrived)
+        return self._engine.deadline_error(arrived)
 
     def _limit_body(self, receive: Receive, scope: Scope, content_length: bytes) -> Receive:
         """Wrap `receive` so that it enforces the limits on the size and duration of the upload."""
@@ -152,7 +152,7 @@ class RequestMiddleware:
             if complete:
                 return await receive()
             if received <= limit:
-                if scope["state"].get("body_is_here"):
+                if scope["state"].get("body_received"):
                     message = await receive()
                 else:
                     try:

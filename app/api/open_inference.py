@@ -93,7 +93,7 @@ async def index(request: Request) -> list[dict[str, str]]:
     """List the models, of which there is one."""
     engine = _engine(request)
     state = "READY" if engine.state is State.READY else "UNAVAILABLE"
-    return [{"name": engine.settings.served_name, "version": VERSION, "state": state, "reason": engine.why_not_ready()}]
+    return [{"name": engine.settings.served_name, "version": VERSION, "state": state, "reason": engine.status_detail()}]
 
 
 _TENSOR = {
@@ -199,7 +199,7 @@ def _engine(request: Request) -> Engine:
 
 def _health(request: Request, key: str, healthy: bool, **fields: str) -> Response:
     status = HTTPStatus.OK if healthy else HTTPStatus.SERVICE_UNAVAILABLE
-    error = {} if healthy else {"error": _engine(request).why_not_ready()}
+    error = {} if healthy else {"error": _engine(request).status_detail()}
     return JSONResponse({key: healthy, **fields, **error}, status)
 
 

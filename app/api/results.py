@@ -53,7 +53,7 @@ def _feature_map(values: Array, feature_format: FeatureFormat, dtype: str) -> di
 def record_encode_time(request: Request, started: float) -> None:
     """Record the time since `started` (time.monotonic) as the encode stage, for the metrics and Server-Timing."""
     seconds = time.monotonic() - started
-    request.app.state.engine.metrics.observe_stage("encode", seconds)
+    request.app.state.engine.metrics.observe_part("encode", seconds)
     if hasattr(request.state, "seconds"):
         request.state.seconds["encode"] = seconds
 

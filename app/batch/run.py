@@ -17,7 +17,7 @@ from dinat.app.batch.sources import Item, Shard, Source, open_source
 from dinat.app.batch.storage import BatchError
 from dinat.app.engine.engine import Engine, ImageSource
 from dinat.app.engine.runtimes.runtime import InferenceOptions
-from dinat.app.engine.stream import answers, started
+from dinat.app.engine.stream import running_engine, stream_results
 from dinat.app.errors import NoImage, ServiceError
 from dinat.app.settings import Settings
 from dinat.model import DinatConfig
@@ -92,7 +92,7 @@ class Worker:
         at_once = max(1, self._engine.settings.queue_limit // SHARDS_AT_ONCE)
         try:
             with self._results.shard(shard, rows.schema) as writer:
-                answered = answers(self._engine, self._items(shard), self._wanted, _read, at_once)
+                answered = stream_results(self._engine, self._items(shard), self._wanted, _read, at_once)
                 async with aclosing(answered):
                     async for item, answer in answered:
                         rows.add(item, answer)
@@ -131,7 +131,7 @@ async def compute(job: Job, shards: Sequence[Shard], workers: int) -> AsyncItera
         while (done := await asyncio.to_thread(next, by_ray, None)) is not None:
             yield done
         return
-    async with started(job.settings) as engine:
+    async with running_engine(job.settings) as engine:
         async for done in Worker(job, engine).compute(shards):
             yield done
 
@@ -172,7 +172,7 @@ class _Actor:
 
     def __init__(self, job: Job) -> None:
         self._runner = asyncio.Runner()
-        self._started = started(job.settings)
+        self._started = running_engine(job.settings)
         self._worker = Worker(job, self._runner.run(self._started.__aenter__()))
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, list[Done]]:

@@ -27,7 +27,7 @@ from dinat.app.cli.flags import ENGINE, settings_flags
 from dinat.app.cli.progress import with_bar
 from dinat.app.engine.engine import ImageSource
 from dinat.app.engine.runtimes.runtime import InferenceResult
-from dinat.app.engine.stream import NO_DEADLINE_MS, answers, started
+from dinat.app.engine.stream import NO_DEADLINE_MS, running_engine, stream_results
 from dinat.app.images import SUFFIXES
 from dinat.app.logs import configure_logs
 from dinat.app.settings import Settings
@@ -102,10 +102,10 @@ def found(paths: Sequence[str]) -> Iterator[str]:
 async def _classify(paths: Sequence[str], settings: Settings, top_k: int | None, maps: Maps | None, out: "Writer") -> bool:
     """Whether every picture was."""
     failed: dict[str, str] = {}
-    async with started(settings) as engine:
+    async with running_engine(settings) as engine:
         config = engine.loaded.config
         wanted = Parameters(top_k=top_k, features=maps.names if maps else "").options(config)
-        async with with_bar(answers(engine, paths, wanted, _read), len(paths), "classifying") as done:
+        async with with_bar(stream_results(engine, paths, wanted, _read), len(paths), "classifying") as done:
             async for path, answer in done:
                 if isinstance(answer, str):
                     failed[path] = answer

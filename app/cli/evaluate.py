@@ -20,7 +20,7 @@ from dinat.app.cli.flags import ENGINE, Source, settings_flags
 from dinat.app.cli.progress import with_bar
 from dinat.app.engine.engine import Engine, ImageSource
 from dinat.app.engine.runtimes.runtime import InferenceOptions
-from dinat.app.engine.stream import NO_DEADLINE_MS, answers, started
+from dinat.app.engine.stream import NO_DEADLINE_MS, running_engine, stream_results
 from dinat.app.evaluation.labelled_images import Data, class_ids, read_data
 from dinat.app.evaluation.scores import MOST_SHOWN, Evaluation
 from dinat.app.images import decode
@@ -77,7 +77,7 @@ async def _evaluate(
     data: Data, classes: list[str] | None, preprocessing: Preprocessing, settings: Settings
 ) -> list[Evaluation]:
     kinds = ["checkpoint", "original"] if preprocessing == "both" else [preprocessing]
-    async with started(settings) as engine:
+    async with running_engine(settings) as engine:
         class_of = class_ids(data.labels, engine.loaded.config, classes)
         return [await _one(engine, data, class_of, kind, settings) for kind in kinds]
 
@@ -92,7 +92,7 @@ async def _one(engine: Engine, data: Data, class_of: dict[str, int], kind: str, 
     wanted = InferenceOptions(top_k=min(5, config.num_labels))
     began = time.perf_counter()
     labels = iter(picture.label for picture in data.pictures)
-    answered = answers(engine, [str(one.path) for one in data.pictures], wanted, read)
+    answered = stream_results(engine, [str(one.path) for one in data.pictures], wanted, read)
     async with with_bar(answered, len(data.pictures), "evaluating") as done:
         async for path, answer in done:
             true = class_of[next(labels)]

@@ -15,7 +15,7 @@ from PIL import Image
 
 from dinat.app.client import AsyncDinatClient, Classification, DinatClient, DinatServiceError
 from tests.app.conftest import DIGITS, Service, running
-from tests.app.server.test_overload import Held
+from tests.app.server.test_overload import PausedBackend
 
 PICTURES = [(DIGITS / f"{digit}-1.png").read_bytes() for digit in (7, 0, 3)]
 
@@ -79,21 +79,24 @@ def test_a_key(seven: bytes) -> None:
 
 
 def test_a_busy_service_is_asked_again_when_it_says_so(seven: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
-    with running(Held, queue_limit=1, max_batch=1) as service, ThreadPoolExecutor(2) as threads:
+    with running(PausedBackend, queue_limit=1, max_batch=1) as service, ThreadPoolExecutor(2) as threads:
         core: Any = service.engine.backend
         taken = [threads.submit(service.client.post, "/classify", content=seven)]
         assert core.entered.wait(30)
         taken.append(threads.submit(service.client.post, "/classify", content=seven))
         while core.waiting == 0:
             assert service.client.get("/health").status_code == 200
-        with DinatClient(url(service), patience=0) as client, pytest.raises(DinatServiceError, match="503: 1 pictures wait"):
+        with (
+            DinatClient(url(service), patience=0) as client,
+            pytest.raises(DinatServiceError, match="503: 1 images are queued"),
+        ):
             client.classify(seven)
         waited, asleep = [], threading.Event()
 
         def sleep(seconds: float) -> None:
             waited.append(seconds)
             asleep.set()
-            core.let_go.set()
+            core.resume.set()
             for one in taken:
                 one.result()
 

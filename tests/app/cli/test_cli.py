@@ -65,7 +65,7 @@ def test_a_gpu_that_is_not_there_is_one_line(device: str) -> None:
     )
     assert done.returncode == 1
     (line,) = [text for text in done.stderr.splitlines() if text.startswith("dinat: ")]
-    assert f"device '{device}' is not there: PyTorch sees 0 CUDA devices; take cpu, install the driver" in line
+    assert f"device '{device}' is not available, PyTorch finds 0 CUDA devices: set cpu, install the driver" in line
 
 
 def test_help_and_completion_are_there_before_pytorch_is() -> None:

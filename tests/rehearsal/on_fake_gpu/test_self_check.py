@@ -65,9 +65,9 @@ def disabled(report: Report) -> dict[str, str]:
     """Return what is disabled, and why, after checking that all three places agree."""
     model, log, metrics = report
     reasons = {entry["name"]: entry["reason"] for entry in model["disabled"]}
-    (warning,) = [entry for entry in log if entry["event"] == "left out"] or [{}]
+    (warning,) = [entry for entry in log if entry["event"] == "disabled"] or [{}]
     assert {name: value for name, value in warning.items() if name not in ("event", "log_level")} == reasons
-    assert {name for name in reasons if f'dinat_disabled{{what="{name}"}} 1.0' in metrics} == set(reasons)
+    assert {name for name in reasons if f'dinat_disabled{{name="{name}"}} 1.0' in metrics} == set(reasons)
     return reasons
 
 
@@ -132,8 +132,8 @@ def test_cuda_graphs_are_disabled_if_replays_are_wrong(monkeypatch: pytest.Monke
 
     monkeypatch.setattr(CUDAGraph, "replay", replay_single_layers)
     reasons = disabled(serve())
-    assert "batches of 2: its numbers are" in reasons["CUDA graphs"]
-    assert "off the same without a graph" in reasons["CUDA graphs"]
+    assert "batches of 2: relative error" in reasons["CUDA graphs"]
+    assert "against the network without a graph" in reasons["CUDA graphs"]
 
 
 def corrupt_network(monkeypatch: pytest.MonkeyPatch, condition: Callable[[DinatForImageClassification], bool]) -> None:
@@ -151,14 +151,14 @@ def test_half_precision_that_is_wrong_falls_back_to_float32(monkeypatch: pytest.
     corrupt_network(monkeypatch, lambda network: network.classifier.weight.dtype == torch.bfloat16)
     report = serve(precision="bf16")
     assert report[0]["precision"] == "fp32"
-    assert "off float32 on the processor" in disabled(report)["precision bf16"]
+    assert "against float32 on the CPU" in disabled(report)["precision bf16"]
 
 
 def test_gpu_that_is_wrong_in_float32_falls_back_to_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     corrupt_network(monkeypatch, lambda network: network.classifier.weight.device.type == "cuda")
     report = serve(precision="fp32")
     assert report[0]["device"] == "cpu"
-    assert "off float32 on the processor" in disabled(report)["device cuda:0"]
+    assert "against float32 on the CPU" in disabled(report)["device cuda:0"]
 
 
 def test_batch_that_does_not_fit_into_memory_is_halved(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -170,7 +170,7 @@ def test_batch_that_does_not_fit_into_memory_is_halved(monkeypatch: pytest.Monke
         return compute(self, pixels)
 
     monkeypatch.setattr(TorchRuntime, "_compute", limited)
-    assert disabled(serve(max_batch=8)) == {"batches over 2": "they do not fit into the memory of cuda:0"}
+    assert disabled(serve(max_batch=8)) == {"batches over 2": "out of memory on cuda:0"}
 
 
 def test_nothing_is_compared_without_the_self_check(tmp_path: Path) -> None:
@@ -199,7 +199,7 @@ def test_service_is_not_live_after_the_gpu_stops_responding(monkeypatch: pytest.
         image = (DIGITS / "7-1.png").read_bytes()
         responses = [service.client.post("/classify", content=image) for _ in range(3)]
         assert {response.status_code for response in responses} == {503}
-        assert "cuda:0 answers nothing any more" in responses[0].json()["detail"]
+        assert "cuda:0 no longer responds" in responses[0].json()["detail"]
         live = service.client.get("/health/live")
         assert live.status_code == 503
-        assert "cuda:0 answers nothing any more" in live.json()["detail"]
+        assert "cuda:0 no longer responds" in live.json()["detail"]
