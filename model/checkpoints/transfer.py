@@ -91,8 +91,8 @@ def transfer(
     if all(key in state_dict for key in HEAD):
         existing = [label for label in labels if label in old_rows]
         if list(labels) != [old.id2label[i] for i in range(len(old_rows))]:
-            others = "" if len(existing) == len(labels) else ", the others are new"
-            changes.append(f"a head for {len(labels)} classes: {len(existing)} of them exist in the checkpoint{others}")
+            others = "" if len(existing) == len(labels) else ", the others newly initialized"
+            changes.append(f"a head for {len(labels)} classes: {len(existing)} from the checkpoint{others}")
         state_dict |= _head(state_dict, [old_rows.get(label) for label in labels], old.initializer_range)
     return TransferResult(config, state_dict, changes)
 

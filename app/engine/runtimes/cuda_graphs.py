@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dinat.model.capture_safe_cache import holding
+from dinat.model.capture_safe_cache import record_cached_values
 
 LANES = 2
 """Batches on a card at once: one computes, the next uploads."""
@@ -76,7 +76,7 @@ class CapturedComputation:
     def _capture(self, compute: Callable[[Tensor], Outputs], given: Tensor, pool: Any) -> Graph:
         graph = torch.cuda.CUDAGraph()
         self._uploads.wait_stream(torch.cuda.current_stream(given.device))
-        with torch.cuda.stream(self._uploads), holding() as held:
+        with torch.cuda.stream(self._uploads), record_cached_values() as held:
             compute(given)  # what is made or compiled when a size first comes cannot be while capturing
             # The outer context gives the stream back even where the capture's own end raises.
             with torch.cuda.graph(graph, pool=pool, stream=self._uploads, capture_error_mode="thread_local"):

@@ -27,7 +27,7 @@ from dinat.app.engine.runtimes.runtime import (
 )
 from dinat.model import ConfigError, DinatForImageClassification, DinatImageProcessor, attention
 from dinat.model.attention import bias_cache
-from dinat.model.attention.autotune import candidates, chosen, reason, trying
+from dinat.model.attention.autotune import autotuning, candidates, reason, selections
 from dinat.model.checkpoints.checkpoint import Checkpoint
 from dinat.model.cpu.features import has_bf16
 from dinat.model.cpu.packing import pack
@@ -198,9 +198,9 @@ class TorchRuntime:
             exact = reference.classify(self.processor.normalize(few))[0]
         memory = None if self._cache is None else self._cache / "attention" / f"{_card(self._device)}.json"
         while True:
-            with trying(self._self_check, memory):
+            with autotuning(self._self_check, memory):
                 self._network.classify(self._prepare(batch.to(self._device)))
-            bias_cache.forget()  # what was made for those that were only tried
+            bias_cache.clear()  # what was made for those that were only tried
             if exact is None:
                 return
             logits = self._network.classify(self._prepare(few.to(self._device)))[0].cpu()
@@ -242,7 +242,7 @@ class TorchRuntime:
 
     def _attention_left_out(self) -> list[Disabled]:
         layers = defaultdict(list)
-        for layer, choice in chosen.items():
+        for layer, choice in selections.items():
             if (layer.device, layer.dtype) == (self.device, self._dtype):
                 for name, why in choice.disabled.items():
                     layers[name].append(f"{layer}: {why}")
@@ -255,8 +255,8 @@ class TorchRuntime:
         """See Runtime. Where layers of a stage differ, the names of both."""
         mine = [
             (layer.heads, choice.backend)
-            for layer, choice in chosen.items()
-            if (layer.device, layer.dtype, layer.asked) == (self.device, self._dtype, self._attention)
+            for layer, choice in selections.items()
+            if (layer.device, layer.dtype, layer.requested_backend) == (self.device, self._dtype, self._attention)
         ]
         used = {heads: sorted({name for those, name in mine if those == heads}) for heads in self.config.num_heads}
         head_dim = self.config.embed_dim // self.config.num_heads[0]

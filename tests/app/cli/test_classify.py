@@ -85,7 +85,7 @@ def test_maps_of_every_picture(kind: str, tmp_path: Path, capsys: pytest.Capture
         ([ALL[0], "--features", "stage1"], "one wants the other"),
         ([ALL[0], "--top-k", "11", *EXACT], "top_k is 11, allowed are 1 to 10"),
         ([ALL[0], "--features", "stage9", "--maps", "x", *EXACT], "features names stage9"),
-        ([ALL[0], "--model", "/no/such", *EXACT], "'/no/such' is not there"),
+        ([ALL[0], "--model", "/no/such", *EXACT], "'/no/such' does not exist"),
         ([ALL[0], "--max-batch", "0"], "DINAT_MAX_BATCH"),
         ([ALL[0], "--output", "jsonl", "--to", __file__], "holds something else"),
     ],

@@ -11,7 +11,7 @@ if not card.installed():  # tests/rehearsal/test_rehearsal.py runs these in a pr
 
 @pytest.fixture(autouse=True)
 def a_new_start() -> Iterator[None]:
-    autotune.chosen.clear()
-    autotune._distrusted.clear()
-    bias_cache.forget()
+    autotune.selections.clear()
+    autotune._failed.clear()
+    bias_cache.clear()
     yield

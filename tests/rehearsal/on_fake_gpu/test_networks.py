@@ -61,7 +61,7 @@ def test_natten_without_kernels_for_the_card_is_no_candidate(monkeypatch: pytest
 
     monkeypatch.setattr(backends, "get_compatible_backends", lambda *_, **__: ["flex-fna"])
     with pytest.raises(AttentionError, match=r"natten has no kernel for torch\.bfloat16 heads of 81 channels"):
-        natten_backend.choose.__wrapped__(81, 32, torch.bfloat16, CUDA, False)
+        natten_backend.select_config.__wrapped__(81, 32, torch.bfloat16, CUDA, False)
 
 
 def test_a_compiler_is_given_the_kernel_without_a_look_at_what_is_installed(monkeypatch: pytest.MonkeyPatch) -> None:
