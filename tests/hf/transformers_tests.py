@@ -2,8 +2,8 @@
 
     python -m tests.hf.transformers_tests CHECKOUT [pytest's arguments]
 
-CHECKOUT: a clone of https://github.com/huggingface/transformers at the installed release. Requires pytest-xdist and transformers'
-test requirements (parameterized, evaluate, datasets), as far as the tests use them.
+CHECKOUT: a clone of https://github.com/huggingface/transformers at the installed release. Requires pytest-xdist and the test
+requirements of transformers (parameterized, evaluate, datasets), as far as the tests use them.
 """
 
 import os
