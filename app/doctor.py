@@ -192,7 +192,9 @@ def faults(device: torch.device, versions: dict[str, str]) -> tuple[list[str], l
         return wrong, missing
     kernels = native.library()
     if kernels is None:
-        missing.append({"what": f"kernels for this processor: {native.missing()}", "command": "apt-get install gcc libc6-dev"})
+        missing.append(
+            {"what": f"kernels for this processor: {native.unavailable_reason()}", "command": "apt-get install gcc libc6-dev"}
+        )
     if versions["openvino"] == ABSENT and (kernels is None or kernels.lanes < 16):
         missing.append({"what": "openvino, the fastest on this processor", "command": "pip install 'dinat-serve[cpu]'"})
     return wrong, missing
@@ -262,10 +264,10 @@ def attention_rows(
                 names.append("reference")
             layer = autotune.LayerKey.of(q, config.kernel_size, dilation, head_dim**-0.5)
             attend = _attend(layer)
-            autotune.chosen.pop(layer, None)
-            with torch.inference_mode(), autotune.trying():
-                autotune.choose(layer, names, attend, q, k, v, rpb)
-            kept = autotune.chosen[layer]
+            autotune.selections.pop(layer, None)
+            with torch.inference_mode(), autotune.autotuning():
+                autotune.select_backend(layer, names, attend, q, k, v, rpb)
+            kept = autotune.selections[layer]
             short = f"{size[0]}x{size[1]}, {heads} heads, k{config.kernel_size} d{dilation}"
             for name in names:
                 row: Row = {"layer": short, "precision": _name(dtype), "batch": batch, "backend": name}
@@ -281,7 +283,7 @@ def _attend(layer: autotune.LayerKey) -> autotune.Attend:
     """A candidate's attention, by its name."""
 
     def attend(name: str, q: Tensor, k: Tensor, v: Tensor, rpb: Tensor | None) -> Tensor:
-        return attention.by_name(name, q, k, v, rpb, layer.kernel_size, layer.dilation, layer.scale)
+        return attention.run_candidate(name, q, k, v, rpb, layer.kernel_size, layer.dilation, layer.scale)
 
     return attend
 

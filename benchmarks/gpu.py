@@ -27,8 +27,8 @@ from typing import Any
 import torch
 
 from dinat.model import DinatConfig, DinatError, DinatForImageClassification
-from dinat.model.attention import autotune, bias_cache, by_name
-from dinat.model.attention.autotune import candidates, definition
+from dinat.model.attention import autotune, bias_cache, run_candidate
+from dinat.model.attention.autotune import candidates, float64_reference
 
 CUDA = torch.device("cuda")
 LAYERS = [(56, 2, 7, 1), (56, 2, 7, 8), (28, 4, 7, 1), (28, 4, 7, 4), (14, 8, 7, 1), (14, 8, 7, 2), (7, 16, 7, 1), (96, 6, 11, 1), (96, 6, 11, 8)]  # fmt: skip # noqa: E501
@@ -85,14 +85,14 @@ def layer_rows(ceiling: dict[str, float], batch: int, dtype: torch.dtype) -> lis
             continue
         inputs = [torch.randn(batch, side, side, 3, heads, 32, device=CUDA).to(dtype) for _ in range(3)]
         rpb = torch.randn(heads, 2 * kernel_size - 1, 2 * kernel_size - 1, device=CUDA)
-        expected = definition(inputs[0][:2], rpb, kernel_size, dilation, 32**-0.5)
+        expected = float64_reference(inputs[0][:2], rpb, kernel_size, dilation, 32**-0.5)
         transferred = 4 * inputs[0].nbytes / 3
         operations = 4 * 32 * kernel_size**2 * batch * side * side * heads
         floor = max(transferred / ceiling["bytes/s"], operations / ceiling["flop/s"])
         for candidate in ["reference", *candidates(CUDA, dtype, 32)]:
 
             def attend(x: torch.Tensor) -> torch.Tensor:
-                return by_name(candidate, *x.unbind(3), rpb, kernel_size, dilation, 32**-0.5)  # noqa: B023
+                return run_candidate(candidate, *x.unbind(3), rpb, kernel_size, dilation, 32**-0.5)  # noqa: B023
 
             row = {
                 "feature map": side,
@@ -147,9 +147,9 @@ def measured(row: dict[str, Any], network: torch.nn.Module, side: int, batch: in
     torch.cuda.reset_peak_memory_stats()
     try:
         pixels = torch.randn(batch, 3, side, side, device=CUDA, dtype=torch.bfloat16)
-        with autotune.trying():
+        with autotune.autotuning():
             network(pixels)
-        bias_cache.forget()
+        bias_cache.clear()
         elapsed = autotune.seconds_on_gpu(lambda: network(pixels), CUDA)
     except Exception as failure:
         torch.cuda.empty_cache()
@@ -217,7 +217,7 @@ def main() -> None:
             "networks": network_rows(NETWORKS[:1] if arguments.quick else NETWORKS, [1, 64] if arguments.quick else BATCHES),
         }
     result["served"] = served_rows() if is_time_left() else [{"failed": NO_TIME}]
-    result["selected"] = [asdict(layer) | asdict(choice) for layer, choice in autotune.chosen.items()]
+    result["selected"] = [asdict(layer) | asdict(choice) for layer, choice in autotune.selections.items()]
     name = re.sub(r"\W+", "-", torch.cuda.get_device_name(CUDA)).strip("-").lower()
     path = arguments.json or Path(__file__).parent / "results" / f"gpu-{name}.json"
     path.write_text(json.dumps(result, indent=2, default=str) + "\n")

@@ -22,7 +22,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from dinat.model.attention.triton_kernel import Cut, Tables, attend, constants, cuts, tables
+from dinat.model.attention.triton_kernel import Tables, TileConfig, attend, constants, tables, tile_configs
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp16": torch.float16}
 LAYERS = {"56x56 k7 d1": (56, 7, 1), "56x56 k7 d8": (56, 7, 8), "96x96 k11 d1": (96, 11, 1)}
@@ -55,7 +55,7 @@ MULTIPROCESSORS = {
 }
 
 
-def compiled(capability: int, dtype: str, cut: Cut, table: Tables, head_dim: int) -> triton.compiler.CompiledKernel:
+def compiled(capability: int, dtype: str, cut: TileConfig, table: Tables, head_dim: int) -> triton.compiler.CompiledKernel:
     fixed = constants(DTYPES[dtype], head_dim, table.queries.shape[1], table.keys.shape[1], cut)
     types = dict.fromkeys(["q", "k", "v", "out", "bias"], f"*{dtype}") | dict.fromkeys(["queries", "keys", "kinds"], "*i32")
     types |= dict.fromkeys(fixed, "constexpr") | {"scale": "fp32", "heads": "i32"}
@@ -97,7 +97,7 @@ def executed(assembly: str, trips: int) -> int:
     return length + sum(body * (trips - 1) for body in loops)
 
 
-def resources(capability: int, dtype: str, cut: Cut, layer: str, head_dim: int = 32) -> dict[str, object]:
+def resources(capability: int, dtype: str, cut: TileConfig, layer: str, head_dim: int = 32) -> dict[str, object]:
     side, kernel_size, dilation = LAYERS[layer]
     table = tables(side, side, kernel_size, dilation, cut, torch.device("cpu"))
     kernel = compiled(capability, dtype, cut, table, head_dim)
@@ -130,7 +130,7 @@ def resources(capability: int, dtype: str, cut: Cut, layer: str, head_dim: int =
 def rows(capabilities: list[int], dtypes: list[str], layers: list[str]) -> Iterator[dict[str, object]]:
     for capability in capabilities:
         for dtype in dtypes:
-            for cut in cuts(DTYPES[dtype], 32):
+            for cut in tile_configs(DTYPES[dtype], 32):
                 for layer in layers:
                     yield resources(capability, dtype, cut, layer)
 

@@ -43,8 +43,9 @@ def quantize(
     network.save_pretrained(folder)
     processor.save_pretrained(folder)
     print(
-        f"{source} written to {folder}. On its {cost.pictures} pictures the 8-bit graph has the same best "
-        f"class for {cost.same_top1:.1%}, and logits within {cost.difference:.3g}, where the largest is {cost.largest:.3g}.\n"
+        f"{source} written to {folder}. On its {cost.images} pictures the 8-bit graph has the same best "
+        f"class for {cost.top1_agreement:.1%}, and logits within {cost.max_difference:.3g}, where the largest is "
+        f"{cost.max_logit:.3g}.\n"
         f"Serve it with: dinat serve --model {folder} --precision int8"
     )
     small, usual = (load_runtimes(Settings(model=str(folder), device="cpu", precision=kind))[0] for kind in ("int8", "auto"))

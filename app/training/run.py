@@ -24,7 +24,7 @@ from dinat.app.training.recipe import Recipe
 from dinat.app.training.task import Parts, Task, Trained, read_parts
 from dinat.app.training.trainer import Bar, DinatTrainer, Epoch, Progressed, last_whole
 from dinat.model import DinatConfig, DinatError, DinatImageProcessor, hf
-from dinat.model.checkpoints.checkpoint import Checkpoint, fit, open_checkpoint, save_checkpoint
+from dinat.model.checkpoints.checkpoint import Checkpoint, match_state_dict, open_checkpoint, save_checkpoint
 from dinat.model.checkpoints.transfer import HEAD, transfer
 
 STATE, CHECKPOINTS = "training.json", "checkpoints"
@@ -124,7 +124,7 @@ def _network(
     else:
         fresh = {key: value for key, value in network.state_dict().items() if key in HEAD}
         expected = network.state_dict()
-        network.load_state_dict(fit(fresh | transferred.state_dict, expected, checkpoint.source))
+        network.load_state_dict(match_state_dict(fresh | transferred.state_dict, expected, checkpoint.source))
     return network, config, processor, changes
 
 

@@ -62,7 +62,7 @@ def test_numbers_that_are_off_end_in_status_1(
     status, report = examined()
     assert status == 1
     assert len(report["wrong"]) == (6 if has_bf16() else 3)  # three layers in each precision
-    assert all("attention tiled" in wrong and "off the definition" in wrong for wrong in report["wrong"])
+    assert all("attention tiled" in wrong and "exceeds the limit" in wrong for wrong in report["wrong"])
 
 
 def test_a_service_that_does_not_start_is_said(

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dinat.model.capture_safe_cache import holding
+from dinat.model.capture_safe_cache import record_cached_values
 
 LANES = 2
 """Batches in flight on a GPU: one computes while the next uploads."""
@@ -85,7 +85,7 @@ class CapturedComputation:
     def _capture(self, compute: Callable[[Tensor], Outputs], batch: Tensor, pool: Any) -> Graph:
         graph = torch.cuda.CUDAGraph()
         self._uploads.wait_stream(torch.cuda.current_stream(batch.device))
-        with torch.cuda.stream(self._uploads), holding() as held:
+        with torch.cuda.stream(self._uploads), record_cached_values() as held:
             compute(batch)  # creates and compiles what cannot be created during capture
             # The outer context restores the stream even if the end of the capture raises.
             with torch.cuda.graph(graph, pool=pool, stream=self._uploads, capture_error_mode="thread_local"):

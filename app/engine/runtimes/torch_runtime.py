@@ -27,7 +27,7 @@ from dinat.app.engine.runtimes.runtime import (
 )
 from dinat.model import ConfigError, DinatForImageClassification, DinatImageProcessor, attention
 from dinat.model.attention import bias_cache
-from dinat.model.attention.autotune import candidates, chosen, reason, trying
+from dinat.model.attention.autotune import autotuning, candidates, reason, selections
 from dinat.model.checkpoints.checkpoint import Checkpoint
 from dinat.model.cpu.features import has_bf16
 from dinat.model.cpu.packing import pack
@@ -216,9 +216,9 @@ class TorchRuntime:
             exact = reference.classify(self.processor.normalize(few))[0]
         cache = None if self._cache is None else self._cache / "attention" / f"{_attention_key(self._device)}.json"
         while True:
-            with trying(self._self_check, cache):
+            with autotuning(self._self_check, cache):
                 self._network.classify(self._prepare(batch.to(self._device)))
-            bias_cache.forget()  # entries of backends that were only tried
+            bias_cache.clear()  # entries of backends that were only tried
             if exact is None:
                 return
             logits = self._network.classify(self._prepare(few.to(self._device)))[0].cpu()
@@ -265,7 +265,7 @@ class TorchRuntime:
 
     def _disabled_attention(self) -> list[Disabled]:
         layers = defaultdict(list)
-        for layer, choice in chosen.items():
+        for layer, choice in selections.items():
             if (layer.device, layer.dtype) == (self.device, self._dtype):
                 for name, why in choice.disabled.items():
                     layers[name].append(f"{layer}: {why}")
@@ -280,8 +280,8 @@ class TorchRuntime:
         """See Runtime. If layers of a stage differ, the names are joined by "and"."""
         selected = [
             (layer.heads, choice.backend)
-            for layer, choice in chosen.items()
-            if (layer.device, layer.dtype, layer.asked) == (self.device, self._dtype, self._attention)
+            for layer, choice in selections.items()
+            if (layer.device, layer.dtype, layer.requested_backend) == (self.device, self._dtype, self._attention)
         ]
         used = {heads: sorted({name for key, name in selected if key == heads}) for heads in self.config.num_heads}
         head_dim = self.config.embed_dim // self.config.num_heads[0]

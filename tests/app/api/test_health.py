@@ -41,7 +41,7 @@ def test_loading_is_live_but_not_ready(seven: bytes) -> None:
 @pytest.mark.parametrize(
     ("settings", "reason"),
     [
-        ({"model": "/no/such/folder"}, "'/no/such/folder' is not there"),
+        ({"model": "/no/such/folder"}, "'/no/such/folder' does not exist"),
         ({"device": "cuda:99"}, "device 'cuda:99' is not there"),
         ({"device": "abacus"}, "device 'abacus' is not known: take auto, cpu, cuda or cuda:N"),
     ],

@@ -272,4 +272,4 @@ def test_an_engine_that_does_not_start_on_ray_is_one_line_at_the_end(tmp_path: P
     done = subprocess.run(words, timeout=110, capture_output=True, text=True)
     assert done.returncode == 1
     last = done.stderr.splitlines()[-1]
-    assert last.startswith("dinat: a worker on Ray: ") and f"the weights of {model} do not fit their configuration" in last
+    assert last.startswith("dinat: a worker on Ray: ") and f"the weights of {model} do not match their configuration" in last

@@ -41,8 +41,8 @@ def test_serve_answers_until_it_is_told_to_stop() -> None:
         (["serve", "--port", "abc"], "DINAT_PORT='abc': Input should be a valid integer"),
         (["serve", "--precision", "int3", "--max-batch", "0"], "DINAT_PRECISION='int3'"),
         (["serve", "--max-batch", "0"], "DINAT_MAX_BATCH='0': Input should be greater than or equal to 1"),
-        (["serve", "--port", "0", "--model", "no/such/model.pth"], "'no/such/model.pth' is not there"),
-        (["info", "nothing"], "'nothing' is not there"),
+        (["serve", "--port", "0", "--model", "no/such/model.pth"], "'no/such/model.pth' does not exist"),
+        (["info", "nothing"], "'nothing' does not exist"),
     ],
 )
 def test_what_the_user_got_wrong_ends_in_one_line(arguments: list[str], line: str) -> None:
@@ -130,7 +130,7 @@ def test_convert_an_original_file_whose_name_says_nothing(tmp_path: Path, capsys
     ("flags", "words"),
     [
         (["--preset", "mini", "--config", "x.json"], "--preset and --config both say"),
-        (["--preset", "nano"], "preset 'nano' is not known: take one of mini,"),
+        (["--preset", "nano"], "preset 'nano' is not known: use one of mini,"),
         (["--config", "/no/such.json"], "/no/such.json"),
         (["--config", str(DIGITS / "0-1.png")], "is no config.json of a DiNAT"),
     ],

@@ -144,8 +144,8 @@ def test_bf16_checkpointing_and_another_kernel_and_size(data: Path, tmp_path: Pa
     words = ("--epochs", 1, "--size", 96, "--kernel-size", 5, "--precision", "bf16", "--gradient-checkpointing", "true")
     trained(data, tmp_path / "out", *words)
     said = capsys.readouterr().err
-    assert "kernel 5, 3 before: relative positional biases are interpolated" in said
-    assert "pictures of 96 pixels, 64 before" in said
+    assert "kernel 5 (before: 3): relative positional biases are interpolated" in said
+    assert "images of 96 pixels (before: 64)" in said
     network = DinatForImageClassification.from_pretrained(tmp_path / "out")
     assert network.config.kernel_size == 5
     assert DinatImageProcessor.from_pretrained(tmp_path / "out").output_size == (96, 96)

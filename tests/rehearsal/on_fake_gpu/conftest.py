@@ -11,7 +11,7 @@ if not is_installed():  # tests/rehearsal/test_rehearsal.py runs these tests in 
 
 @pytest.fixture(autouse=True)
 def empty_caches() -> Iterator[None]:
-    autotune.chosen.clear()
-    autotune._distrusted.clear()
-    bias_cache.forget()
+    autotune.selections.clear()
+    autotune._failed.clear()
+    bias_cache.clear()
     yield

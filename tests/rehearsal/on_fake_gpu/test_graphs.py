@@ -143,12 +143,12 @@ def test_graph_keeps_cached_tensors_that_it_reads_alive(monkeypatch: pytest.Monk
 
     x = torch.randn(1, 6, 6, 3, 1, 8, device=CUDA)
     captured = CapturedComputation(compute, x)
-    bias_cache.forget()
+    bias_cache.clear()
     expected = neighborhood_attention(*x.unbind(3), rpb, 3, 1, backend="reference").cpu()
     torch.testing.assert_close(captured.run(x.cpu())[0], expected)
-    monkeypatch.setattr(cuda_graphs, "holding", lambda: nullcontext([]))
+    monkeypatch.setattr(cuda_graphs, "record_cached_values", lambda: nullcontext([]))
     captured = CapturedComputation(compute, x)
-    bias_cache.forget()
+    bias_cache.clear()
     with pytest.raises(RuntimeError, match="illegal memory access"):
         captured.run(x.cpu())
 

@@ -63,7 +63,7 @@ def test_natten_without_a_kernel_for_the_gpu_is_no_candidate(monkeypatch: pytest
 
     monkeypatch.setattr(backends, "get_compatible_backends", lambda *_, **__: ["flex-fna"])
     with pytest.raises(AttentionError, match=r"natten has no kernel for torch\.bfloat16 heads of 81 channels"):
-        natten_backend.choose.__wrapped__(81, 32, torch.bfloat16, CUDA, False)
+        natten_backend.select_config.__wrapped__(81, 32, torch.bfloat16, CUDA, False)
 
 
 def test_backend_is_selected_without_lookup_of_candidates_during_compilation(monkeypatch: pytest.MonkeyPatch) -> None:
