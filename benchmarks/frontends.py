@@ -271,7 +271,7 @@ def sizing(engine: Sequence[dict[str, Any]], service: Sequence[dict[str, Any]]) 
 
 def added_row(seconds: float) -> dict[str, Any]:
     """One connection to the real digits model, by a client that has nothing else to do."""
-    with serving(["dinat.app.cli", "serve"], frontends=1) as url:
+    with serving(["dinat", "serve"], frontends=1) as url:
         host, port = url.removeprefix("http://").split(":")
         body = DIGIT.read_bytes()
         request = b"POST /classify HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n" % len(body) + body
@@ -311,7 +311,7 @@ def added_row(seconds: float) -> dict[str, Any]:
 
 def overload_row(seconds: float, **settings: object) -> dict[str, Any]:
     """500 connections that come back at once; beside them one that measures how long an answer takes."""
-    with serving(["dinat.app.cli", "serve"], queue_limit=64, deadline_ms=2000, **settings) as url:
+    with serving(["dinat", "serve"], queue_limit=64, deadline_ms=2000, **settings) as url:
         door = f"{url}/classify"
         wrk(door, DIGIT, 32, 3)
         capacity_before = wrk(door, DIGIT, 32, 10).rate

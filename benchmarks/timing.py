@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from dinat.app.doctor import processor
+from dinat.app.doctor import cpu_name
 
 MATRIX = 2048
 
@@ -42,7 +42,7 @@ def ceiling(seconds: float) -> float:
 def machine() -> dict[str, Any]:
     """What a result was measured on."""
     return {
-        "processor": processor(),
+        "processor": cpu_name(),
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
         "python": platform.python_version(),

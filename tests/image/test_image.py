@@ -312,7 +312,7 @@ def test_the_gpu_variant_takes_the_wheel_for_its_pytorch_where_there_is_one(
     print(f"\nGPU variant, {published or 'no wheel'}: {time.monotonic() - started:.0f} s")
     wanted = "natten==0.21.7+torch2130cu130"
     assert (
-        f"NATTEN: {wanted} " + (f"from {page}" if published else f"is not at {page}: triton and tiled attention serve") in said
+        f"NATTEN: {wanted} " + (f"from {page}" if published else f"is not at {page}; attention uses triton and tiled") in said
     )
     container = buildah("from", name)
     code = "import importlib.util as u, shutil; print(u.find_spec('natten') is not None, shutil.which('gcc') is not None)"

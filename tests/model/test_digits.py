@@ -8,7 +8,7 @@ import torch
 from PIL import Image, ImageDraw
 
 from dinat.model import DinatForImageClassification, DinatImageProcessor
-from examples.digits_data import picture, split
+from examples.digits_data import split, upscaled_image
 
 EXAMPLES = sorted((Path(__file__).parents[2] / "examples" / "digits").glob("*.png"))
 
@@ -39,7 +39,7 @@ def read(network: DinatForImageClassification, pictures: list[Image.Image]) -> l
 def test_held_out_accuracy(network: DinatForImageClassification) -> None:
     training, _, held_out, labels = split()
     assert (len(training), len(held_out)) == (1437, 360)
-    assert np.mean(np.equal(read(network, [picture(grey) for grey in held_out]), labels)) >= 0.985
+    assert np.mean(np.equal(read(network, [upscaled_image(grey) for grey in held_out]), labels)) >= 0.985
 
 
 def test_examples_are_read_as_their_names_say(network: DinatForImageClassification) -> None:

@@ -42,7 +42,7 @@ def test_a_card_is_examined_and_found_sound(capsys: pytest.CaptureFixture[str]) 
     assert {row["backend"].partition(" ")[0] for row in report["attention"]} == {"triton", "natten", "tiled"}
     assert {row["precision"] for row in report["attention"]} == {"bfloat16", "float32"}
     assert all(row["error"] <= 1e-2 and row["us"] > 0 for row in report["attention"])
-    assert [row["pictures/s"] > 0 for row in report["rates"]] == [True] * 3
+    assert [row["images/s"] > 0 for row in report["rates"]] == [True] * 3
 
 
 def test_where_the_service_is_not_installed_the_rest_is_examined(
@@ -63,4 +63,4 @@ def test_a_card_that_lies_ends_in_status_1(capsys: pytest.CaptureFixture[str], m
     monkeypatch.setattr(doctor, "served_rate", lambda *_: {"what": "nothing"})
     with clocks.one_host():
         assert main(["doctor"]) == 1
-    assert "wrong: attention triton" in capsys.readouterr().out
+    assert "problem: attention triton" in capsys.readouterr().out
