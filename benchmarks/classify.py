@@ -18,10 +18,10 @@ import psutil
 
 from benchmarks.timing import report
 from dinat.app.api.results import predictions
-from dinat.app.batch.run import Job, Worker
+from dinat.app.batch.run import BatchSpec, Worker
 from dinat.app.batch.sources import open_source
-from dinat.app.cli.classify import writer
-from dinat.app.doctor import photograph, save
+from dinat.app.cli.classify import open_writer
+from dinat.app.doctor import photograph, save_random_network
 from dinat.app.engine.engine import Engine
 from dinat.app.engine.runtimes.runtime import InferenceOptions
 from dinat.app.engine.stream import NO_DEADLINE_MS, running_engine, stream_results
@@ -43,7 +43,7 @@ async def run_classify(engine: Engine, paths: list[Path], output: Path) -> None:
     async def read(path: str) -> Path:
         return Path(path)
 
-    with writer("jsonl", output) as out:
+    with open_writer("jsonl", output) as out:
         async for path, result in stream_results(engine, list(map(str, paths)), InferenceOptions(top_k=5), read):
             assert not isinstance(result, str), result
             out.write(path, {"predictions": predictions(result, engine.loaded.config)})
@@ -51,8 +51,8 @@ async def run_classify(engine: Engine, paths: list[Path], output: Path) -> None:
 
 
 async def run_batch(worker: Worker, folder: Path) -> None:
-    async for done in worker.compute(open_source(str(folder)).shards(1000)):
-        assert done.why is None, done
+    async for result in worker.run(open_source(str(folder)).shards(1000)):
+        assert result.error is None, result
 
 
 async def measure(folder: Path, count: int, rounds: int) -> list[dict[str, Any]]:
@@ -62,13 +62,13 @@ async def measure(folder: Path, count: int, rounds: int) -> list[dict[str, Any]]
     paths = [images / f"{n:05}.jpg" for n in range(count)]
     for path in paths:
         path.write_bytes(data)
-    save("mini", folder / "model")
+    save_random_network("mini", folder / "model")
     (folder / "results").mkdir()
     settings = Settings(_env_file=None, model=str(folder / "model"), deadline_ms=NO_DEADLINE_MS, drain_seconds=0)
     seconds: dict[str, list[float]] = {"engine": [], "dinat classify": [], "dinat batch": []}
     memory: list[float] = []
     async with running_engine(settings) as engine:
-        worker = Worker(Job(settings, str(images), str(folder / "results")), engine)
+        worker = Worker(BatchSpec(settings, str(images), str(folder / "results")), engine)
         await run_engine(engine, paths[: count // 10])
         for n in range(rounds):
             for name in seconds:

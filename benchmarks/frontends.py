@@ -295,7 +295,7 @@ def sizing(engine: Sequence[dict[str, Any]], service: Sequence[dict[str, Any]]) 
 
 def added_row(seconds: float) -> dict[str, Any]:
     """Measure one connection to the real digits model, with a minimal client."""
-    with serving(["dinat.app.cli", "serve"], frontends=1) as url:
+    with serving(["dinat", "serve"], frontends=1) as url:
         host, port = url.removeprefix("http://").split(":")
         body = DIGIT.read_bytes()
         request = b"POST /classify HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n" % len(body) + body
@@ -335,7 +335,7 @@ def added_row(seconds: float) -> dict[str, Any]:
 
 def overload_row(seconds: float, **settings: object) -> dict[str, Any]:
     """Measure 500 closed-loop connections, with another one that measures the latency of accepted requests."""
-    with serving(["dinat.app.cli", "serve"], queue_limit=64, deadline_ms=2000, **settings) as url:
+    with serving(["dinat", "serve"], queue_limit=64, deadline_ms=2000, **settings) as url:
         endpoint = f"{url}/classify"
         wrk(endpoint, DIGIT, 32, 3)
         capacity_before = wrk(endpoint, DIGIT, 32, 10).rate

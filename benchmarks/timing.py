@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from dinat.app.doctor import processor
+from dinat.app.doctor import cpu_name
 
 MATRIX = 2048
 
@@ -50,7 +50,7 @@ def matrix_product_flops(seconds: float) -> float:
 def machine() -> dict[str, Any]:
     """Describe this machine and its software."""
     return {
-        "cpu": processor(),
+        "cpu": cpu_name(),
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
         "python": platform.python_version(),

@@ -164,7 +164,7 @@ def test_runtime_on_a_gpu_matches_the_cpu(precision: str, attention: str) -> Non
     cpu = TorchRuntime(open_checkpoint("digits"), torch.device("cpu"), "fp32", "tiled")
     max_batch = 2 if REHEARSED else 8
     assert gpu.warm(max_batch) == max_batch
-    assert [disabled for disabled in gpu.disabled if "natten" not in disabled.what] == []
+    assert [disabled for disabled in gpu.disabled if "natten" not in disabled.name] == []
     assert gpu.precision == precision
     tolerance = 1e-5 if precision == "fp32" else 0.05
     for count in [n for n in (8, 1, 2, 3, 5) if n <= max_batch]:

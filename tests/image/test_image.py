@@ -23,7 +23,7 @@ import httpx
 import pytest
 
 from dinat.model import DinatConfig, DinatForImageClassification, DinatImageProcessor
-from tests.e2e.processes import DIGITS, free_port, load_until_refused
+from tests.e2e.processes import DIGITS, free_port, load_until_rejected
 from tests.image.buildah import Buildah
 from tests.model.checkpoints.test_checkpoint import Hub
 
@@ -214,7 +214,7 @@ def test_second_start_uses_the_cached_graph(buildah: Buildah, image: str) -> Non
 
 def test_sigterm_under_load_answers_every_request(container: Container) -> None:
     image = (DIGITS / "2-1.png").read_bytes()
-    with container, load_until_refused(container.url, image, first=200) as statuses:
+    with container, load_until_rejected(container.url, image, first=200) as statuses:
         started = time.monotonic()
         assert container.stop() == 0
         seconds = time.monotonic() - started
@@ -333,7 +333,7 @@ def test_gpu_variant_installs_the_natten_wheel_for_its_pytorch(
     log = buildah(*flags, "--volume", f"{page}:{page}:ro", "--tag", name, ROOT, stderr=subprocess.STDOUT)
     print(f"\nGPU variant, {published or 'no wheel'}: {time.monotonic() - started:.0f} s")
     requirement = "natten==0.21.7+torch2130cu130"
-    outcome = f"from {page}" if published else f"is not at {page}: triton and tiled attention serve"
+    outcome = f"from {page}" if published else f"is not at {page}; attention uses triton and tiled"
     assert f"NATTEN: {requirement} {outcome}" in log
     container = buildah("from", name)
     code = "import importlib.util as u, shutil; print(u.find_spec('natten') is not None, shutil.which('gcc') is not None)"

@@ -42,7 +42,7 @@ def test_doctor_reports_a_correct_gpu(capsys: pytest.CaptureFixture[str]) -> Non
     assert {row["backend"].partition(" ")[0] for row in report["attention"]} == {"triton", "natten", "tiled"}
     assert {row["precision"] for row in report["attention"]} == {"bfloat16", "float32"}
     assert all(row["error"] <= 1e-2 and row["us"] > 0 for row in report["attention"])
-    assert [row["pictures/s"] > 0 for row in report["rates"]] == [True] * 3
+    assert [row["images/s"] > 0 for row in report["rates"]] == [True] * 3
 
 
 def test_doctor_runs_without_the_dependencies_of_the_service(
@@ -63,4 +63,4 @@ def test_doctor_exits_with_1_if_a_backend_is_wrong(capsys: pytest.CaptureFixture
     monkeypatch.setattr(doctor, "served_rate", lambda *_: {"what": "nothing"})
     with clocks.single_host_thread():
         assert main(["doctor"]) == 1
-    assert "wrong: attention triton" in capsys.readouterr().out
+    assert "problem: attention triton" in capsys.readouterr().out

@@ -93,12 +93,12 @@ def test_bf16_predicts_the_same_class_for_every_test_digit() -> None:
 def test_int8_runs_from_a_folder_that_quantize_wrote(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["quantize", "digits", str(DIGITS), str(tmp_path)]) == 0
     said = capsys.readouterr().out
-    found = re.search(r"On its 20 pictures .* class for 100.0%, and logits within (\S+), where the largest is (\S+)\.\n", said)
+    found = re.search(r"On 20 calibration images, .* for 100.0%; .* at most (\S+) \(largest logit: (\S+)\)\.\n", said)
     assert found, said
     difference, largest = map(float, found.groups())
     assert 0 < difference < 0.1 * largest
-    usual = r"\((torch|openvino), (bf16|fp32)\): (not )?worth it"
-    assert re.search(r"Here it computes [\d.]+ pictures a second, [\d.]+ times as many as without it " + usual, said)
+    default = r"(torch|openvino) in (bf16|fp32): (not )?recommended"
+    assert re.search(r"On this CPU it processes [\d.]+ images/s, [\d.]+ times as many as " + default, said)
     runtime = load("openvino", model=str(tmp_path), precision="int8")
     actual, expected = logits_of(runtime, IMAGES), expected_logits(IMAGES)
     assert np.abs(actual - expected).max() == pytest.approx(difference, rel=0.2)
