@@ -333,7 +333,7 @@ def test_gpu_variant_installs_the_natten_wheel_for_its_pytorch(
     log = buildah(*flags, "--volume", f"{page}:{page}:ro", "--tag", name, ROOT, stderr=subprocess.STDOUT)
     print(f"\nGPU variant, {published or 'no wheel'}: {time.monotonic() - started:.0f} s")
     requirement = "natten==0.21.7+torch2130cu130"
-    outcome = f"from {page}" if published else f"is not at {page}: triton and tiled attention serve"
+    outcome = f"from {page}" if published else f"is not at {page}; attention uses triton and tiled"
     assert f"NATTEN: {requirement} {outcome}" in log
     container = buildah("from", name)
     code = "import importlib.util as u, shutil; print(u.find_spec('natten') is not None, shutil.which('gcc') is not None)"
