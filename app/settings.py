@@ -48,55 +48,57 @@ class Settings(BaseSettings):
         "on a CPU compiled, else tiled.",
     )
     self_check: bool = Field(
-        True, description="Run a self-check on each GPU at startup and disable what fails; off starts faster, unchecked."
+        True, description="Run a self-check on each GPU at startup and disable what fails; off skips it and starts faster."
     )
     max_batch: int | None = Field(
         None,
         ge=1,
         le=1024,
-        description="Maximum images per batch. Default: 64 on a GPU; 8, or 2 per core if that is more, on a CPU.",
+        description="Maximum number of images per batch. Default: 64 on a GPU; on a CPU 8, or 2 per core if that is more.",
     )
     cache_dir: Path = Field(
         default_factory=default_cache,
-        description="Directory for cached graphs and GPU timings. Default: ~/.cache/dinat-serve.",
+        description="Directory for cached graphs and attention timings. Default: ~/.cache/dinat-serve.",
     )
     max_wait_ms: float = Field(
-        0, ge=0, description="Maximum time in ms that an idle engine waits for a batch to fill; 0 to never wait."
+        0, ge=0, description="Maximum time in ms that an idle engine waits for a batch to fill; 0 disables waiting."
     )
     queue_limit: int = Field(
         128,
         ge=1,
-        description="Maximum number of queued images, including those being decoded; beyond it, requests get 503.",
+        description="Maximum number of queued images, including those being decoded; further requests get 503.",
     )
     deadline_ms: int = Field(
         30_000,
         ge=1,
-        description="Maximum time in ms to answer a request; beyond it, 504. X-Deadline-Ms requests a shorter one.",
+        description="Time limit of a request in ms, after which it gets 504; the header X-Deadline-Ms can only shorten it.",
     )
     lame_duck_seconds: float = Field(
         1,
         ge=0,
-        description="Time in seconds after SIGTERM in which new requests are still accepted while /health/ready returns 503.",
+        description="Time in seconds to keep accepting requests after SIGTERM, while /health/ready already returns 503.",
     )
     drain_seconds: float = Field(30, ge=0, description="Maximum time in seconds to complete accepted requests during shutdown.")
-    max_connections: int = Field(1024, ge=1, description="Maximum number of open connections; further ones get 503.")
-    upload_seconds: float = Field(30, gt=0, description="Maximum time in seconds to receive a request; beyond it, 408.")
-    max_upload_bytes: int = Field(20 * 2**20, ge=1, description="Maximum size of a request body in bytes; beyond it, 413.")
+    max_connections: int = Field(
+        1024, ge=1, description="Maximum number of open connections; further ones get 503 and are closed."
+    )
+    upload_seconds: float = Field(30, gt=0, description="Maximum time in seconds to receive a request; slower uploads get 408.")
+    max_upload_bytes: int = Field(20 * 2**20, ge=1, description="Maximum size of a request body in bytes; larger ones get 413.")
     max_pixels: int = Field(50_000_000, ge=1, description="Maximum size of an image in pixels, width times height.")
     decode: Literal["exact", "draft"] = Field(
         "exact",
-        description="JPEG decoding. draft: large JPEGs are downscaled while decoding; faster, but not bit-identical.",
+        description="JPEG decoding. draft downscales large JPEGs while decoding them: faster, but not bit-identical.",
     )
     decode_threads: int = Field(
         default_factory=cores,
         ge=1,
-        description="Threads that decode and resize images in each frontend process. "
-        "Default: one per core in total, at least 2 in each of several processes.",
+        description="Number of threads per frontend process that decode and resize images. Default: the cores divided by the "
+        "frontend processes; at least 2 each if there are several.",
     )
     frontends: Annotated[int, Field(ge=1, le=128)] | Literal["auto"] = Field(
         "auto",
-        description="Number of frontend processes. auto: on a GPU host the number of cores minus 2, with a separate "
-        "engine process; on a CPU 1, which also runs the engine.",
+        description="Number of frontend processes, which handle HTTP for one engine process; 1 runs both in one process. "
+        "auto: one per core except two on a GPU host, else 1.",
     )
     api_keys: Keys = Field(
         (), description="Comma-separated API keys. If set, requests must send one as a Bearer token or as X-API-Key."
