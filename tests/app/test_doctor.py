@@ -126,4 +126,4 @@ def test_the_tables_can_be_read(monkeypatch: pytest.MonkeyPatch, capsys: pytest.
 
 def test_a_card_that_is_not_there_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["doctor", "--device", "cuda:7"]) == 1
-    assert "dinat: device 'cuda:7' is not there" in capsys.readouterr().err
+    assert "dinat: device 'cuda:7' is not available" in capsys.readouterr().err
