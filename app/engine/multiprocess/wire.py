@@ -3,6 +3,8 @@
 A frontend process sends JobMessage, CancelMessage and ReadyMessage; the engine process sends LoadedMessage, FailedMessage and
 ResultsMessage. A message is encoded as what Channel.send takes: a list of its kind and its fields in the order in which they
 are declared, arrays, and file descriptors. Only this module knows that form.
+
+The messages of each image are not frozen dataclasses: creating one of those takes several times as long.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -23,7 +25,7 @@ Encoded = tuple[list[Any], Arrays, Sequence[int]]
 """Body, arrays and file descriptors."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class JobMessage:
     """Run a job.
 
@@ -165,7 +167,7 @@ class FailedMessage:
         return cls(*fields)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class JobResult:
     """The result of a job, by the job's number. started, computed: see Job."""
 
@@ -175,7 +177,7 @@ class JobResult:
     result: InferenceResult | Exception
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class ResultsMessage:
     """Results of several jobs. rate: see Backend."""
 
