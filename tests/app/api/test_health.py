@@ -42,8 +42,8 @@ def test_loading_is_live_but_not_ready(seven: bytes) -> None:
     ("settings", "reason"),
     [
         ({"model": "/no/such/folder"}, "'/no/such/folder' does not exist"),
-        ({"device": "cuda:99"}, "device 'cuda:99' is not there"),
-        ({"device": "abacus"}, "device 'abacus' is not known: take auto, cpu, cuda or cuda:N"),
+        ({"device": "cuda:99"}, "device 'cuda:99' is not available"),
+        ({"device": "abacus"}, "unknown device 'abacus': set auto, cpu, cuda or cuda:N"),
     ],
 )
 def test_model_that_fails_to_load_is_neither_live_nor_ready(settings: dict[str, str], reason: str, seven: bytes) -> None:
