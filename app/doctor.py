@@ -120,8 +120,8 @@ def examine(preset: str, device: str, cache: Path, on_step: Callable[[str], None
                 report.problems.append(f"{runtime_name}: {autotune.reason(error)}")
             else:
                 for disabled_part in runtime.disabled:
-                    if not disabled_part.what.startswith("attention "):  # attention_rows reports those
-                        report.problems.append(f"{disabled_part.what}: {disabled_part.why}")
+                    if not disabled_part.name.startswith("attention "):  # attention_rows reports those
+                        report.problems.append(f"{disabled_part.name}: {disabled_part.reason}")
         on_step("the service")
         try:
             report.rates.append(served_rate(folder, device))
@@ -217,7 +217,9 @@ def check_installation(device: torch.device, versions: dict[str, str]) -> tuple[
         return problems, missing
     kernels = native.library()
     if kernels is None:
-        missing.append({"what": f"compiled CPU kernels: {native.missing()}", "command": "apt-get install gcc libc6-dev"})
+        missing.append(
+            {"what": f"compiled CPU kernels: {native.unavailable_reason()}", "command": "apt-get install gcc libc6-dev"}
+        )
     if versions["openvino"] == NOT_INSTALLED and (kernels is None or kernels.lanes < 16):
         missing.append({"what": "openvino, the fastest runtime on this CPU", "command": "pip install 'dinat-serve[cpu]'"})
     return problems, missing
@@ -288,10 +290,10 @@ def attention_rows(
                 names.append("reference")
             layer = autotune.LayerKey.of(q, config.kernel_size, dilation, head_dim**-0.5)
             attend = _attend(layer)
-            autotune.chosen.pop(layer, None)
-            with torch.inference_mode(), autotune.trying():
-                autotune.choose(layer, names, attend, q, k, v, rpb)
-            choice = autotune.chosen[layer]
+            autotune.selections.pop(layer, None)
+            with torch.inference_mode(), autotune.autotuning():
+                autotune.select_backend(layer, names, attend, q, k, v, rpb)
+            choice = autotune.selections[layer]
             shape = f"{size[0]}x{size[1]}, {heads} heads, k{config.kernel_size} d{dilation}"
             for name in names:
                 row: Row = {"layer": shape, "precision": _dtype_name(dtype), "batch": batch, "backend": name}
@@ -307,7 +309,7 @@ def _attend(layer: autotune.LayerKey) -> autotune.Attend:
     """Return a function that computes a layer's attention with a named backend."""
 
     def attend(name: str, q: Tensor, k: Tensor, v: Tensor, rpb: Tensor | None) -> Tensor:
-        return attention.by_name(name, q, k, v, rpb, layer.kernel_size, layer.dilation, layer.scale)
+        return attention.run_candidate(name, q, k, v, rpb, layer.kernel_size, layer.dilation, layer.scale)
 
     return attend
 

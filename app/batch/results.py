@@ -12,7 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from pyarrow import fs
 
-from dinat.app.api.features import flat
+from dinat.app.api.features import flatten_features
 from dinat.app.batch.sources import Item, Shard
 from dinat.app.batch.storage import BatchError, open_filesystem
 from dinat.app.engine.runtimes.runtime import InferenceResult
@@ -147,7 +147,7 @@ class Rows:
         if isinstance(result, InferenceResult):
             values["labels"] = [self._labels[class_id] for class_id in result.class_ids.tolist()]
             values["class_ids"], values["scores"] = result.class_ids, result.scores
-            feature_maps = flat(result, self._dtype)
+            feature_maps = flatten_features(result, self._dtype)
             values |= feature_maps
             self._bytes += sum(feature_map.nbytes for feature_map in feature_maps.values())
         for name, value in values.items():

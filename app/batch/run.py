@@ -17,7 +17,7 @@ from dinat.app.batch.sources import Item, Shard, Source, open_source
 from dinat.app.batch.storage import BatchError
 from dinat.app.engine.engine import Engine, ImageSource
 from dinat.app.engine.runtimes.runtime import InferenceOptions
-from dinat.app.engine.stream import answers, started
+from dinat.app.engine.stream import running_engine, stream_results
 from dinat.app.errors import NoImage, ServiceError
 from dinat.app.settings import Settings
 from dinat.model import DinatConfig
@@ -56,7 +56,7 @@ class BatchSpec:
     def inference_options(self, config: DinatConfig) -> InferenceOptions:
         """Return the options for each image. Raises BatchError if the network does not support them."""
         try:
-            return Parameters(top_k=self.top_k, features=self.features).wanted(config)
+            return Parameters(top_k=self.top_k, features=self.features).options(config)
         except ServiceError as error:
             raise BatchError(error.detail) from None
 
@@ -111,7 +111,7 @@ class Worker:
         max_in_flight = max(1, self._engine.settings.queue_limit // CONCURRENT_SHARDS)
         try:
             with self._results.shard(shard, rows.schema) as writer:
-                results = answers(self._engine, self._items(shard), self._options, _read, max_in_flight)
+                results = stream_results(self._engine, self._items(shard), self._options, _read, max_in_flight)
                 async with aclosing(results):
                     async for item, result in results:
                         rows.add(item, result)
@@ -150,7 +150,7 @@ async def run_shards(spec: BatchSpec, shards: Sequence[Shard], workers: int) -> 
         while (result := await asyncio.to_thread(next, on_ray, None)) is not None:
             yield result
         return
-    async with started(spec.settings) as engine:
+    async with running_engine(spec.settings) as engine:
         async for result in Worker(spec, engine).run(shards):
             yield result
 
@@ -191,7 +191,7 @@ class _Actor:
 
     def __init__(self, spec: BatchSpec) -> None:
         self._runner = asyncio.Runner()
-        self._started = started(spec.settings)
+        self._started = running_engine(spec.settings)
         self._worker = Worker(spec, self._runner.run(self._started.__aenter__()))
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, list[ShardResult]]:

@@ -19,7 +19,7 @@ from rich.console import Console
 from rich.table import Table
 from safetensors.numpy import save_file
 
-from dinat.app.api.features import flat
+from dinat.app.api.features import flatten_features
 from dinat.app.api.parameters import Parameters
 from dinat.app.api.results import predictions
 from dinat.app.cli import CommandError
@@ -27,7 +27,7 @@ from dinat.app.cli.flags import ENGINE, settings_flags
 from dinat.app.cli.progress import progress_bar
 from dinat.app.engine.engine import ImageSource
 from dinat.app.engine.runtimes.runtime import InferenceResult
-from dinat.app.engine.stream import NO_DEADLINE_MS, answers, started
+from dinat.app.engine.stream import NO_DEADLINE_MS, running_engine, stream_results
 from dinat.app.images import SUFFIXES
 from dinat.app.logs import configure_logs
 from dinat.app.settings import Settings
@@ -125,10 +125,10 @@ async def _classify(
 ) -> bool:
     """Classify images and write the results. Returns whether all of them succeeded."""
     errors: dict[str, str] = {}
-    async with started(settings) as engine:
+    async with running_engine(settings) as engine:
         config = engine.loaded.config
-        options = Parameters(top_k=top_k, features=feature_maps.names if feature_maps else "").wanted(config)
-        async with progress_bar(answers(engine, paths, options, _read), len(paths), "classifying") as results:
+        options = Parameters(top_k=top_k, features=feature_maps.names if feature_maps else "").options(config)
+        async with progress_bar(stream_results(engine, paths, options, _read), len(paths), "classifying") as results:
             async for path, result in results:
                 if isinstance(result, str):
                     errors[path] = result
@@ -151,7 +151,7 @@ async def _read(path: str) -> ImageSource:
 
 def _save_feature_maps(result: InferenceResult, output: FeatureMapOutput, path: str) -> None:
     """Write an image's feature maps to a file with the image's path, below the output folder."""
-    arrays = dict(flat(result, "float32"))
+    arrays = dict(flatten_features(result, "float32"))
     name = "stdin" if path == STDIN else path
     file = output.folder.joinpath(*(part for part in Path(name).parts if part not in ("..", Path(name).anchor)))
     file = file.with_name(f"{file.name}.{output.file_format}")

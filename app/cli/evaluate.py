@@ -20,7 +20,7 @@ from dinat.app.cli.flags import ENGINE, LabelledData, Source, settings_flags
 from dinat.app.cli.progress import progress_bar
 from dinat.app.engine.engine import Engine, ImageSource
 from dinat.app.engine.runtimes.runtime import InferenceOptions
-from dinat.app.engine.stream import NO_DEADLINE_MS, answers, started
+from dinat.app.engine.stream import NO_DEADLINE_MS, running_engine, stream_results
 from dinat.app.evaluation.labelled_images import LabelledImages, class_ids, read_labelled_images
 from dinat.app.evaluation.scores import MAX_CLASSES_SHOWN, Evaluation
 from dinat.app.images import decode
@@ -80,7 +80,7 @@ async def _evaluate(
     dataset: LabelledImages, class_names: list[str] | None, preprocessing: Preprocessing, settings: Settings
 ) -> list[Evaluation]:
     kinds = ["checkpoint", "original"] if preprocessing == "both" else [preprocessing]
-    async with started(settings) as engine:
+    async with running_engine(settings) as engine:
         class_of = class_ids(dataset.labels, engine.loaded.config, class_names)
         return [await _evaluate_one(engine, dataset, class_of, kind, settings) for kind in kinds]
 
@@ -97,7 +97,7 @@ async def _evaluate_one(
     options = InferenceOptions(top_k=min(5, config.num_labels))
     start = time.perf_counter()
     labels = iter(image.label for image in dataset.images)
-    stream = answers(engine, [str(image.path) for image in dataset.images], options, read)
+    stream = stream_results(engine, [str(image.path) for image in dataset.images], options, read)
     async with progress_bar(stream, len(dataset.images), "evaluating") as results:
         async for path, result in results:
             true_class = class_of[next(labels)]

@@ -5,7 +5,7 @@ import typer
 from dinat.app.cli import CommandError
 from dinat.app.cli.flags import settings_flags
 from dinat.app.engine.engine import Engine
-from dinat.app.host import allow_descriptors
+from dinat.app.host import raise_descriptor_limit
 from dinat.app.logs import configure_logs
 from dinat.app.main import create_app
 from dinat.app.server.heap import keep_freed_memory, reduce_gc
@@ -22,7 +22,7 @@ def serve(*, settings: Settings) -> None:
     """
     configure_logs(settings.log_format)
     keep_freed_memory()
-    allow_descriptors()
+    raise_descriptor_limit()
     frontends = resolve_frontends(settings)
     if frontends > 1:
         try:

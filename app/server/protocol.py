@@ -1,4 +1,4 @@
-"""Connections: how many, how long each may take, and what one that is too many is answered."""
+"""HTTP connections: their number, their timeouts, and the rejection of connections over the limit."""
 
 import asyncio
 import time
@@ -11,88 +11,88 @@ from dinat.app.engine.engine import Engine
 from dinat.app.errors import Unavailable
 
 LINGER_SECONDS = 2
-"""How long a connection that is one too many may take to send its request and read that it is refused; and how long one that
-asks while the door is about to close gets an answer."""
+"""How long a rejected connection may take to send its request and read the 503; and how long the server still answers
+requests after a drain, before it closes."""
 
 
 def http_protocol(engine: Engine) -> type[asyncio.Protocol]:
-    """Uvicorn's protocol for the doors of this engine."""
-    most, seconds = engine.settings.max_connections, engine.settings.upload_seconds
+    """Uvicorn's protocol with MAX_CONNECTIONS, UPLOAD_SECONDS and the arrival time of each request."""
+    max_connections, timeout = engine.settings.max_connections, engine.settings.upload_seconds
 
-    class Door(HttpToolsProtocol):
+    class HttpConnection(HttpToolsProtocol):
         """One connection."""
 
-        slow: asyncio.TimerHandle | None = None
-        """Ends a connection whose next request does not begin, or whose head does not end, in UPLOAD_SECONDS."""
+        head_timer: asyncio.TimerHandle | None = None
+        """Closes the connection if the next request does not begin, or its head does not end, within UPLOAD_SECONDS."""
         in_head = True
 
         def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
-            """Turn away a connection that is one too many."""
-            if len(self.connections) >= most:
+            """Reject the connection if there are too many."""
+            if len(self.connections) >= max_connections:
                 transport.set_protocol(_RejectedConnection(transport, engine))
                 return
             super().connection_made(transport)
-            self.slow = self.loop.call_later(seconds, transport.close)
+            self.head_timer = self.loop.call_later(timeout, transport.close)
 
         def data_received(self, data: bytes) -> None:
-            """More of a request."""
+            """Handle a part of a request."""
             super().data_received(data)
             if not self.in_head:
-                self._stop_waiting()
-            elif self.slow is None and not self.transport.is_closing():
-                self.slow = self.loop.call_later(seconds, self.transport.close)
+                self._stop_head_timer()
+            elif self.head_timer is None and not self.transport.is_closing():
+                self.head_timer = self.loop.call_later(timeout, self.transport.close)
 
         def connection_lost(self, exc: Exception | None) -> None:
-            """The client has gone, or was told to."""
-            self._stop_waiting()
-            if self.transport is not None:  # else it was turned away
+            """The connection is closed, by either side."""
+            self._stop_head_timer()
+            if self.transport is not None:  # None if the connection was rejected
                 super().connection_lost(exc)
 
         def on_message_begin(self) -> None:
-            """Note when a request begins: its deadline counts from here."""
+            """A request begins; its deadline starts."""
             super().on_message_begin()
             self.in_head = True
             self.scope["state"]["arrived"] = time.monotonic()
 
         def on_headers_complete(self) -> None:
-            """Note that the head is here: from now on RequestContext sees to the time."""
+            """The head is complete; RequestContext limits the time of the body."""
             super().on_headers_complete()
             self.in_head = False
 
         def on_message_complete(self) -> None:
-            """Note that the body is here: nothing need be waited for, nor timed."""
+            """The body is complete, so reading it needs no timeout."""
             super().on_message_complete()
-            self.scope["state"]["body_is_here"] = True
+            self.scope["state"]["body_received"] = True
 
-        def _stop_waiting(self) -> None:
-            if self.slow is not None:
-                self.slow.cancel()
-                self.slow = None
+        def _stop_head_timer(self) -> None:
+            if self.head_timer is not None:
+                self.head_timer.cancel()
+                self.head_timer = None
 
-    return Door
+    return HttpConnection
 
 
 class _RejectedConnection(asyncio.Protocol):
-    """A connection that is one too many: 503 to its first request, read by nobody, and an end that the client can see.
+    """A connection over the limit: answers 503 to its first request without reading it, then sends EOF.
 
-    To close at once would reset the connection under a client that is still sending, and the 503 would be lost.
+    Closing at once would reset the connection while the client still sends, and the 503 would be lost.
     """
 
     def __init__(self, transport: asyncio.Transport, engine: Engine) -> None:
         self._transport = transport
         self._engine = engine
         self._answered = False
-        self._end = asyncio.get_running_loop().call_later(LINGER_SECONDS, transport.abort)
+        self._timer = asyncio.get_running_loop().call_later(LINGER_SECONDS, transport.abort)
 
     def data_received(self, data: bytes) -> None:
-        """The first bytes of its request, or more of it, which nobody wants."""
+        """Answer the first bytes of the request, and discard the others."""
         if self._answered:
             return
         self._answered = True
-        self._engine.metrics.request("none", Unavailable.status, 0)
-        most = self._engine.settings.max_connections
+        self._engine.metrics.count_request("none", Unavailable.status, 0)
+        limit = self._engine.settings.max_connections
         error = Unavailable(
-            f"{most} connections are open, more are not taken: come back later", {"Retry-After": "1", "Connection": "close"}
+            f"{limit} connections are open, no more are accepted: retry later", {"Retry-After": "1", "Connection": "close"}
         )
         body, headers = problem_body(error, new_request_id(), "")
         lines = [b"HTTP/1.1 503 Service Unavailable", *(b"%b: %b" % header for header in headers), b"", body]
@@ -100,5 +100,5 @@ class _RejectedConnection(asyncio.Protocol):
         self._transport.write_eof()
 
     def connection_lost(self, exc: Exception | None) -> None:
-        """The client has gone."""
-        self._end.cancel()
+        """The connection is closed."""
+        self._timer.cancel()

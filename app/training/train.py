@@ -25,7 +25,7 @@ from dinat.app.training.recipe import Recipe
 from dinat.app.training.spec import DataSplit, TrainingResult, TrainingSpec, read_split
 from dinat.app.training.trainer import DinatTrainer, Epoch, History, ProgressBarCallback, last_complete_checkpoint
 from dinat.model import DinatConfig, DinatError, DinatImageProcessor, hf
-from dinat.model.checkpoints.checkpoint import Checkpoint, fit, open_checkpoint, save_checkpoint
+from dinat.model.checkpoints.checkpoint import Checkpoint, match_state_dict, open_checkpoint, save_checkpoint
 from dinat.model.checkpoints.transfer import HEAD, transfer
 
 STATE_FILE, CHECKPOINTS = "training.json", "checkpoints"
@@ -143,7 +143,7 @@ def _build(
     else:
         new_head = {key: value for key, value in network.state_dict().items() if key in HEAD}
         expected = network.state_dict()
-        network.load_state_dict(fit(new_head | transferred.state_dict, expected, checkpoint.source))
+        network.load_state_dict(match_state_dict(new_head | transferred.state_dict, expected, checkpoint.source))
     return network, config, processor, changes
 
 

@@ -1,4 +1,4 @@
-"""This service on Ray Serve, one replica, as it comes."""
+"""This service on Ray Serve, one replica, with default options."""
 
 import sys
 

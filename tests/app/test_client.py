@@ -15,7 +15,7 @@ from PIL import Image
 
 from dinat.app.client import AsyncDinatClient, Classification, DinatClient, DinatServiceError
 from tests.app.conftest import DIGITS, Service, running
-from tests.app.server.test_overload import Held
+from tests.app.server.test_overload import PausedBackend
 
 IMAGES = [(DIGITS / f"{digit}-1.png").read_bytes() for digit in (7, 0, 3)]
 
@@ -80,12 +80,12 @@ def test_api_key(seven: bytes) -> None:
 
 
 def test_busy_service_is_retried_after_its_retry_after(seven: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
-    with running(Held, queue_limit=1, max_batch=1) as service, ThreadPoolExecutor(2) as threads:
-        core: Any = service.engine.backend
+    with running(PausedBackend, queue_limit=1, max_batch=1) as service, ThreadPoolExecutor(2) as threads:
+        backend: Any = service.engine.backend
         accepted = [threads.submit(service.client.post, "/classify", content=seven)]
-        assert core.entered.wait(30)
+        assert backend.entered.wait(30)
         accepted.append(threads.submit(service.client.post, "/classify", content=seven))
-        while core.waiting == 0:
+        while backend.waiting == 0:
             assert service.client.get("/health").status_code == 200
         with (
             DinatClient(url(service), retry_seconds=0) as client,
@@ -96,7 +96,7 @@ def test_busy_service_is_retried_after_its_retry_after(seven: bytes, monkeypatch
 
         def sleep(seconds: float) -> None:
             delays.append(seconds)
-            core.let_go.set()
+            backend.resume.set()
             for request in accepted:
                 request.result()
 

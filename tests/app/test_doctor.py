@@ -128,4 +128,4 @@ def test_tables(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[s
 
 def test_missing_gpu_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["doctor", "--device", "cuda:7"]) == 1
-    assert "dinat: device 'cuda:7' is not there" in capsys.readouterr().err
+    assert "dinat: device 'cuda:7' is not available" in capsys.readouterr().err

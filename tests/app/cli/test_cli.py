@@ -41,8 +41,8 @@ def test_serve_runs_until_sigterm() -> None:
         (["serve", "--port", "abc"], "DINAT_PORT='abc': Input should be a valid integer"),
         (["serve", "--precision", "int3", "--max-batch", "0"], "DINAT_PRECISION='int3'"),
         (["serve", "--max-batch", "0"], "DINAT_MAX_BATCH='0': Input should be greater than or equal to 1"),
-        (["serve", "--port", "0", "--model", "no/such/model.pth"], "'no/such/model.pth' is not there"),
-        (["info", "nothing"], "'nothing' is not there"),
+        (["serve", "--port", "0", "--model", "no/such/model.pth"], "'no/such/model.pth' does not exist"),
+        (["info", "nothing"], "'nothing' does not exist"),
     ],
 )
 def test_user_error_is_one_line(arguments: list[str], message: str) -> None:
