@@ -19,6 +19,6 @@ def test_notebook_trains_evaluates_and_serves(monkeypatch: pytest.MonkeyPatch) -
     client = NotebookClient(notebook, timeout=200, kernel_name="python3", resources={"metadata": {"path": str(ROOT)}})
     asyncio.run(client.async_execute())
     text = "".join(output.get("text", "") for cell in notebook.cells if cell.cell_type == "code" for output in cell.outputs)
-    assert "5 of them known to the checkpoint" in text
+    assert "5 from the checkpoint" in text
     assert "Prediction(label='4'" in text
     assert "'stage3': (128, 4, 4)" in text

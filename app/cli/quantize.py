@@ -32,7 +32,7 @@ def quantize(
     *,
     revision: Revision = None,
 ) -> None:
-    """Write a checkpoint with an 8-bit graph beside its weights. Prints the change in accuracy and speed on this CPU."""
+    """Write a checkpoint with an 8-bit graph beside its weights, and print the change in accuracy and speed on this CPU."""
     examples = []
     for path in sorted(path for path in images.rglob("*") if path.is_file()):
         try:

@@ -32,7 +32,7 @@ def train(
     ],
     revision: Revision = None,
     validate_on: Annotated[
-        Path | None, typer.Option(metavar="DATA", help="Validation data. Default: a share of DATA (see --validation).")
+        Path | None, typer.Option(metavar="DATA", help="Validation data. Default: a fraction of DATA (see --validation).")
     ] = None,
     device: Annotated[
         str, typer.Option(metavar="auto|cpu", help="auto: the first GPU, or one GPU per process of accelerate.")

@@ -193,7 +193,7 @@ def test_invalid_sources_and_flags_are_one_line(tmp_path: Path, capsys: pytest.C
     assert f"{empty} does not exist or is empty" in error_of([str(empty), str(out)], capsys)
     assert "select one kind by a pattern" in error_of([str(mixed), str(out)], capsys)
     assert "--column and --keep require Parquet files" in error_of([str(DIGITS), str(out), "--keep", "id"], capsys)
-    assert "top_k is 11, allowed are 1 to 10" in error_of([str(DIGITS), str(out), "--top-k", "11"], capsys)
+    assert "top_k must be between 1 and 10, got 11" in error_of([str(DIGITS), str(out), "--top-k", "11"], capsys)
     assert "nowhere" in error_of(["nowhere://bucket/in", str(out)], capsys)
     pq.write_table(pa.table({"a": [b""], "b": [b""], "c": [1]}), tmp_path / "two.parquet")
     two = str(tmp_path / "two.parquet")
@@ -264,4 +264,4 @@ def test_engine_failure_on_ray_ends_with_one_line(tmp_path: Path) -> None:
     assert done.returncode == 1
     last = done.stderr.splitlines()[-1]
     assert last.startswith("dinat: a worker on Ray failed: ")
-    assert f"the weights of {model} do not fit their configuration" in last
+    assert f"the weights of {model} do not match their configuration" in last

@@ -65,7 +65,7 @@ def test_missing_gpu_is_one_line(device: str) -> None:
     )
     assert done.returncode == 1
     (line,) = [line for line in done.stderr.splitlines() if line.startswith("dinat: ")]
-    assert f"device '{device}' is not there: PyTorch sees 0 CUDA devices; take cpu, install the driver" in line
+    assert f"device '{device}' is not available, PyTorch finds 0 CUDA devices: set cpu, install the driver" in line
 
 
 def test_help_and_completion_do_not_import_torch() -> None:
@@ -117,7 +117,7 @@ def test_convert_original_file_of_unpublished_network(tmp_path: Path, capsys: py
     torch.save({"state_dict": to_original(network)}, tmp_path / "model_best.pth.tar")
     source, copy = str(tmp_path / "model_best.pth.tar"), tmp_path / "copy"
     assert main(["convert", source, str(copy)]) == 1
-    assert "give its configuration: dinat convert model_best.pth.tar FOLDER --config FILE" in capsys.readouterr().err
+    assert "pass the configuration: dinat convert model_best.pth.tar FOLDER --config FILE" in capsys.readouterr().err
     network.config.save_pretrained(tmp_path / "own")
     assert main(["convert", source, str(copy), "--config", str(tmp_path / "own" / "config.json")]) == 0
     pixels = torch.randn(1, 3, 32, 32)
@@ -130,7 +130,7 @@ def test_convert_original_file_of_unpublished_network(tmp_path: Path, capsys: py
     ("flags", "message"),
     [
         (["--preset", "mini", "--config", "x.json"], "--preset and --config exclude each other"),
-        (["--preset", "nano"], "preset 'nano' is not known: take one of mini,"),
+        (["--preset", "nano"], "preset 'nano' is not known: use one of mini,"),
         (["--config", "/no/such.json"], "/no/such.json"),
         (["--config", str(DIGITS / "0-1.png")], "is not a DiNAT config.json"),
     ],

@@ -147,8 +147,8 @@ def test_bf16_gradient_checkpointing_kernel_size_and_input_size(
     flags = ("--epochs", 1, "--size", 96, "--kernel-size", 5, "--precision", "bf16", "--gradient-checkpointing", "true")
     train(data, tmp_path / "out", *flags)
     log = capsys.readouterr().err
-    assert "kernel 5, 3 before: relative positional biases are interpolated" in log
-    assert "images of 96 pixels, 64 before" in log
+    assert "kernel 5 (before: 3): relative positional biases are interpolated" in log
+    assert "images of 96 pixels (before: 64)" in log
     network = DinatForImageClassification.from_pretrained(tmp_path / "out")
     assert network.config.kernel_size == 5
     assert DinatImageProcessor.from_pretrained(tmp_path / "out").output_size == (96, 96)
