@@ -191,7 +191,7 @@ def test_main_runs_a_script_or_module_with_the_classes_registered(tmp_path: Path
             capture_output=True,
             text=True,
             timeout=120,
-            cwd=Path(model.__file__).parents[2],
+            cwd=Path(__file__).parents[2],
             env={"PYTHONPATH": str(tmp_path), "PATH": "", "HOME": str(tmp_path)},
         )
         assert done.stdout.split() == ["dinat.model.hf", "--flag", "x"], done.stderr
