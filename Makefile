@@ -41,7 +41,7 @@ test-slow: .venv/test
 
 # The GPU code on a fake GPU: tests/gpu, every published network, the benchmark.
 rehearsal: .venv/test
-	$(PYTEST) -m rehearsal
+	$(PYTEST) -m rehearsal --numprocesses 2
 
 # Hours: fuzzing, chaos, soak, Schemathesis, and the image (as root on Debian 12).
 nightly: fuzz soak chaos api-test image-test

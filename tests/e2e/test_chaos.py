@@ -24,7 +24,8 @@ GROWTH = 48 * 2**20
 """Largest growth of the memory of all processes between the tenth kill and the last, in bytes."""
 
 pytestmark = [
-    pytest.mark.skipif("DINAT_CHAOS" not in os.environ, reason="set DINAT_CHAOS=1 (make chaos)"),
+    pytest.mark.nightly,
+    pytest.mark.chaos,
     pytest.mark.timeout(900),
 ]
 

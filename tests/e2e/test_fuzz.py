@@ -3,7 +3,6 @@
 import base64
 import gc
 import json
-import os
 import random
 import socket
 import time
@@ -21,14 +20,15 @@ from dinat.app.images import decode, formats
 from tests.app.sample_images import encoded, noise
 from tests.e2e.processes import DIGITS, Server
 
-IMAGES = int(os.environ.get("DINAT_FUZZ", "0"))
+IMAGES = 200_000
 REQUESTS = IMAGES // 10
 CLIENTS = 32
 MAX_GROWTH = 64 * 2**20
 """Bytes that the resident memory may grow by."""
 
 pytestmark = [
-    pytest.mark.skipif(not IMAGES, reason="set DINAT_FUZZ to a number of images (make fuzz)"),
+    pytest.mark.nightly,
+    pytest.mark.fuzz,
     pytest.mark.timeout(3600),
     pytest.mark.filterwarnings("ignore"),
 ]

@@ -18,7 +18,8 @@ GROWTH = 24 * 2**20
 """Largest growth of resident memory after the first fifth of the requests, in bytes."""
 
 pytestmark = [
-    pytest.mark.skipif("DINAT_SOAK" not in os.environ, reason="set DINAT_SOAK=1 (make soak)"),
+    pytest.mark.nightly,
+    pytest.mark.soak,
     pytest.mark.timeout(1800),
 ]
 

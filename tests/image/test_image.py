@@ -36,7 +36,8 @@ AVX512 = {"avx512f", "avx512bw", "avx512cd", "avx512dq", "avx512vl"}
 """CPU flags with which PyTorch with compiled attention is the default runtime."""
 
 pytestmark = [
-    pytest.mark.skipif("DINAT_IMAGE" not in os.environ, reason="set DINAT_IMAGE=1 (make image-test)"),
+    pytest.mark.nightly,
+    pytest.mark.image,
     pytest.mark.timeout(1500),
 ]
 

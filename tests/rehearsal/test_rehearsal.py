@@ -8,10 +8,7 @@ import os
 import re
 import subprocess
 import sys
-from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -27,12 +24,8 @@ pytestmark = [
 
 ON_FAKE_GPU = "tests/rehearsal/on_fake_gpu"
 SUITES = ["tests/gpu", *sorted(str(path.relative_to(ROOT)) for path in (ROOT / ON_FAKE_GPU).glob("test_*.py"))]
-QUICK = f"{ON_FAKE_GPU}/test_self_check.py"
-"""Part of `make test`; the others take minutes."""
 TWO_GPUS = f"{ON_FAKE_GPU}/test_devices.py"
 """The suite that requires two GPUs."""
-
-full_only = pytest.mark.skipif("DINAT_REHEARSAL" not in os.environ, reason="DINAT_REHEARSAL is not set (make rehearsal)")
 
 
 def run(*arguments: str | Path, gpus: int = 1) -> str:
@@ -60,40 +53,23 @@ def run_benchmark(folder: Path) -> None:
     run("-m", "coverage", "json", data, "-o", folder / "lines.json")
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("benchmark")
-
-
-@pytest.fixture(scope="module")
-def runs(folder: Path) -> Iterator[dict[str, Future[Any]]]:
-    """Start all runs, two at a time."""
-    with ThreadPoolExecutor(2) as threads:
-        runs = {"bare": threads.submit(run_bare)}
-        if "DINAT_REHEARSAL" in os.environ:
-            runs |= {suite: threads.submit(run_suite, suite) for suite in SUITES}
-            runs["benchmark"] = threads.submit(run_benchmark, folder)
-        else:
-            runs[QUICK] = threads.submit(run_suite, QUICK)
-        yield runs
-
-
-@pytest.mark.parametrize("suite", [suite if suite == QUICK else pytest.param(suite, marks=full_only) for suite in SUITES])
-def test_gpu_suite_passes_on_the_fake_gpu(suite: str, runs: dict[str, Future[Any]]) -> None:
-    output = runs[suite].result()
+@pytest.mark.rehearsal
+@pytest.mark.parametrize("suite", SUITES)
+def test_gpu_suite_passes_on_the_fake_gpu(suite: str) -> None:
+    output = run_suite(suite)
     assert re.search(r"^\d+ passed", output, re.MULTILINE), output
     assert "skipped" not in output
 
 
-def test_gpu_code_runs_without_the_dependencies_of_the_service(runs: dict[str, Future[Any]]) -> None:
-    assert re.search(r"^3 passed", runs["bare"].result(), re.MULTILINE)
+def test_gpu_code_runs_without_the_dependencies_of_the_service() -> None:
+    assert re.search(r"^3 passed", run_bare(), re.MULTILINE)
 
 
-@full_only
-def test_benchmark_runs_every_line(folder: Path, runs: dict[str, Future[Any]]) -> None:
-    runs["benchmark"].result()
-    lines = json.loads((folder / "lines.json").read_text())["files"]["benchmarks/gpu.py"]
+@pytest.mark.rehearsal
+def test_benchmark_runs_every_line(tmp_path: Path) -> None:
+    run_benchmark(tmp_path)
+    lines = json.loads((tmp_path / "lines.json").read_text())["files"]["benchmarks/gpu.py"]
     assert lines["missing_lines"] == []
     assert len(lines["executed_lines"]) > 120
-    rows = json.loads((folder / "gpu.json").read_text())
+    rows = json.loads((tmp_path / "gpu.json").read_text())
     assert {row["backend"].partition(" ")[0] for row in rows["layers"]} == {"reference", "triton", "natten", "tiled"}

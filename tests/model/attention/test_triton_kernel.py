@@ -122,11 +122,7 @@ LIMITS = {80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 120: 99}
 """KiB of shared memory available to a program, by compute capability."""
 
 
-SLOW = pytest.mark.skipif("DINAT_REHEARSAL" not in os.environ, reason="DINAT_REHEARSAL is not set (make rehearsal)")
-"""All capabilities take 90 s, and compilation is similar for each."""
-
-
-@pytest.mark.parametrize("capability", [sm if sm in (80, 120) else pytest.param(sm, marks=SLOW) for sm in LIMITS])
+@pytest.mark.parametrize("capability", [80, *(pytest.param(sm, marks=pytest.mark.slow) for sm in LIMITS if sm != 80)])
 def test_no_config_spills_or_exceeds_the_limits_of_a_gpu(
     capability: int, record_property: Callable[[str, object], None]
 ) -> None:
