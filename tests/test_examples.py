@@ -11,6 +11,7 @@ from nbclient import NotebookClient
 ROOT = Path(__file__).parents[1]
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(240)
 @pytest.mark.filterwarnings("ignore")
 def test_notebook_trains_evaluates_and_serves(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -54,6 +54,7 @@ def test_report_without_problems(examine: Callable[..., tuple[int, dict[str, Any
     assert http["seconds to ready"] > 0
 
 
+@pytest.mark.slow
 def test_inaccurate_backend_sets_exit_status_1(
     examine: Callable[..., tuple[int, dict[str, Any]]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -95,6 +96,7 @@ def test_missing_packages_come_with_install_commands(
     ]
 
 
+@pytest.mark.slow
 def test_driver_without_gpu_in_pytorch_is_a_problem(
     examine: Callable[..., tuple[int, dict[str, Any]]], monkeypatch: pytest.MonkeyPatch
 ) -> None:

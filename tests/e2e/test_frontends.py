@@ -21,6 +21,8 @@ from tests.app.conftest import server_timing
 from tests.app.sample_images import encoded, noise
 from tests.e2e.processes import DIGITS, Server, load_until_rejected
 
+pytestmark = pytest.mark.process
+
 EXACT = {"runtime": "torch", "precision": "fp32", "max_batch": 1}
 """Settings whose results do not depend on the batch, bit for bit."""
 IMAGES = [path.read_bytes() for path in sorted(DIGITS.glob("*.png"))]
@@ -135,6 +137,7 @@ def test_health_model_and_metrics_cover_all_processes(several: Server) -> None:
     assert after["dinat_queue_depth_images",] == 0
 
 
+@pytest.mark.slow
 def test_images_of_varying_size_are_sent_outside_the_slots(tmp_path: Path) -> None:
     DinatForImageClassification.from_pretrained("digits").save_pretrained(tmp_path)
     DinatImageProcessor(size={"shortest_edge": 64}).save_pretrained(tmp_path)
@@ -147,6 +150,7 @@ def test_images_of_varying_size_are_sent_outside_the_slots(tmp_path: Path) -> No
         assert server.stop() == 0
 
 
+@pytest.mark.slow
 def test_killed_frontend_is_restarted_and_its_slots_are_freed() -> None:
     with Server(frontends=2, queue_limit=8, **EXACT) as server:
         stop = threading.Event()
@@ -195,6 +199,7 @@ def processes_of_one(server: Server, name: str) -> int:
             return int(status["pid"])
 
 
+@pytest.mark.slow
 def test_killed_engine_is_restarted_once_then_the_service_exits() -> None:
     with Server(frontends=2, **EXACT) as server, httpx.Client(base_url=server.url, timeout=60) as client:
         engine = psutil.Process(processes(server)["engine"]["pid"])
@@ -226,6 +231,7 @@ def test_sigterm_stops_all_processes_and_answers_all_requests() -> None:
     assert not any(psutil.pid_exists(pid) for pid in pids)
 
 
+@pytest.mark.slow
 def test_all_processes_exit_when_the_supervisor_is_killed() -> None:
     with Server(frontends=2, **EXACT) as server:
         children = [psutil.Process(one["pid"]) for name, one in processes(server).items() if name != "supervisor"]
@@ -241,6 +247,7 @@ def test_model_that_cannot_be_loaded_is_a_one_line_error() -> None:
     assert completed.stderr.splitlines()[-1].startswith("dinat: /no/such/folder cannot be served: ")
 
 
+@pytest.mark.slow
 def test_sigterm_while_the_model_loads_exits_at_once() -> None:
     command = [sys.executable, "-m", "dinat", "serve", "--frontends=2", "--log-format=json", "--port=0"]
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
@@ -260,6 +267,7 @@ def test_port_in_use_is_an_error_at_startup() -> None:
     assert "Address already in use" in completed.stderr.splitlines()[-1]
 
 
+@pytest.mark.slow
 def test_queue_larger_than_memory_is_an_error_at_startup() -> None:
     completed = serve("--queue-limit", str(10**9), "--port", "0")
     assert completed.returncode == 1

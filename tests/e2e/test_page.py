@@ -21,7 +21,10 @@ from tests.e2e.processes import DIGITS, Server
 
 playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
 CHROMIUM = shutil.which("chromium")
-pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="chromium is not installed (Debian's package of that name)")
+pytestmark = [
+    pytest.mark.browser,
+    pytest.mark.skipif(CHROMIUM is None, reason="chromium is not installed (Debian's package of that name)"),
+]
 
 WEB = Path(__file__).parents[2] / "app" / "web"
 SEVEN = (DIGITS / "7-1.png").read_bytes()
@@ -125,6 +128,7 @@ def test_dropped_and_pasted_images_are_classified(server: Server, browser: Any) 
             assert visit.best_label() == "7"
 
 
+@pytest.mark.slow
 def test_paste_button_reads_the_clipboard(server: Server, browser: Any) -> None:
     with visiting(browser, server.url, permissions=["clipboard-read", "clipboard-write"]) as visit:
         page = visit.wait_until_ready().page
@@ -138,6 +142,7 @@ def test_paste_button_reads_the_clipboard(server: Server, browser: Any) -> None:
         assert visit.best_label() == "7"
 
 
+@pytest.mark.slow
 def test_camera_image_is_classified_and_can_be_saved(server: Server, browser: Any) -> None:
     with visiting(browser, server.url, permissions=["camera"]) as visit:
         page = visit.wait_until_ready().page
@@ -167,6 +172,7 @@ def test_drawn_digit_is_classified(server: Server, browser: Any) -> None:
         assert visit.best_label() == "0"
 
 
+@pytest.mark.slow
 def test_digit_drawn_by_keyboard_is_classified(server: Server, browser: Any) -> None:
     with visiting(browser, server.url) as visit:
         page = visit.wait_until_ready().page
@@ -197,6 +203,7 @@ def test_feature_maps_match_the_service_and_enlarge_on_click(server: Server, bro
         assert page.locator("#large").is_hidden()
 
 
+@pytest.mark.slow
 def test_principal_components_match_numpy(server: Server, browser: Any) -> None:
     with visiting(browser, server.url) as visit:
         channels, height, width = 24, 9, 13
@@ -237,6 +244,7 @@ def test_neighborhoods_follow_the_pointer(server: Server, browser: Any) -> None:
         assert page.evaluate("document.getElementById('view').toDataURL()") == mean
 
 
+@pytest.mark.slow
 def test_attention_weights_of_a_head_and_their_mean(server: Server, browser: Any) -> None:
     with visiting(browser, server.url) as visit:
         layer = httpx.post(f"{server.url}/attention", content=SEVEN).json()["layers"][-1]
@@ -251,6 +259,7 @@ def test_attention_weights_of_a_head_and_their_mean(server: Server, browser: Any
         np.testing.assert_array_equal(weights[1], layer["weights"][2])
 
 
+@pytest.mark.slow
 def test_arrow_keys_move_the_point(server: Server, browser: Any) -> None:
     with visiting(browser, server.url) as visit:
         page = visit.wait_until_ready().page
@@ -291,6 +300,7 @@ def test_error_is_shown_without_earlier_results(server: Server, browser: Any) ->
         assert visit.page.locator("#error").is_hidden()
 
 
+@pytest.mark.slow
 def test_format_unsupported_by_the_browser_is_classified(server: Server, browser: Any) -> None:
     tiff = io.BytesIO()
     Image.open(io.BytesIO(SEVEN)).save(tiff, "TIFF")
@@ -316,6 +326,7 @@ def test_api_key_form_is_shown_if_required(browser: Any) -> None:
         assert "X-API-Key: $KEY" in page.locator("#commands").inner_text()
 
 
+@pytest.mark.slow
 def test_stopped_service_is_reported(browser: Any) -> None:
     with Server() as server, visiting(browser, server.url, expect_errors=True) as visit:
         visit.wait_until_ready()
@@ -324,6 +335,7 @@ def test_stopped_service_is_reported(browser: Any) -> None:
         playwright.expect(visit.page.locator("#error")).to_contain_text("does not respond")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_page_fits_a_phone_and_follows_the_color_scheme(server: Server, browser: Any, scheme: str) -> None:
     phone = {"width": 360, "height": 740}

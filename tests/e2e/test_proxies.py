@@ -16,6 +16,8 @@ import pytest
 
 from tests.e2e.processes import DIGITS, Server, free_port, servers
 
+pytestmark = pytest.mark.proxy
+
 DEPLOY = Path(__file__).parents[2] / "deploy"
 CLIENTS = 16
 
@@ -131,6 +133,7 @@ def attempts(server: Server) -> Counter[int]:
     return Counter({int(status): int(float(count)) for status, count in found})
 
 
+@pytest.mark.slow
 def test_rolling_restart_and_crash_lose_no_request(kind: str, tmp_path: Path) -> None:
     ports = [free_port() for _ in range(3)]
     with ExitStack() as stack:
@@ -152,6 +155,7 @@ def test_rolling_restart_and_crash_lose_no_request(kind: str, tmp_path: Path) ->
         assert set(load.statuses) == {200}, (Counter(load.statuses), (tmp_path / "log").read_text())
 
 
+@pytest.mark.slow
 def test_crash_without_retries_loses_requests(
     kind: str, tmp_path: Path, record_property: Callable[[str, object], None]
 ) -> None:

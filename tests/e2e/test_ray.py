@@ -15,6 +15,8 @@ from PIL import Image
 from dinat.client import Classification, DinatClient
 from tests.e2e.processes import DIGITS, Server
 
+pytestmark = pytest.mark.ray
+
 pytest.importorskip("ray", reason="Ray is not installed")
 
 ROOT = Path(__file__).parents[2]
@@ -58,6 +60,7 @@ def classify_all(url: str, images: list[bytes]) -> list[Classification]:
         return list(threads.map(client.classify, images))
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(180)
 def test_predictions_match_dinat_serve(ray_url: str) -> None:
     images = distinct_images(200)
@@ -70,6 +73,7 @@ def test_predictions_match_dinat_serve(ray_url: str) -> None:
         )
 
 
+@pytest.mark.slow
 def test_all_endpoints_and_one_request_id(ray_url: str) -> None:
     image = distinct_images(1)[0]
     response = httpx.post(f"{ray_url}/classify", content=image, headers={"X-Request-ID": "mine"})
@@ -82,6 +86,7 @@ def test_all_endpoints_and_one_request_id(ray_url: str) -> None:
     assert (error.status_code, error.headers["content-type"]) == (415, "application/problem+json")
 
 
+@pytest.mark.slow
 def test_no_request_is_lost_when_a_replica_is_killed(ray_url: str) -> None:
     images = distinct_images(400)
     with DinatClient(ray_url) as client, ThreadPoolExecutor(CLIENTS) as threads:

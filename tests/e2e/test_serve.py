@@ -10,6 +10,8 @@ import pytest
 
 from tests.e2e.processes import DIGITS, Server, load_until_rejected
 
+pytestmark = pytest.mark.process
+
 
 def test_every_request_is_logged_as_one_json_line() -> None:
     with Server() as server:
@@ -36,6 +38,7 @@ def test_sigterm_under_load_answers_all_requests_and_exits_with_0() -> None:
     assert sorted(logged) == sorted(statuses)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("frontends", [1, 2])
 def test_requests_sent_up_to_a_second_after_sigterm_are_answered(frontends: int) -> None:
     image = (DIGITS / "5-2.png").read_bytes()

@@ -119,6 +119,7 @@ def test_backbones(tmp_path: Path) -> None:
     assert auto_backbone.channels == theirs.channels == ours.channels
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["mask2former", "oneformer"])
 def test_segmenters_match_transformers_4_53(name: str) -> None:
     network = segmenters.build(name)
@@ -156,6 +157,7 @@ def test_gradient_checkpointing_changes_no_gradient() -> None:
         torch.testing.assert_close(expected, gradient, rtol=0, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_lora_adapter_is_trained_saved_and_merged(tmp_path: Path) -> None:
     peft = pytest.importorskip("peft", reason="peft is not installed")
     adapted = peft.get_peft_model(

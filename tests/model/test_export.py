@@ -15,6 +15,8 @@ from PIL import Image
 from dinat.model import DinatConfig, DinatForImageClassification, DinatImageProcessor, ExportError
 from dinat.model.export import FORMATS, export, format_of, output_names
 
+pytestmark = pytest.mark.export
+
 ROOT = Path(__file__).parents[2]
 PROCESSOR = DinatImageProcessor(size={"height": 24, "width": 20})
 FEATURES = ("stem", "stage2", "pooled", "hidden_states")
@@ -75,6 +77,7 @@ def test_metadata_contains_labels_and_preprocessing(network: DinatForImageClassi
         assert json.loads(values["outputs"]) == ["logits"]
 
 
+@pytest.mark.slow
 def test_onnx_file_runs_without_this_project(tmp_path: Path) -> None:
     network, processor = DinatForImageClassification.from_pretrained("digits"), DinatImageProcessor.from_pretrained("digits")
     export(network, processor, tmp_path / "digits.onnx", "onnx")
@@ -93,6 +96,7 @@ def test_onnx_file_runs_without_this_project(tmp_path: Path) -> None:
     np.testing.assert_allclose([score for score, _ in top5], scores.sort(descending=True).values[:5].numpy(), rtol=0, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_graph_with_different_outputs_is_not_written(
     network: DinatForImageClassification, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -46,6 +46,7 @@ def test_parts_are_selected_by_name(tmp_path: Path) -> None:
     assert run(tmp_path, "everything").returncode == 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("pip", [0, 1])
 def test_natten_is_built_or_skipped_with_a_message(tmp_path: Path, pip: int) -> None:
     completed = run(tmp_path, "natten", "tests", natten="natten-0.21.7.tar.gz", pip=pip)

@@ -137,6 +137,7 @@ def test_damaged_tar_fails_alone_and_is_computed_once_replaced(tmp_path: Path, c
     assert len(rows(out)) == 9
 
 
+@pytest.mark.slow
 def test_every_image_is_classified_once_after_three_kills(tmp_path: Path) -> None:
     source, out = tmp_path / "in", tmp_path / "out"
     source.mkdir()
@@ -251,6 +252,7 @@ def test_two_workers_on_ray_give_the_same_rows(tmp_path: Path) -> None:
     assert np.allclose([row["scores"] for row in two], [row["scores"] for row in one], atol=1e-5)
 
 
+@pytest.mark.slow
 def test_engine_failure_on_ray_ends_with_one_line(tmp_path: Path) -> None:
     pytest.importorskip("ray", reason="Ray is not installed")
     model = tmp_path / "model"

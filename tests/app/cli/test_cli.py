@@ -54,6 +54,7 @@ def test_user_error_is_one_line(arguments: list[str], message: str) -> None:
     assert "Traceback" not in done.stderr
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("device", ["cuda", "cuda:1"])
 def test_missing_gpu_is_one_line(device: str) -> None:
     done = subprocess.run(

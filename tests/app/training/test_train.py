@@ -24,6 +24,8 @@ from dinat.model import DinatForImageClassification, DinatImageProcessor
 from tests.app.conftest import DIGITS
 from tests.app.sample_images import noise
 
+pytestmark = pytest.mark.train
+
 SMALL = ["--from", "digits", "--device", "cpu", "--batch-size", "4", "--flip", "0", "--validation", "0.5"]
 
 
@@ -94,6 +96,7 @@ def test_gradient_accumulation_equals_one_large_batch(data: Path, tmp_path: Path
     assert moved > 5e-5
 
 
+@pytest.mark.slow
 def test_resumed_training_ends_with_the_same_weights(data: Path, tmp_path: Path) -> None:
     recipe = ["--epochs", 4, "--ema", 0.9, "--mixup", 0.8, "--cutmix", 1, "--erase", 0.3, "--drop-path", 0.2, "--keep", "last"]
     train(data, tmp_path / "whole", *recipe)
@@ -116,6 +119,7 @@ def test_resumed_training_ends_with_the_same_weights(data: Path, tmp_path: Path)
     assert not (tmp_path / "killed" / "checkpoints").exists()
 
 
+@pytest.mark.slow
 def test_interrupted_training_resumes_only_with_the_same_spec(
     data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -136,6 +140,7 @@ def test_interrupted_training_resumes_only_with_the_same_spec(
     assert "finished" in error_of(capsys, *same)
 
 
+@pytest.mark.slow
 def test_early_stopping(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     train(data, tmp_path / "out", "--epochs", 30, "--patience", 1, "--learning-rate", 0.05)
     assert 2 <= capsys.readouterr().err.count("dinat: epoch") < 30
@@ -172,6 +177,7 @@ def test_invalid_data_and_flags_are_one_line(data: Path, tmp_path: Path, capsys:
     assert "no.png" in error_of(capsys, tmp_path / "list.csv", out, *SMALL)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("workers", [0, 1])
 @pytest.mark.filterwarnings("ignore:This process.*is multi-threaded:DeprecationWarning")
 def test_training_resumes_after_damaged_image_is_replaced(

@@ -20,7 +20,7 @@ pytest.importorskip("triton", reason="triton is not installed")
 from dinat.model.attention import triton_kernel
 from dinat.model.attention.triton_kernel import FLOAT_CONFIGS, HALF_CONFIGS, TileConfig, fused_attention, launch
 
-pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="tests/gpu runs the kernel itself")
+pytestmark = [pytest.mark.interpreter, pytest.mark.skipif(torch.cuda.is_available(), reason="tests/gpu runs the kernel itself")]
 TOLERANCE = {torch.float32: 1e-6, torch.float16: 1e-2, torch.bfloat16: 1e-2}
 """Relative to the norm of the float64 reference."""
 

@@ -379,6 +379,7 @@ def test_revision_and_token_are_sent_to_the_hub(hub: Hub, tmp_path: Path) -> Non
     assert ("HEAD", "/someone/network/resolve/private/config.json", "Bearer secret") in hub.requests
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("arguments", "environment"),
     [

@@ -6,6 +6,7 @@ import struct
 import subprocess
 from pathlib import Path
 
+import pytest
 import torch
 
 from dinat.model import native
@@ -13,8 +14,12 @@ from dinat.model import native
 COMPILER, EMULATOR = "aarch64-linux-gnu-gcc", "qemu-aarch64"
 IS_INSTALLED = bool(shutil.which(COMPILER) and shutil.which(EMULATOR))
 [NEON] = native.TARGETS["aarch64"]
-TARGETS = [*native.supported_targets(), *([NEON] if IS_INSTALLED and NEON not in native.supported_targets() else [])]
-"""Targets that can run on this machine."""
+EMULATED = [NEON] if IS_INSTALLED and NEON not in native.supported_targets() else []
+TARGETS = [
+    *native.supported_targets(),
+    *(pytest.param(target, marks=[pytest.mark.emulator, pytest.mark.slow]) for target in EMULATED),
+]
+"""Targets that can run on this machine, as parameters of the tests of all kernels."""
 
 
 def library_for(target: native.Target, folder: Path) -> "native.Library | Emulated":

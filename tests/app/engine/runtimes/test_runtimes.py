@@ -25,6 +25,8 @@ from dinat.model.checkpoints.checkpoint import open_checkpoint
 from examples.digits_data import split
 from tests.app.conftest import DIGITS
 
+pytestmark = pytest.mark.export
+
 IMAGES = [Image.open(path).convert("RGB") for path in sorted(DIGITS.glob("*.png"))]
 ALL_FEATURES = frozenset({"stem", "stage1", "stage2", "stage3", "pooled", "hidden_states"})
 EXPORTED = ["openvino", "onnxruntime"]
@@ -63,6 +65,7 @@ def test_logits_match_pytorch(exported: Runtime) -> None:
     np.testing.assert_allclose(logits_of(exported, IMAGES), expected_logits(IMAGES), rtol=0, atol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("count", [1, 2, 3, 5, 8])
 def test_labels_and_feature_maps_match_pytorch(exported: Runtime, reference: Runtime, count: int) -> None:
     pixels = np.stack([reference.processor.resize(image) for image in IMAGES[:count]])
@@ -80,6 +83,7 @@ def _list(value: object) -> list[np.ndarray]:
     return value if isinstance(value, list) else [np.asarray(value)]
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not has_bf16, reason="this CPU has no bf16 instructions")
 def test_bf16_predicts_the_same_class_for_every_test_digit() -> None:
     images = [Image.fromarray(np.asarray(image)) for image in split()[2]]
@@ -90,6 +94,7 @@ def test_bf16_predicts_the_same_class_for_every_test_digit() -> None:
     assert np.linalg.norm(actual - expected) <= 0.01 * np.linalg.norm(expected)
 
 
+@pytest.mark.slow
 def test_int8_runs_from_a_folder_that_quantize_wrote(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["quantize", "digits", str(DIGITS), str(tmp_path)]) == 0
     said = capsys.readouterr().out
@@ -142,6 +147,7 @@ def test_images_of_varying_size_require_pytorch(tmp_path: Path) -> None:
         load("openvino", model=str(tmp_path))
 
 
+@pytest.mark.slow
 def test_second_start_uses_the_cached_graph(monkeypatch: pytest.MonkeyPatch) -> None:
     first = load("openvino")
     monkeypatch.setattr(
@@ -173,6 +179,7 @@ def _build_slowly(cache: Path, barrier: "threading.Barrier", name: str) -> None:
     assert (folder / "one").read_text() == (folder / "two").read_text()
 
 
+@pytest.mark.slow
 def test_two_processes_that_build_at_once_get_one_artifact(tmp_path: Path) -> None:
     context = multiprocessing.get_context("spawn")
     barrier = context.Barrier(2)
