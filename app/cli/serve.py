@@ -1,12 +1,15 @@
 """`dinat serve`: start the HTTP server."""
 
+import os
+
 import typer
 
 from dinat.app.cli import CommandError
 from dinat.app.cli.flags import settings_flags
+from dinat.app.engine.backend import State
 from dinat.app.engine.engine import Engine
 from dinat.app.host import raise_descriptor_limit
-from dinat.app.logs import configure_logs
+from dinat.app.logs import configure_logs, flush_logs
 from dinat.app.main import create_app
 from dinat.app.server.heap import keep_freed_memory, reduce_gc
 from dinat.app.server.server import Server
@@ -16,7 +19,7 @@ from dinat.app.settings import Settings
 
 @settings_flags(Settings.model_fields)
 def serve(*, settings: Settings) -> None:
-    """Start the HTTP server. It stops on SIGTERM or SIGINT.
+    """Start the HTTP server. It stops on SIGTERM, SIGINT or SIGHUP.
 
     Each flag can also be set as an environment variable DINAT_<NAME>, such as DINAT_MAX_BATCH.
     """
@@ -33,8 +36,14 @@ def serve(*, settings: Settings) -> None:
     reduce_gc()
     engine = Engine(settings)
     server = Server(create_app(settings, engine), engine)
-    server.run()
+    try:
+        server.run()
+        status = 0 if server.started else 1
+    except SystemExit as end:  # the port is in use, which uvicorn has logged
+        status = end.code if isinstance(end.code, int) else 1
     if engine.failure is not None:
         raise CommandError(f"{settings.model} cannot be served: {engine.failure}")
-    if not server.started:
-        raise typer.Exit(1)
+    if engine.backend.state is State.LOADING:
+        flush_logs()
+        os._exit(status)  # the thread that loads the model cannot be stopped
+    raise typer.Exit(status)

@@ -8,6 +8,7 @@ import asyncio
 import mmap
 import multiprocessing
 import os
+import shutil
 import signal
 import socket
 import struct
@@ -29,7 +30,7 @@ from dinat.app.engine.local_backend import RESTARTS
 from dinat.app.engine.multiprocess.engine_client import EngineClient
 from dinat.app.engine.multiprocess.engine_process import LOAD_FAILED_STATUS, EngineProcess
 from dinat.app.engine.runtimes.torch_runtime import resolve_devices
-from dinat.app.host import cores
+from dinat.app.host import GRACE_SECONDS, cores, stop_signals
 from dinat.app.logs import flush_logs
 from dinat.app.main import create_app
 from dinat.app.metrics import Metrics, SharedMetrics
@@ -43,13 +44,9 @@ log = structlog.get_logger("dinat")
 FORK = multiprocessing.get_context("fork") if sys.platform == "linux" else None
 """Processes are forked: they start in milliseconds and share imported modules. The supervisor has no threads and no CUDA."""
 
-SIGNALS = (signal.SIGTERM, signal.SIGINT)
 STARTING = "starting"
 MAX_FAILED_STARTS = 3
 """How many frontend processes in a row may exit while they start."""
-
-GRACE_SECONDS = 10
-"""How long processes may take to stop, beyond the time that the settings give them."""
 
 
 class ServiceFailed(Exception):
@@ -150,13 +147,16 @@ class Supervisor:
         self._children: dict[str, BaseProcess] = {}
         self._restarts: dict[str, int] = {}
         self._failed_starts = 0
+        self._stop_signals = stop_signals()
         self._signals = 0
+        self._pid = os.getpid()
         self._stopping = False
+        self._failed_stops: list[str] = []
         self._stop_by = float("inf")
         self._lifelines: dict[str, int] = {}
 
     def run(self) -> None:
-        """Serve until SIGTERM or SIGINT, then shut down gracefully; a second signal kills. Raises ServiceFailed."""
+        """Serve until a signal, then shut down gracefully; a second SIGTERM or SIGINT kills. Raises ServiceFailed."""
         self._board.set_process("supervisor", os.getpid(), 0)
         self._board.set_state("supervisor", "watching")
         reduce_gc()  # also in the children, so that they share the memory of existing objects
@@ -179,6 +179,8 @@ class Supervisor:
                     self._start(name)
                 while self._children:
                     self._wait_for_event(wakeup_reader)
+                if self._failed_stops and self._signals < 2:
+                    raise ServiceFailed(f"processes did not stop by themselves: {', '.join(self._failed_stops)}")
             finally:
                 signal.set_wakeup_fd(-1)
                 for child in self._children.values():
@@ -190,11 +192,12 @@ class Supervisor:
         for end in (reader, writer):
             end.setblocking(False)
         signal.set_wakeup_fd(writer.fileno())
-        for one in SIGNALS:
+        for one in self._stop_signals:
             signal.signal(one, self._count_signal)
 
-    def _count_signal(self, *_: object) -> None:
-        self._signals += 1
+    def _count_signal(self, number: int, _: object) -> None:
+        if number in (signal.SIGTERM, signal.SIGINT) or not self._signals:  # a closed terminal sends SIGHUP twice
+            self._signals += 1
 
     def _wait_for_event(self, wakeup: socket.socket) -> None:
         """Wait for a signal, the exit of a child or the timeout, and handle it. Raises ServiceFailed."""
@@ -243,9 +246,10 @@ class Supervisor:
         body = self._run_engine if name == "engine" else self._run_frontend
         self._board.set_state(name, STARTING)
         child = FORK.Process(target=self._run_child, args=(name, reader, body), name=name)
-        signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)  # until the child has its own handlers, so that none is lost
+        # Signals wait until the child has its own handlers, so that none is lost.
+        signal.pthread_sigmask(signal.SIG_BLOCK, self._stop_signals)
         child.start()
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, self._stop_signals)
         os.close(reader)
         self._children[name] = child
         self._board.set_process(name, child.pid or 0, self._restarts.setdefault(name, 0))
@@ -259,6 +263,8 @@ class Supervisor:
         if name in self._lifelines:
             os.close(self._lifelines.pop(name))
         if self._stopping:
+            if exit_status not in (0, -signal.SIGTERM):  # the latter if it had only just started
+                self._failed_stops.append(f"{name} (status {exit_status})")
             return
         if name == "engine" and exit_status == LOAD_FAILED_STATUS:
             self._give_up(f"{self._settings.model} cannot be served: {last.state}")
@@ -288,8 +294,9 @@ class Supervisor:
         """In a child: close what belongs to the supervisor and other children, and run."""
         signal.set_wakeup_fd(-1)
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
-        signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal sends it to all processes; the supervisor handles it
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
+        for of_terminal in (signal.SIGINT, signal.SIGHUP):  # sent to all processes; the supervisor handles them
+            signal.signal(of_terminal, signal.SIG_IGN)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, self._stop_signals)
         for descriptor in self._lifelines.values():
             os.close(descriptor)
         for other, sockets in self._sockets.items():
@@ -300,6 +307,8 @@ class Supervisor:
             status = body(name, lifeline)
         finally:
             flush_logs()  # multiprocessing children do not run atexit handlers
+            if os.getppid() != self._pid:  # the supervisor was killed
+                shutil.rmtree(self._folder, ignore_errors=True)
         sys.exit(status)
 
     def _metrics(self, name: str) -> Metrics:

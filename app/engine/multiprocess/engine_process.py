@@ -29,6 +29,7 @@ from dinat.app.engine.multiprocess.wire import (
 )
 from dinat.app.engine.runtimes.runtime import InferenceResult, LoadedModel
 from dinat.app.errors import ServiceError
+from dinat.app.host import GRACE_SECONDS, exit_after, stop_signals
 from dinat.app.metrics import Metrics
 from dinat.app.settings import Settings
 
@@ -91,7 +92,7 @@ class EngineProcess(BackendEvents):
     async def run(self) -> int:
         """Run until the lifeline is closed or the engine fails. Return the exit status, 0 after a closed lifeline."""
         loop = asyncio.get_running_loop()
-        for ignored in (signal.SIGTERM, signal.SIGINT):  # the supervisor ends it, after the frontend processes
+        for ignored in stop_signals():  # the supervisor ends it, after the frontend processes
             signal.signal(ignored, signal.SIG_IGN)
         self._listener.setblocking(False)
         loop.add_reader(self._listener, self._accept)
@@ -99,6 +100,8 @@ class EngineProcess(BackendEvents):
         self._report_status(State.LOADING)
         loading = asyncio.create_task(self._backend.start())
         await self._stopped.wait()
+        # No client waits for results anymore, hence status 0.
+        exit_after(GRACE_SECONDS, status=0, on_exit=lambda: log.warning("process ended after timeout"))
         loop.remove_reader(self._lifeline)
         failed = self._backend.state is State.FAILED
         if failed:

@@ -1,0 +1,84 @@
+"""Processes that do not respond, signals, and limits of the operating system."""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+from contextlib import ExitStack
+from pathlib import Path
+
+import httpx
+import psutil
+import pytest
+
+from tests.e2e.processes import DIGITS, Server, load_until_rejected
+
+IMAGE = (DIGITS / "7-1.png").read_bytes()
+
+
+@pytest.mark.process
+@pytest.mark.parametrize("frontends", [1, 2])
+def test_sigterm_while_the_hub_does_not_answer_ends_the_service(frontends: int, tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as hub:
+        environment = {
+            **os.environ,
+            "HF_ENDPOINT": f"http://127.0.0.1:{hub.getsockname()[1]}",
+            "HF_HOME": str(tmp_path),
+            "HF_HUB_ETAG_TIMEOUT": "600",
+            "HF_HUB_OFFLINE": "0",
+        }
+        command = [sys.executable, "-m", "dinat", "serve", "--port=0", "--model=some/model", f"--frontends={frontends}"]
+        with subprocess.Popen(command, env=environment, stderr=subprocess.DEVNULL) as process, ExitStack() as stack:
+            stack.callback(process.kill)
+            hub.settimeout(60)
+            connection, _ = hub.accept()
+            with connection:
+                process.terminate()
+                assert process.wait(10) == 0
+
+
+@pytest.mark.process
+def test_second_sigterm_ends_the_service_at_once() -> None:
+    with Server(lame_duck_seconds=60) as server:
+        server.process.terminate()
+        while httpx.get(f"{server.url}/health/ready").status_code == 200:
+            pass
+        server.process.terminate()
+        assert server.process.wait(5) == 0
+        server.wait()
+
+
+@pytest.mark.process
+@pytest.mark.parametrize("frontends", [1, 2])
+def test_sighup_answers_all_requests(frontends: int) -> None:
+    with Server(frontends=frontends) as server, load_until_rejected(server.url, IMAGE) as statuses:
+        server.process.send_signal(signal.SIGHUP)
+        server.process.send_signal(signal.SIGHUP)  # a shell and the kernel both send it when a terminal is closed
+        assert server.wait() == 0
+    assert set(statuses) <= {200, 503}
+
+
+@pytest.mark.process
+def test_sighup_does_not_stop_a_service_that_nohup_started() -> None:
+    with Server(prefix=["nohup"], frontends=2) as server:
+        for process in (child := psutil.Process(server.process.pid), *child.children()):
+            process.send_signal(signal.SIGHUP)
+        for _ in range(4):
+            assert httpx.post(f"{server.url}/classify", content=IMAGE).status_code == 200
+        assert server.stop() == 0
+
+
+@pytest.mark.process
+def test_nothing_remains_when_the_supervisor_is_killed(monkeypatch: pytest.MonkeyPatch) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        monkeypatch.setenv("TMPDIR", folder)
+        with Server(frontends=2) as server:
+            children = psutil.Process(server.process.pid).children()
+            assert list(Path(folder).glob("dinat-*"))
+            server.process.kill()
+            _, alive = psutil.wait_procs(children, timeout=30)
+            assert not alive
+            server.wait()
+        assert not list(Path(folder).glob("dinat-*"))  # PyTorch has a cache of its own there
