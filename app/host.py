@@ -34,14 +34,19 @@ def free_memory() -> int:
     return available if limit == "max" else max(0, min(available, int(limit) - used))
 
 
-def raise_descriptor_limit() -> None:
-    """Raise the limit of open files, connections included, to the hard limit; the default soft limit is often 1024."""
+def raise_descriptor_limit() -> int | None:
+    """Raise the limit of open files, connections included, to the hard limit; the default soft limit is often 1024.
+
+    Returns:
+        The limit; None if there is none.
+    """
     try:
         import resource
     except ImportError:  # Windows
-        return
+        return None
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    return None if hard == resource.RLIM_INFINITY else hard
 
 
 def stop_signals() -> list[signal.Signals]:

@@ -2,6 +2,7 @@
 
 import os
 
+import structlog
 import typer
 
 from dinat.app.cli import CommandError
@@ -16,6 +17,11 @@ from dinat.app.server.server import Server
 from dinat.app.server.supervisor import ServiceFailed, Supervisor, resolve_frontends
 from dinat.app.settings import Settings
 
+log = structlog.get_logger("dinat")
+
+RESERVED_DESCRIPTORS = 32
+"""Open files of a process without connections, rounded up."""
+
 
 @settings_flags(Settings.model_fields)
 def serve(*, settings: Settings) -> None:
@@ -25,8 +31,9 @@ def serve(*, settings: Settings) -> None:
     """
     configure_logs(settings.log_format)
     keep_freed_memory()
-    raise_descriptor_limit()
+    descriptors = raise_descriptor_limit()
     frontends = resolve_frontends(settings)
+    settings = fit_connections(settings, frontends, descriptors)
     if frontends > 1:
         try:
             Supervisor(settings, frontends).run()
@@ -47,3 +54,28 @@ def serve(*, settings: Settings) -> None:
         flush_logs()
         os._exit(status)  # the thread that loads the model cannot be stopped
     raise typer.Exit(status)
+
+
+def fit_connections(settings: Settings, frontends: int, descriptors: int | None) -> Settings:
+    """Lower MAX_CONNECTIONS to what the limit of open files carries.
+
+    Above that limit the kernel gives no connection to the process, which could not even reject it with 503. Half of the limit
+    is for connections that are being rejected, and for uploads that are stored in a file.
+
+    Args:
+        settings: Settings of the service.
+        frontends: Number of processes that accept connections.
+        descriptors: Limit of open files of each process; None if there is none.
+    """
+    if descriptors is None:
+        return settings
+    carried = frontends * max(1, (descriptors - RESERVED_DESCRIPTORS) // 2)
+    if settings.max_connections <= carried:
+        return settings
+    log.warning(
+        "MAX_CONNECTIONS lowered: raise the hard limit of open files (ulimit -Hn, LimitNOFILE=)",
+        max_connections=carried,
+        configured=settings.max_connections,
+        open_files=descriptors,
+    )
+    return settings.model_copy(update={"max_connections": carried})

@@ -13,6 +13,8 @@ import httpx
 import psutil
 import pytest
 
+from dinat.app.cli.serve import fit_connections
+from dinat.app.settings import Settings
 from tests.e2e.processes import DIGITS, Server, load_until_rejected
 
 IMAGE = (DIGITS / "7-1.png").read_bytes()
@@ -82,3 +84,34 @@ def test_nothing_remains_when_the_supervisor_is_killed(monkeypatch: pytest.Monke
             assert not alive
             server.wait()
         assert not list(Path(folder).glob("dinat-*"))  # PyTorch has a cache of its own there
+
+
+@pytest.mark.process
+def test_connections_over_a_low_limit_of_open_files_are_rejected_with_503() -> None:
+    with Server(prefix=["sh", "-c", 'ulimit -n 64; exec "$@"', "sh"]) as server, ExitStack() as stack:
+        (warning,) = [event for event in server.events if "MAX_CONNECTIONS lowered" in event["event"]]
+        assert (warning["max_connections"], warning["open_files"]) == (16, 64)
+        statuses = []
+        for _ in range(28):
+            client = stack.enter_context(httpx.Client(base_url=server.url, timeout=30))
+            statuses.append(client.post("/classify", content=IMAGE).status_code)
+        assert statuses == [200] * 16 + [503] * 12
+        assert server.stop() == 0
+
+
+@pytest.mark.parametrize(
+    ("configured", "frontends", "descriptors", "expected"),
+    [
+        (1024, 1, None, 1024),
+        (1024, 1, 4096, 1024),
+        (1024, 1, 1024, 496),
+        (1024, 4, 1024, 1024),
+        (1024, 2, 64, 32),
+        (5, 1, 8, 1),
+    ],
+)
+def test_max_connections_fits_the_limit_of_open_files(
+    configured: int, frontends: int, descriptors: int | None, expected: int
+) -> None:
+    settings = Settings(_env_file=None, max_connections=configured)
+    assert fit_connections(settings, frontends, descriptors).max_connections == expected
