@@ -25,6 +25,7 @@ from pathlib import Path
 import structlog
 import torch
 
+from dinat.app.engine.backend import State
 from dinat.app.engine.engine import Engine
 from dinat.app.engine.local_backend import RESTARTS
 from dinat.app.engine.multiprocess.engine_client import EngineClient
@@ -45,8 +46,22 @@ FORK = multiprocessing.get_context("fork") if sys.platform == "linux" else None
 """Processes are forked: they start in milliseconds and share imported modules. The supervisor has no threads and no CUDA."""
 
 STARTING = "starting"
+NOT_RESPONDING = "not responding"
 MAX_FAILED_STARTS = 3
 """How many frontend processes in a row may exit while they start."""
+
+CHECK_SECONDS = 1
+"""How often the supervisor checks that the processes have reported their state, which each does more often than that."""
+
+SILENT_CHECKS, KILL_CHECKS = 5, 10
+"""After how many checks in a row without a report a process counts as not responding, and is killed.
+
+Checks are counted, not seconds: while the whole host or container is suspended, the supervisor counts none. Event loops report,
+and are free while other threads compute; a process that is only slow reports within these checks.
+"""
+
+LOADING_CHECKS = 120
+"""After how many it is killed while it starts or loads its model: a library may then block all threads."""
 
 
 class ServiceFailed(Exception):
@@ -58,14 +73,16 @@ class ProcessStatus:
     """Status of a process.
 
     Attributes:
-        state: Last state that the process reported.
+        state: Last state that the process reported, or NOT_RESPONDING.
         restarts: How often it was restarted.
+        reports: How often it has reported its state.
     """
 
     name: str
     pid: int
     state: str
     restarts: int
+    reports: int
 
 
 class StatusBoard:
@@ -73,7 +90,10 @@ class StatusBoard:
 
     _PROCESS = struct.Struct("<ii")
     _LENGTH = struct.Struct("<I")
-    _TEXT = _PROCESS.size + _LENGTH.size
+    _REPORTS = struct.Struct("<I")
+    _AT_LENGTH = _PROCESS.size
+    _AT_REPORTS = _AT_LENGTH + _LENGTH.size
+    _TEXT = _AT_REPORTS + _REPORTS.size
     _SIZE = 1024
 
     def __init__(self, names: Sequence[str]) -> None:
@@ -84,11 +104,18 @@ class StatusBoard:
         """Record a started process; by the supervisor."""
         self._PROCESS.pack_into(self._memory, self._offset(name), pid, restarts)
 
+    def report(self, name: str, state: str) -> None:
+        """Record the state of a process, by the process itself and repeatedly: that shows that it responds."""
+        self.set_state(name, state)
+        at = self._offset(name) + self._AT_REPORTS
+        (reports,) = self._REPORTS.unpack_from(self._memory, at)
+        self._REPORTS.pack_into(self._memory, at, (reports + 1) % 2**32)
+
     def set_state(self, name: str, state: str) -> None:
-        """Record the state of a process; by the process itself."""
+        """Record the state of a process; by the supervisor."""
         offset, text = self._offset(name), state.encode()[: self._SIZE - self._TEXT]
         self._memory[offset + self._TEXT : offset + self._TEXT + len(text)] = text
-        self._LENGTH.pack_into(self._memory, offset + self._PROCESS.size, len(text))
+        self._LENGTH.pack_into(self._memory, offset + self._AT_LENGTH, len(text))
 
     def read(self) -> list[ProcessStatus]:
         """Status of all processes."""
@@ -98,9 +125,15 @@ class StatusBoard:
         """Status of one process."""
         offset = self._offset(name)
         pid, restarts = self._PROCESS.unpack_from(self._memory, offset)
-        (length,) = self._LENGTH.unpack_from(self._memory, offset + self._PROCESS.size)
+        (length,) = self._LENGTH.unpack_from(self._memory, offset + self._AT_LENGTH)
+        (reports,) = self._REPORTS.unpack_from(self._memory, offset + self._AT_REPORTS)
         text = self._memory[offset + self._TEXT : offset + self._TEXT + length].decode(errors="replace")
-        return ProcessStatus(name, pid, text, restarts)
+        return ProcessStatus(name, pid, text, restarts, reports)
+
+    def is_in_state(self, name: str, state: str) -> bool:
+        """Whether a process is in a state; cheaper than `get`, for use in every request."""
+        at, text = self._offset(name) + self._TEXT, state.encode()
+        return self._memory[at : at + len(text)] == text
 
     def pids(self) -> Mapping[str, int]:
         """Ids of the started processes, by name."""
@@ -149,6 +182,8 @@ class Supervisor:
         self._failed_starts = 0
         self._stop_signals = stop_signals()
         self._signals = 0
+        self._silent: dict[str, tuple[int, int]] = {}
+        self._next_check = 0.0
         self._pid = os.getpid()
         self._stopping = False
         self._failed_stops: list[str] = []
@@ -207,6 +242,7 @@ class Supervisor:
                 wakeup.recv(4096)
             elif isinstance(ready, int):
                 self._on_exit(sentinels[ready])
+        self._check_processes()
         if self._signals and not self._stopping:
             settings = self._settings
             self._stop(settings.lame_duck_seconds + settings.drain_seconds + GRACE_SECONDS)
@@ -225,8 +261,26 @@ class Supervisor:
             if name in self._children:
                 self._children[name].terminate()
 
-    def _timeout(self) -> float | None:
-        return max(0, self._stop_by - time.monotonic()) if self._stopping else None
+    def _timeout(self) -> float:
+        return max(0, (self._stop_by if self._stopping else self._next_check) - time.monotonic())
+
+    def _check_processes(self) -> None:
+        """Kill processes that have not reported their state for too long; their exit is then handled like any other."""
+        now = time.monotonic()
+        if self._stopping or now < self._next_check:
+            return
+        self._next_check = now + CHECK_SECONDS
+        for name, child in self._children.items():
+            status = self._board.get(name)
+            reports, checks = self._silent.get(name, (-1, 0))
+            checks = checks + 1 if status.reports == reports else 0
+            self._silent[name] = status.reports, checks
+            loading = status.state in (STARTING, State.LOADING)
+            if checks == (LOADING_CHECKS if loading else KILL_CHECKS):
+                log.error("process killed because it does not respond", process=name, pid=status.pid)
+                child.kill()
+            elif checks >= SILENT_CHECKS and not loading:
+                self._board.set_state(name, NOT_RESPONDING)
 
     def _stop_in_order(self) -> None:
         """While stopping: stop the engine process after all frontend processes, and kill all of them at the timeout."""
@@ -245,6 +299,7 @@ class Supervisor:
         self._lifelines[name] = writer
         body = self._run_engine if name == "engine" else self._run_frontend
         self._board.set_state(name, STARTING)
+        self._silent.pop(name, None)
         child = FORK.Process(target=self._run_child, args=(name, reader, body), name=name)
         # Signals wait until the child has its own handlers, so that none is lost.
         signal.pthread_sigmask(signal.SIG_BLOCK, self._stop_signals)
@@ -315,7 +370,7 @@ class Supervisor:
         return Metrics(SharedMetrics(self._folder, name, self._board.pids))
 
     def _run_engine(self, name: str, lifeline: int) -> int:
-        report_status = partial(self._board.set_state, name)
+        report_status = partial(self._board.report, name)
         engine = EngineProcess(
             self._settings, self._metrics(name), self._engine_listener, lifeline, report_status, len(self._names)
         )
@@ -324,12 +379,15 @@ class Supervisor:
     def _run_frontend(self, name: str, lifeline: int) -> int:
         self._engine_listener.close()
         settings = self._settings.for_frontend(len(self._names))
-        create_backend = partial(EngineClient, address=f"{self._folder}/engine")
+        create_backend = partial(EngineClient, address=f"{self._folder}/engine", responds=self._engine_responds)
         engine = Engine(settings, create_backend, self._metrics(name))
         app = create_app(settings, engine, self._board.read)
-        server = Server(app, engine, lifeline, partial(self._board.set_state, name))
+        server = Server(app, engine, lifeline, partial(self._board.report, name))
         server.run(self._sockets[name])
         return 0
+
+    def _engine_responds(self) -> bool:
+        return not self._board.is_in_state("engine", NOT_RESPONDING)
 
 
 def _listen(settings: Settings, count: int) -> list[list[socket.socket]]:
