@@ -34,6 +34,11 @@ def free_memory() -> int:
     return available if limit == "max" else max(0, min(available, int(limit) - used))
 
 
+def resident_memory() -> int:
+    """Bytes of memory of this process that are in RAM. Linux only."""
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
 def raise_descriptor_limit() -> int | None:
     """Raise the limit of open files, connections included, to the hard limit; the default soft limit is often 1024.
 

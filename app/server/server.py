@@ -16,6 +16,7 @@ from fastapi import FastAPI
 from dinat.app.engine.engine import Engine
 from dinat.app.host import GRACE_SECONDS, exit_after, stop_signals
 from dinat.app.logs import flush_logs
+from dinat.app.server.heap import IdleTrim
 from dinat.app.server.protocol import LINGER_SECONDS, http_protocol
 
 log = structlog.get_logger("dinat")
@@ -62,6 +63,7 @@ class Server(uvicorn.Server):
         super().__init__(config)
         self._engine = engine
         self._lifeline, self._report_status = lifeline, report_status
+        self._trim = IdleTrim()
         self._draining: asyncio.Task[None] | None = None
         if lifeline is None:
             engine.on_started = self._stop_if_failed
@@ -75,6 +77,7 @@ class Server(uvicorn.Server):
     async def on_tick(self, counter: int) -> bool:
         """See uvicorn."""
         self._report_status(self._engine.state)
+        self._trim.tick(busy=bool(self.server_state.tasks))
         return await super().on_tick(counter)
 
     @contextlib.contextmanager

@@ -35,7 +35,7 @@ from dinat.app.host import GRACE_SECONDS, cores, stop_signals
 from dinat.app.logs import flush_logs
 from dinat.app.main import create_app
 from dinat.app.metrics import Metrics, SharedMetrics
-from dinat.app.server.heap import reduce_gc
+from dinat.app.server.heap import IdleTrim, reduce_gc
 from dinat.app.server.server import Server
 from dinat.app.settings import Settings
 from dinat.model import ConfigError
@@ -370,7 +370,12 @@ class Supervisor:
         return Metrics(SharedMetrics(self._folder, name, self._board.pids))
 
     def _run_engine(self, name: str, lifeline: int) -> int:
-        report_status = partial(self._board.report, name)
+        trim = IdleTrim()
+
+        def report_status(state: str) -> None:
+            self._board.report(name, state)
+            trim.tick(engine.busy)
+
         engine = EngineProcess(
             self._settings, self._metrics(name), self._engine_listener, lifeline, report_status, len(self._names)
         )
