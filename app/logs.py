@@ -2,6 +2,7 @@
 
 import asyncio
 import atexit
+import contextlib
 import logging
 import sys
 from collections.abc import Callable
@@ -79,9 +80,10 @@ def flush_logs() -> None:
     lines = _StandardError._lines[:]
     del _StandardError._lines[: len(lines)]
     if lines:
-        stream = sys.stderr.buffer
-        stream.write(b"\n".join([*lines, b""]))
-        stream.flush()
+        with contextlib.suppress(OSError):  # the terminal or the reader of a pipe is gone; requests are served all the same
+            stream = sys.stderr.buffer
+            stream.write(b"\n".join([*lines, b""]))
+            stream.flush()
 
 
 atexit.register(flush_logs)

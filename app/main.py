@@ -41,8 +41,9 @@ def create_app(
         asyncio.get_running_loop().set_default_executor(encoders)  # used by asyncio.to_thread
         starting = asyncio.create_task(engine.start())
         yield
+        starting.cancel()  # of no effect once the model is loaded
         await engine.stop()
-        await starting
+        await asyncio.wait([starting])
 
     app = FastAPIOffline(  # serves the assets of /docs itself instead of loading them from a CDN
         title="dinat-serve",

@@ -23,10 +23,15 @@ class Backend(Protocol):
     `put` is safe from any thread; all other methods run on the event loop's thread.
     """
 
-    state: State
-    """LOADING, READY or FAILED. DRAINING is a state of the Engine only."""
-    failure: BaseException | None
     loaded: LoadedModel | None
+
+    @property
+    def state(self) -> State:
+        """LOADING, READY or FAILED. DRAINING is a state of the Engine only."""
+
+    @property
+    def failure(self) -> BaseException | None:
+        """Why the state is FAILED."""
 
     @property
     def waiting(self) -> int:

@@ -14,7 +14,7 @@ import structlog
 from dinat.app.engine.backend import Backend, State
 from dinat.app.engine.events import BackendEvents
 from dinat.app.engine.job import Job
-from dinat.app.engine.local_backend import LocalBackend
+from dinat.app.engine.local_backend import LocalBackend, in_own_thread
 from dinat.app.engine.runtimes.runtime import Array, InferenceOptions, InferenceResult, LoadedModel
 from dinat.app.errors import DeadlinePassed, NoImage, ServiceError, TooLarge, Unavailable
 from dinat.app.images import decode
@@ -118,7 +118,7 @@ class Engine(BackendEvents):
     async def start(self) -> None:
         """Load the model and warm it up, then call on_started. An error is stored in `failure`, not raised."""
         self._loop = asyncio.get_running_loop()
-        await asyncio.to_thread(library)  # compile the resize kernels, if needed, before images arrive
+        await in_own_thread(library)  # compile the resize kernels, if needed, before images arrive
         await self.backend.start()
         self.on_started()
 

@@ -1,9 +1,10 @@
 """A backend in this process: loads the model, warms it up, runs batches, and restarts crashed threads."""
 
 import asyncio
+import threading
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from typing import TypeVar
 
 import structlog
@@ -74,7 +75,7 @@ class LocalBackend(BatcherEvents):
         self._loop = asyncio.get_running_loop()
         started = time.monotonic()
         try:
-            self.runtimes, max_batch, disabled = await self._warm_up(await _in_own_thread(self.load))
+            self.runtimes, max_batch, disabled = await self._warm_up(await in_own_thread(self.load))
             first = self.runtimes[0]
             self.loaded = LoadedModel(
                 first.config,
@@ -106,7 +107,8 @@ class LocalBackend(BatcherEvents):
                 attention=self.loaded.attention,
                 seconds=round(time.monotonic() - started, 2),
             )
-        self._start_ended.set()
+        finally:  # also if this is cancelled
+            self._start_ended.set()
 
     def load(self) -> Sequence[Runtime]:
         """Load the checkpoint; runs in a thread. Raises CheckpointError, ConfigError, ExportError."""
@@ -127,16 +129,16 @@ class LocalBackend(BatcherEvents):
         unusable: list[Disabled] = []
         for runtime in runtimes:
             try:
-                max_batch = min(max_batch, await _in_own_thread(self.warm, runtime, max_batch))
+                max_batch = min(max_batch, await in_own_thread(self.warm, runtime, max_batch))
             except (DeviceUnusable, DeviceLost) as error:
                 unusable.append(Disabled(f"device {runtime.device}", str(error)))
             else:
                 usable.append(runtime)
         if not usable:
             on_cpu = {"device": "cpu", "runtime": "auto", "precision": "auto", "attention": "auto"}
-            usable = list(await _in_own_thread(load_runtimes, self.settings.model_copy(update=on_cpu)))
+            usable = list(await in_own_thread(load_runtimes, self.settings.model_copy(update=on_cpu)))
             size = self.settings.max_batch or usable[0].default_batch
-            max_batch = min(max_batch, await _in_own_thread(self.warm, usable[0], size))
+            max_batch = min(max_batch, await in_own_thread(self.warm, usable[0], size))
         disabled = dict.fromkeys([*unusable, *(one for runtime in usable for one in runtime.disabled)])
         return usable, max_batch, list(disabled)
 
@@ -202,7 +204,7 @@ class LocalBackend(BatcherEvents):
             return
         self._restarts_left -= 1
         try:
-            await _in_own_thread(self.warm, runtime, self._batcher.max_batch)
+            await in_own_thread(self.warm, runtime, self._batcher.max_batch)
         except (Exception, DeviceLost) as restart_error:
             self._batcher.close(Unavailable(f"{reason}; the restart failed: {restart_error}"))
             return
@@ -212,14 +214,22 @@ class LocalBackend(BatcherEvents):
         log.info("engine thread restarted")
 
 
-async def _in_own_thread(call: Callable[..., T], *args: object) -> T:
-    """Call in a thread that ends with the call.
+async def in_own_thread(call: Callable[..., T], *args: object) -> T:
+    """Call in a thread that ends with the call. Nothing waits for the thread if this is cancelled, nor when the process exits.
 
     OpenMP creates a team of threads for each thread that has computed. With more of them than cores they sleep at each join
     instead of spinning, and a batch of one takes 1.5 times as long. So only the engine thread may own a team.
     """
-    thread = ThreadPoolExecutor(1)
-    try:
-        return await asyncio.get_running_loop().run_in_executor(thread, call, *args)
-    finally:
-        thread.shutdown()
+    future: Future[T] = Future()
+    future.set_running_or_notify_cancel()  # from now on the future cannot be cancelled, and takes the result in any case
+
+    def run() -> None:
+        try:
+            result = call(*args)
+        except BaseException as error:  # DeviceLost is no Exception
+            future.set_exception(error)
+        else:
+            future.set_result(result)
+
+    threading.Thread(target=run, daemon=True).start()
+    return await asyncio.wrap_future(future)

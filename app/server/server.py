@@ -2,15 +2,24 @@
 
 import asyncio
 import contextlib
+import os
+import signal
 import socket
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Generator
 from types import FrameType
 
+import structlog
 import uvicorn
 from fastapi import FastAPI
 
 from dinat.app.engine.engine import Engine
+from dinat.app.host import GRACE_SECONDS, exit_after, stop_signals
+from dinat.app.logs import flush_logs
+from dinat.app.server.heap import IdleTrim
 from dinat.app.server.protocol import LINGER_SECONDS, http_protocol
+
+log = structlog.get_logger("dinat")
 
 QUIET_SECONDS = 0.25
 """After a drain, the server closes once no request has come for this long: a request in transit would be reset."""
@@ -21,7 +30,7 @@ class Server(uvicorn.Server):
 
     On a signal the engine accepts work for LAME_DUCK_SECONDS more and then drains, while the server still answers; new work
     gets 503. The server closes once no request has come for QUIET_SECONDS, LINGER_SECONDS after the drain at the latest. A
-    second signal closes it at once.
+    second SIGTERM or SIGINT ends the process at once. It also ends if that takes longer than DRAIN_SECONDS allows.
 
     Args:
         app: The application.
@@ -54,6 +63,7 @@ class Server(uvicorn.Server):
         super().__init__(config)
         self._engine = engine
         self._lifeline, self._report_status = lifeline, report_status
+        self._trim = IdleTrim()
         self._draining: asyncio.Task[None] | None = None
         if lifeline is None:
             engine.on_started = self._stop_if_failed
@@ -67,14 +77,29 @@ class Server(uvicorn.Server):
     async def on_tick(self, counter: int) -> bool:
         """See uvicorn."""
         self._report_status(self._engine.state)
+        self._trim.tick(busy=bool(self.server_state.tasks))
         return await super().on_tick(counter)
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Generator[None]:
+        """See uvicorn, which does not handle SIGHUP."""
+        in_main_thread = threading.current_thread() is threading.main_thread()  # the only one that may handle signals
+        original = {one: signal.signal(one, self.handle_exit) for one in stop_signals() if in_main_thread}
+        try:
+            with super().capture_signals():
+                yield
+        finally:
+            for one, handler in original.items():
+                signal.signal(one, handler)
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """See uvicorn, whose own handler raises the signal again on exit; here the command sets the exit status."""
-        if self._draining is not None and self._lifeline is None:
-            self.should_exit = self.force_exit = True
-        else:
+        if self._draining is None:
             self._drain()
+        elif self._lifeline is None and sig in (signal.SIGTERM, signal.SIGINT):  # a closed terminal sends SIGHUP twice
+            with contextlib.suppress(RuntimeError):  # the signal has interrupted a write to the log
+                flush_logs()
+            os._exit(0)  # the event loop or a thread may be blocked
 
     def _drain(self) -> None:
         loop = asyncio.get_running_loop()
@@ -85,7 +110,13 @@ class Server(uvicorn.Server):
             loop.call_soon_threadsafe(lambda: None)  # wakes the loop from a signal handler
 
     async def _drain_then_exit(self) -> None:
-        await self._engine.drain(self._engine.settings.lame_duck_seconds)
+        settings = self._engine.settings
+        exit_after(
+            settings.lame_duck_seconds + settings.drain_seconds + GRACE_SECONDS,
+            status=1,
+            on_exit=lambda: log.error("process ended after timeout"),
+        )
+        await self._engine.drain(settings.lame_duck_seconds)
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(LINGER_SECONDS):
                 await self._wait_until_quiet()

@@ -8,6 +8,7 @@ import asyncio
 import mmap
 import multiprocessing
 import os
+import shutil
 import signal
 import socket
 import struct
@@ -24,16 +25,17 @@ from pathlib import Path
 import structlog
 import torch
 
+from dinat.app.engine.backend import State
 from dinat.app.engine.engine import Engine
 from dinat.app.engine.local_backend import RESTARTS
 from dinat.app.engine.multiprocess.engine_client import EngineClient
 from dinat.app.engine.multiprocess.engine_process import LOAD_FAILED_STATUS, EngineProcess
 from dinat.app.engine.runtimes.torch_runtime import resolve_devices
-from dinat.app.host import cores
+from dinat.app.host import GRACE_SECONDS, cores, stop_signals
 from dinat.app.logs import flush_logs
 from dinat.app.main import create_app
 from dinat.app.metrics import Metrics, SharedMetrics
-from dinat.app.server.heap import reduce_gc
+from dinat.app.server.heap import IdleTrim, reduce_gc
 from dinat.app.server.server import Server
 from dinat.app.settings import Settings
 from dinat.model import ConfigError
@@ -43,13 +45,23 @@ log = structlog.get_logger("dinat")
 FORK = multiprocessing.get_context("fork") if sys.platform == "linux" else None
 """Processes are forked: they start in milliseconds and share imported modules. The supervisor has no threads and no CUDA."""
 
-SIGNALS = (signal.SIGTERM, signal.SIGINT)
 STARTING = "starting"
+NOT_RESPONDING = "not responding"
 MAX_FAILED_STARTS = 3
 """How many frontend processes in a row may exit while they start."""
 
-GRACE_SECONDS = 10
-"""How long processes may take to stop, beyond the time that the settings give them."""
+CHECK_SECONDS = 1
+"""How often the supervisor checks that the processes have reported their state, which each does more often than that."""
+
+SILENT_CHECKS, KILL_CHECKS = 5, 10
+"""After how many checks in a row without a report a process counts as not responding, and is killed.
+
+Checks are counted, not seconds: while the whole host or container is suspended, the supervisor counts none. Event loops report,
+and are free while other threads compute; a process that is only slow reports within these checks.
+"""
+
+LOADING_CHECKS = 120
+"""After how many it is killed while it starts or loads its model: a library may then block all threads."""
 
 
 class ServiceFailed(Exception):
@@ -61,14 +73,16 @@ class ProcessStatus:
     """Status of a process.
 
     Attributes:
-        state: Last state that the process reported.
+        state: Last state that the process reported, or NOT_RESPONDING.
         restarts: How often it was restarted.
+        reports: How often it has reported its state.
     """
 
     name: str
     pid: int
     state: str
     restarts: int
+    reports: int
 
 
 class StatusBoard:
@@ -76,7 +90,10 @@ class StatusBoard:
 
     _PROCESS = struct.Struct("<ii")
     _LENGTH = struct.Struct("<I")
-    _TEXT = _PROCESS.size + _LENGTH.size
+    _REPORTS = struct.Struct("<I")
+    _AT_LENGTH = _PROCESS.size
+    _AT_REPORTS = _AT_LENGTH + _LENGTH.size
+    _TEXT = _AT_REPORTS + _REPORTS.size
     _SIZE = 1024
 
     def __init__(self, names: Sequence[str]) -> None:
@@ -87,11 +104,18 @@ class StatusBoard:
         """Record a started process; by the supervisor."""
         self._PROCESS.pack_into(self._memory, self._offset(name), pid, restarts)
 
+    def report(self, name: str, state: str) -> None:
+        """Record the state of a process, by the process itself and repeatedly: that shows that it responds."""
+        self.set_state(name, state)
+        at = self._offset(name) + self._AT_REPORTS
+        (reports,) = self._REPORTS.unpack_from(self._memory, at)
+        self._REPORTS.pack_into(self._memory, at, (reports + 1) % 2**32)
+
     def set_state(self, name: str, state: str) -> None:
-        """Record the state of a process; by the process itself."""
+        """Record the state of a process; by the supervisor."""
         offset, text = self._offset(name), state.encode()[: self._SIZE - self._TEXT]
         self._memory[offset + self._TEXT : offset + self._TEXT + len(text)] = text
-        self._LENGTH.pack_into(self._memory, offset + self._PROCESS.size, len(text))
+        self._LENGTH.pack_into(self._memory, offset + self._AT_LENGTH, len(text))
 
     def read(self) -> list[ProcessStatus]:
         """Status of all processes."""
@@ -101,9 +125,15 @@ class StatusBoard:
         """Status of one process."""
         offset = self._offset(name)
         pid, restarts = self._PROCESS.unpack_from(self._memory, offset)
-        (length,) = self._LENGTH.unpack_from(self._memory, offset + self._PROCESS.size)
+        (length,) = self._LENGTH.unpack_from(self._memory, offset + self._AT_LENGTH)
+        (reports,) = self._REPORTS.unpack_from(self._memory, offset + self._AT_REPORTS)
         text = self._memory[offset + self._TEXT : offset + self._TEXT + length].decode(errors="replace")
-        return ProcessStatus(name, pid, text, restarts)
+        return ProcessStatus(name, pid, text, restarts, reports)
+
+    def is_in_state(self, name: str, state: str) -> bool:
+        """Whether a process is in a state; cheaper than `get`, for use in every request."""
+        at, text = self._offset(name) + self._TEXT, state.encode()
+        return self._memory[at : at + len(text)] == text
 
     def pids(self) -> Mapping[str, int]:
         """Ids of the started processes, by name."""
@@ -150,13 +180,18 @@ class Supervisor:
         self._children: dict[str, BaseProcess] = {}
         self._restarts: dict[str, int] = {}
         self._failed_starts = 0
+        self._stop_signals = stop_signals()
         self._signals = 0
+        self._silent: dict[str, tuple[int, int]] = {}
+        self._next_check = 0.0
+        self._pid = os.getpid()
         self._stopping = False
+        self._failed_stops: list[str] = []
         self._stop_by = float("inf")
         self._lifelines: dict[str, int] = {}
 
     def run(self) -> None:
-        """Serve until SIGTERM or SIGINT, then shut down gracefully; a second signal kills. Raises ServiceFailed."""
+        """Serve until a signal, then shut down gracefully; a second SIGTERM or SIGINT kills. Raises ServiceFailed."""
         self._board.set_process("supervisor", os.getpid(), 0)
         self._board.set_state("supervisor", "watching")
         reduce_gc()  # also in the children, so that they share the memory of existing objects
@@ -179,6 +214,8 @@ class Supervisor:
                     self._start(name)
                 while self._children:
                     self._wait_for_event(wakeup_reader)
+                if self._failed_stops and self._signals < 2:
+                    raise ServiceFailed(f"processes did not stop by themselves: {', '.join(self._failed_stops)}")
             finally:
                 signal.set_wakeup_fd(-1)
                 for child in self._children.values():
@@ -190,11 +227,12 @@ class Supervisor:
         for end in (reader, writer):
             end.setblocking(False)
         signal.set_wakeup_fd(writer.fileno())
-        for one in SIGNALS:
+        for one in self._stop_signals:
             signal.signal(one, self._count_signal)
 
-    def _count_signal(self, *_: object) -> None:
-        self._signals += 1
+    def _count_signal(self, number: int, _: object) -> None:
+        if number in (signal.SIGTERM, signal.SIGINT) or not self._signals:  # a closed terminal sends SIGHUP twice
+            self._signals += 1
 
     def _wait_for_event(self, wakeup: socket.socket) -> None:
         """Wait for a signal, the exit of a child or the timeout, and handle it. Raises ServiceFailed."""
@@ -204,6 +242,7 @@ class Supervisor:
                 wakeup.recv(4096)
             elif isinstance(ready, int):
                 self._on_exit(sentinels[ready])
+        self._check_processes()
         if self._signals and not self._stopping:
             settings = self._settings
             self._stop(settings.lame_duck_seconds + settings.drain_seconds + GRACE_SECONDS)
@@ -222,8 +261,26 @@ class Supervisor:
             if name in self._children:
                 self._children[name].terminate()
 
-    def _timeout(self) -> float | None:
-        return max(0, self._stop_by - time.monotonic()) if self._stopping else None
+    def _timeout(self) -> float:
+        return max(0, (self._stop_by if self._stopping else self._next_check) - time.monotonic())
+
+    def _check_processes(self) -> None:
+        """Kill processes that have not reported their state for too long; their exit is then handled like any other."""
+        now = time.monotonic()
+        if self._stopping or now < self._next_check:
+            return
+        self._next_check = now + CHECK_SECONDS
+        for name, child in self._children.items():
+            status = self._board.get(name)
+            reports, checks = self._silent.get(name, (-1, 0))
+            checks = checks + 1 if status.reports == reports else 0
+            self._silent[name] = status.reports, checks
+            loading = status.state in (STARTING, State.LOADING)
+            if checks == (LOADING_CHECKS if loading else KILL_CHECKS):
+                log.error("process killed because it does not respond", process=name, pid=status.pid)
+                child.kill()
+            elif checks >= SILENT_CHECKS and not loading:
+                self._board.set_state(name, NOT_RESPONDING)
 
     def _stop_in_order(self) -> None:
         """While stopping: stop the engine process after all frontend processes, and kill all of them at the timeout."""
@@ -242,10 +299,12 @@ class Supervisor:
         self._lifelines[name] = writer
         body = self._run_engine if name == "engine" else self._run_frontend
         self._board.set_state(name, STARTING)
+        self._silent.pop(name, None)
         child = FORK.Process(target=self._run_child, args=(name, reader, body), name=name)
-        signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)  # until the child has its own handlers, so that none is lost
+        # Signals wait until the child has its own handlers, so that none is lost.
+        signal.pthread_sigmask(signal.SIG_BLOCK, self._stop_signals)
         child.start()
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, self._stop_signals)
         os.close(reader)
         self._children[name] = child
         self._board.set_process(name, child.pid or 0, self._restarts.setdefault(name, 0))
@@ -259,6 +318,8 @@ class Supervisor:
         if name in self._lifelines:
             os.close(self._lifelines.pop(name))
         if self._stopping:
+            if exit_status not in (0, -signal.SIGTERM):  # the latter if it had only just started
+                self._failed_stops.append(f"{name} (status {exit_status})")
             return
         if name == "engine" and exit_status == LOAD_FAILED_STATUS:
             self._give_up(f"{self._settings.model} cannot be served: {last.state}")
@@ -288,8 +349,9 @@ class Supervisor:
         """In a child: close what belongs to the supervisor and other children, and run."""
         signal.set_wakeup_fd(-1)
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
-        signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal sends it to all processes; the supervisor handles it
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
+        for of_terminal in (signal.SIGINT, signal.SIGHUP):  # sent to all processes; the supervisor handles them
+            signal.signal(of_terminal, signal.SIG_IGN)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, self._stop_signals)
         for descriptor in self._lifelines.values():
             os.close(descriptor)
         for other, sockets in self._sockets.items():
@@ -300,13 +362,20 @@ class Supervisor:
             status = body(name, lifeline)
         finally:
             flush_logs()  # multiprocessing children do not run atexit handlers
+            if os.getppid() != self._pid:  # the supervisor was killed
+                shutil.rmtree(self._folder, ignore_errors=True)
         sys.exit(status)
 
     def _metrics(self, name: str) -> Metrics:
         return Metrics(SharedMetrics(self._folder, name, self._board.pids))
 
     def _run_engine(self, name: str, lifeline: int) -> int:
-        report_status = partial(self._board.set_state, name)
+        trim = IdleTrim()
+
+        def report_status(state: str) -> None:
+            self._board.report(name, state)
+            trim.tick(engine.busy)
+
         engine = EngineProcess(
             self._settings, self._metrics(name), self._engine_listener, lifeline, report_status, len(self._names)
         )
@@ -315,12 +384,15 @@ class Supervisor:
     def _run_frontend(self, name: str, lifeline: int) -> int:
         self._engine_listener.close()
         settings = self._settings.for_frontend(len(self._names))
-        create_backend = partial(EngineClient, address=f"{self._folder}/engine")
+        create_backend = partial(EngineClient, address=f"{self._folder}/engine", responds=self._engine_responds)
         engine = Engine(settings, create_backend, self._metrics(name))
         app = create_app(settings, engine, self._board.read)
-        server = Server(app, engine, lifeline, partial(self._board.set_state, name))
+        server = Server(app, engine, lifeline, partial(self._board.report, name))
         server.run(self._sockets[name])
         return 0
+
+    def _engine_responds(self) -> bool:
+        return not self._board.is_in_state("engine", NOT_RESPONDING)
 
 
 def _listen(settings: Settings, count: int) -> list[list[socket.socket]]:

@@ -8,7 +8,7 @@ import socket
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -69,13 +69,19 @@ def servers(ports: list[int], **settings: Any) -> Iterator[list["Server"]]:
 class Server:
     """`dinat serve` as a context manager: ready on entry, stopped on exit.
 
+    Args:
+        port: Port to listen on; 0 selects a free one.
+        prefix: Command that runs the service.
+        settings: Settings of the service.
+
     Attributes:
         events: Logged events.
         url: Base URL.
     """
 
-    def __init__(self, port: int = 0, **settings: Any) -> None:
+    def __init__(self, port: int = 0, prefix: Sequence[str] = (), **settings: Any) -> None:
         self._port = port
+        self._prefix = prefix
         self._settings = {f"DINAT_{name.upper()}": str(value) for name, value in settings.items()}
         self.events: list[dict[str, Any]] = []
         self._ready = threading.Event()
@@ -83,7 +89,7 @@ class Server:
 
     def __enter__(self) -> Self:
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "dinat", "serve", "--port", str(self._port), "--log-format", "json"],
+            [*self._prefix, sys.executable, "-m", "dinat", "serve", "--port", str(self._port), "--log-format", "json"],
             stderr=subprocess.PIPE,
             text=True,
             env={**os.environ, **self._settings},

@@ -5,7 +5,7 @@ import itertools
 import os
 import socket
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -56,12 +56,21 @@ class EngineClient:
     Args:
         events: Receives results.
         address: Path of the Unix socket on which the engine process listens.
+        responds: Returns whether the engine process responds. The state is FAILED while it does not.
     """
 
-    def __init__(self, settings: Settings, metrics: Metrics, events: BackendEvents, address: str) -> None:
+    def __init__(
+        self,
+        settings: Settings,
+        metrics: Metrics,
+        events: BackendEvents,
+        address: str,
+        responds: Callable[[], bool] = lambda: True,
+    ) -> None:
         self.settings = settings
-        self.state = State.LOADING
-        self.failure: BaseException | None = None
+        self._state = State.LOADING
+        self._failure: BaseException | None = None
+        self._responds = responds
         self.loaded: LoadedModel | None = None
         self.rate: float | None = None
         self._events = events
@@ -75,6 +84,16 @@ class EngineClient:
         self._pending: dict[Job, PendingJob] = {}
         self._sent: dict[int, PendingJob] = {}
         self._numbers = itertools.count()
+
+    @property
+    def state(self) -> State:
+        """See Backend."""
+        return self._state if self._responds() else State.FAILED
+
+    @property
+    def failure(self) -> BaseException | None:
+        """See Backend."""
+        return self._failure if self._responds() else RuntimeError("the engine process does not respond: retry later")
 
     @property
     def waiting(self) -> int:
@@ -167,14 +186,14 @@ class EngineClient:
             case LoadedMessage():
                 self._on_loaded(message)
             case FailedMessage():
-                self.state, self.failure = State.FAILED, RuntimeError(message.reason)
+                self._state, self._failure = State.FAILED, RuntimeError(message.reason)
                 self._start_ended.set()
 
     def _on_loaded(self, message: LoadedMessage) -> None:
         self.loaded = message.model
         with self._lock:
             self._owner, self._slots = message.owner, Slots(message.slots, message.slot_count, message.slot_size)
-        self.state, self.failure = State.READY, None
+        self._state, self._failure = State.READY, None
         assert self._channel is not None
         self._channel.send(*ReadyMessage().encode())
         self._start_ended.set()
@@ -193,8 +212,8 @@ class EngineClient:
 
     def _on_closed(self) -> None:
         """The engine process exited."""
-        if self.state is not State.FAILED:
-            self.state, self.failure = State.LOADING, _engine_exited()
+        if self._state is not State.FAILED:
+            self._state, self._failure = State.LOADING, _engine_exited()
         self._disconnect(_engine_exited())
         self._connect()
 

@@ -29,6 +29,7 @@ from dinat.app.engine.multiprocess.wire import (
 )
 from dinat.app.engine.runtimes.runtime import InferenceResult, LoadedModel
 from dinat.app.errors import ServiceError
+from dinat.app.host import GRACE_SECONDS, exit_after, stop_signals
 from dinat.app.metrics import Metrics
 from dinat.app.settings import Settings
 
@@ -39,6 +40,9 @@ LOAD_FAILED_STATUS = 3
 
 READY_SECONDS = 10
 """How long the state "ready" is delayed until the frontend processes are ready too."""
+
+REPORT_SECONDS = 0.5
+"""How often the status is reported again, which shows that the event loop responds."""
 
 FLUSH_SECONDS = 0.2
 """How long a failed engine process sends its last messages before it exits."""
@@ -64,7 +68,7 @@ class EngineProcess(BackendEvents):
     Args:
         listener: Unix socket to which frontend processes connect.
         lifeline: File descriptor of a pipe whose other end the supervisor holds.
-        report_status: Receives the engine's state, or the error that it failed with.
+        report_status: Receives the engine's state, or the error that it failed with, every REPORT_SECONDS.
         frontends: Number of frontend processes to expect.
     """
 
@@ -80,6 +84,7 @@ class EngineProcess(BackendEvents):
         self._settings = settings
         self._listener, self._lifeline = listener, lifeline
         self._report_status, self._expected = report_status, frontends
+        self._status = str(State.LOADING)
         self._backend = LocalBackend(settings, metrics, self, restarts=0)
         self._frontends: dict[int, Frontend] = {}
         self._slots: Slots | None = None
@@ -91,14 +96,16 @@ class EngineProcess(BackendEvents):
     async def run(self) -> int:
         """Run until the lifeline is closed or the engine fails. Return the exit status, 0 after a closed lifeline."""
         loop = asyncio.get_running_loop()
-        for ignored in (signal.SIGTERM, signal.SIGINT):  # the supervisor ends it, after the frontend processes
+        for ignored in stop_signals():  # the supervisor ends it, after the frontend processes
             signal.signal(ignored, signal.SIG_IGN)
         self._listener.setblocking(False)
         loop.add_reader(self._listener, self._accept)
         loop.add_reader(self._lifeline, self._stopped.set)
-        self._report_status(State.LOADING)
+        reporting = asyncio.create_task(self._report())
         loading = asyncio.create_task(self._backend.start())
         await self._stopped.wait()
+        # No client waits for results anymore, hence status 0.
+        exit_after(GRACE_SECONDS, status=0, on_exit=lambda: log.warning("process ended after timeout"))
         loop.remove_reader(self._lifeline)
         failed = self._backend.state is State.FAILED
         if failed:
@@ -107,10 +114,25 @@ class EngineProcess(BackendEvents):
             os._exit(0)  # the thread that loads the model cannot be stopped
         else:
             await self._backend.stop()
+        reporting.cancel()
         loop.remove_reader(self._listener)
         for frontend in list(self._frontends.values()):
             frontend.channel.close()
         return 0 if not failed else LOAD_FAILED_STATUS if self._slots is None else 1
+
+    @property
+    def busy(self) -> bool:
+        """Whether a job has not ended."""
+        return any(frontend.jobs for frontend in self._frontends.values())
+
+    async def _report(self) -> None:
+        while True:
+            self._report_status(self._status)
+            await asyncio.sleep(REPORT_SECONDS)
+
+    def _set_status(self, status: str) -> None:
+        self._status = status
+        self._report_status(status)
 
     def _accept(self) -> None:
         try:
@@ -137,9 +159,9 @@ class EngineProcess(BackendEvents):
                 await asyncio.wait_for(self._all_ready.wait(), READY_SECONDS)
             except TimeoutError:
                 log.warning("frontend processes not ready", ready=len(self._ready), expected=self._expected)
-            self._report_status(State.READY)
+            self._set_status(State.READY)
         elif self._backend.state is State.FAILED:
-            self._report_status(str(self._backend.failure))
+            self._set_status(str(self._backend.failure))
             for frontend in self._frontends.values():
                 frontend.send(FailedMessage(str(self._backend.failure)))
             self._stopped.set()
