@@ -90,8 +90,11 @@ class Settings(BaseSettings):
     decode_threads: int = Field(
         default_factory=cores,
         ge=1,
-        description="Threads that decode and resize images in each frontend process. "
+        description="Threads that decode and resize images in each frontend process, and as many processes for large images. "
         "Default: one per core in total, at least 2 in each of several processes.",
+    )
+    decode_seconds: float = Field(
+        10, gt=0, description="Maximum CPU time in seconds to decode an image in a process; beyond it, 422."
     )
     frontends: Annotated[int, Field(ge=1, le=128)] | Literal["auto"] = Field(
         "auto",
