@@ -4,15 +4,17 @@ import base64
 import binascii
 import io
 import re
-from collections.abc import Iterator
 from functools import cache
+from hashlib import blake2b
 from importlib import import_module
-from zlib import crc32
 
 from PIL import Image, ImageOps, UnidentifiedImageError, features
 
 from dinat.app.errors import NoImage, TooLarge, Unprocessable, UnsupportedImage
-from dinat.model.image_processor import to_rgb
+from dinat.app.image_file import JPEG, PNG, BrokenHeader, ImageFile, metadata_orientation, read_structure
+from dinat.model.cpu.resize import Pixels
+from dinat.model.errors import ImageError
+from dinat.model.image_processor import DinatImageProcessor, to_rgb
 
 CORE_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
 """Formats that are always supported. Pillow's rarely tested decoders are not enabled, to reduce the attack surface."""
@@ -21,8 +23,6 @@ SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", "
 """Suffixes of the files that are treated as images when a folder is searched."""
 
 _EMPTY = "the image is empty: send the bytes of an image file"
-
-PNG, JPEG = b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff"
 
 
 @cache
@@ -38,14 +38,48 @@ def formats() -> tuple[str, ...]:
     return (*CORE_FORMATS, *optional)
 
 
-def decode(data: bytes, max_pixels: int, draft: tuple[int, int] | None = None) -> Image.Image:
+class TooManyPixels(TooLarge):
+    """The image has more than the maximum number of pixels.
+
+    Args:
+        size: (width, height) of the image.
+        max_pixels: The maximum.
+    """
+
+    def __init__(self, size: tuple[int, int], max_pixels: int) -> None:
+        self.size = size
+        super().__init__(f"the image has {size[0]}x{size[1]} = {self.pixels:,} pixels, the maximum is {max_pixels:,}")
+
+    @property
+    def pixels(self) -> int:
+        """Width times height."""
+        return self.size[0] * self.size[1]
+
+
+def inspect(data: bytes) -> ImageFile:
+    """Check the structure of an image file, and remove its metadata. Nothing is decoded.
+
+    Raises:
+        NoImage: The data is empty.
+        UnsupportedImage: The header of the file is broken.
+        Unprocessable: The structure exceeds a limit, or the file is damaged.
+    """
+    if not data:
+        raise NoImage(_EMPTY)
+    try:
+        return read_structure(data)
+    except BrokenHeader:
+        raise _unsupported(data) from None
+
+
+def decode(source: bytes | ImageFile, max_pixels: int, draft: tuple[int, int] | None = None) -> Image.Image:
     """Decode the first frame of an image to RGB and apply its EXIF orientation.
 
     As in browsers, text chunks in a PNG are ignored, however long or broken, and a JPEG may lack its end marker if it is
     otherwise complete.
 
     Args:
-        data: Bytes of the image file.
+        source: Bytes of the image file, or the result of `inspect`.
         max_pixels: Maximum number of pixels, checked from the header before decoding.
         draft: (width, height) that suffice. A JPEG of at least twice this size is downscaled while it is decoded, which is
             faster but not bit-identical.
@@ -53,80 +87,108 @@ def decode(data: bytes, max_pixels: int, draft: tuple[int, int] | None = None) -
     Raises:
         NoImage: The data is empty.
         UnsupportedImage: The format is not supported.
-        TooLarge: The image has more than `max_pixels` pixels.
-        Unprocessable: The image is damaged or its samples have no defined range.
+        TooManyPixels: The image has more than `max_pixels` pixels.
+        Unprocessable: The image is damaged, its structure exceeds a limit, or its samples have no defined range.
     """
-    if not data:
-        raise NoImage(_EMPTY)
-    if data.startswith(PNG):
-        data = b"".join(_png_image_chunks(data))
+    file = inspect(source) if isinstance(source, bytes) else source
+    if file.size is not None:
+        check_pixels(file.size, max_pixels)
     try:
-        return _decode(data, max_pixels, draft)
+        return _decode(file, file.data, max_pixels, draft)
     except _DECODER_ERRORS as error:
-        image = _decode_without_end_marker(data, max_pixels, draft)
+        image = _decode_without_end_marker(file, max_pixels, draft)
         if image is None:
             raise Unprocessable(f"the image is damaged: {error}") from error
         return image
 
 
-def _decode(data: bytes, max_pixels: int, draft: tuple[int, int] | None) -> Image.Image:
+def _decode(file: ImageFile, data: bytes, max_pixels: int, draft: tuple[int, int] | None) -> Image.Image:
     """Decode an image as `decode` does, but without its tolerance. Also raises the exceptions of Pillow's decoders."""
     try:
-        image = Image.open(io.BytesIO(data), formats=formats())
+        image = Image.open(io.BytesIO(data), formats=(file.format,) if file.format else formats())
     except UnidentifiedImageError:
-        raise UnsupportedImage(f"{describe_format(data)}: supported formats are {', '.join(formats())}") from None
-    pixels = image.width * image.height
-    if pixels > max_pixels:
-        raise TooLarge(f"the image has {image.width}x{image.height} = {pixels:,} pixels, the maximum is {max_pixels:,}")
+        raise _unsupported(data) from None
+    check_pixels(image.size, max_pixels)
     if image.mode == "F" or (image.mode == "I" and image.format != "PNG"):  # older versions of Pillow open a 16-bit PNG as I
         kind = "floating-point" if image.mode == "F" else "32-bit integer"
         raise Unprocessable(f"the image has {kind} samples, which have no defined range: send 8 or 16 bits per sample")
     if draft is not None:
         image.draft("RGB", draft)
     image.load()
-    ImageOps.exif_transpose(image, in_place=True)
-    return to_rgb(image)
+    return to_rgb(_turned(image, file.orientation))
 
 
-def _png_image_chunks(data: bytes) -> Iterator[bytes]:
-    """Yield the signature and the chunks of a PNG that define its pixels, without text and other ancillary chunks.
+def check_pixels(size: tuple[int, int], max_pixels: int) -> None:
+    """Raise TooManyPixels if an image of this (width, height) has more than `max_pixels` pixels."""
+    if size[0] * size[1] > max_pixels:
+        raise TooManyPixels(size, max_pixels)
 
-    See the PNG specification, section 5.4. Raises Unprocessable if the checksum of an IDAT chunk is wrong; Pillow does not
-    check that of the last one.
+
+def resize_within(processor: DinatImageProcessor, image: Image.Image | Pixels, max_pixels: int) -> Pixels:
+    """Resize and crop an image, as `processor` does, if the result has at most `max_pixels` pixels.
+
+    Raises:
+        TooLarge: The result would be larger: the aspect ratio is extreme, and it is preserved without cropping.
+        Unprocessable: The image cannot be processed.
     """
-    yield PNG
-    start = len(PNG)
-    while start + 8 <= len(data):
-        end = start + 12 + int.from_bytes(data[start : start + 4], "big")
-        kind = data[start + 4 : start + 8]
-        if not kind[0] & 0x20 or kind in (b"tRNS", b"eXIf"):  # an uppercase first letter marks a critical chunk
-            if (
-                kind == b"IDAT"
-                and end <= len(data)
-                and crc32(data[start + 4 : end - 4]) != int.from_bytes(data[end - 4 : end], "big")
-            ):
-                raise Unprocessable("the image is damaged: the checksum of its data is wrong")
-            yield data[start:end]
-        start = end
+    width, height = image.size if isinstance(image, Image.Image) else (image.shape[1], image.shape[0])
+    new_height, new_width = processor.processed_size(width, height)
+    if new_height * new_width > max_pixels:
+        raise TooLarge(
+            f"the image of {width}x{height} pixels would be resized to {new_width}x{new_height} = {new_height * new_width:,} "
+            f"pixels, the maximum is {max_pixels:,}: crop it"
+        )
+    try:
+        return processor.resize(image)
+    except ImageError as error:
+        raise Unprocessable(str(error)) from None
 
 
-def _decode_without_end_marker(data: bytes, max_pixels: int, draft: tuple[int, int] | None) -> Image.Image | None:
+def _turned(image: Image.Image, orientation: int | None) -> Image.Image:
+    """Apply the orientation; that of the image's metadata if None.
+
+    Pillow's exif_transpose reads and copies all metadata, at a cost that the file determines. It is used only for formats whose
+    orientation is not in EXIF or XMP metadata alone, and which are decoded in processes of their own.
+    """
+    if image.format == "WEBP":
+        orientation = metadata_orientation(image.info.get("exif", b""), image.info.get("xmp", b""))
+    if orientation is None:
+        ImageOps.exif_transpose(image, in_place=True)
+        return image
+    return image if orientation == 1 else image.transpose(_TRANSPOSE[orientation])
+
+
+_TRANSPOSE = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+"""What undoes each orientation of EXIF."""
+
+
+def _decode_without_end_marker(file: ImageFile, max_pixels: int, draft: tuple[int, int] | None) -> Image.Image | None:
     """Decode a JPEG that lacks nothing but its end marker; return None if it lacks more, or is not a JPEG.
 
     A decoder fills in missing data. The file is therefore decoded twice, with different padding before the end marker: if the
     results differ, data was missing.
     """
-    if not data.startswith(JPEG):
+    if file.format != "JPEG":
         return None
-    body = data.removesuffix(b"\xff")
+    body = file.data.removesuffix(b"\xff")
     try:
-        image, padded = (_decode(body + padding + b"\xff\xd9", max_pixels, draft) for padding in (b"", b"\x5a\xa5" * 32))
+        padded = blake2b(_decode(file, body + b"\x5a\xa5" * 32 + b"\xff\xd9", max_pixels, draft).tobytes()).digest()
+        image = _decode(file, body + b"\xff\xd9", max_pixels, draft)
     except _DECODER_ERRORS:
         return None
-    return image if image.tobytes() == padded.tobytes() else None
+    return image if blake2b(image.tobytes()).digest() == padded else None
 
 
 _DECODER_ERRORS = (
+    AssertionError,
     OSError,
     RuntimeError,
     SyntaxError,
@@ -164,6 +226,10 @@ _MAGIC = {
     b"BM": "a BMP with a broken header",
 }
 _HEIF_BRANDS = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"mif1", b"msf1")
+
+
+def _unsupported(data: bytes) -> UnsupportedImage:
+    return UnsupportedImage(f"{describe_format(data)}: supported formats are {', '.join(formats())}")
 
 
 def describe_format(data: bytes) -> str:

@@ -92,8 +92,11 @@ class Settings(BaseSettings):
     decode_threads: int = Field(
         default_factory=cores,
         ge=1,
-        description="Number of threads per frontend process that decode and resize images. Default: the cores divided by the "
-        "frontend processes; at least 2 each if there are several.",
+        description="Number of threads per frontend process that decode and resize images, and of processes for large images. "
+        "Default: the cores divided by the frontend processes, at least 2 each if there are several.",
+    )
+    decode_seconds: float = Field(
+        10, gt=0, description="Maximum CPU time in seconds to decode an image in a process; beyond it, 422."
     )
     frontends: Annotated[int, Field(ge=1, le=128)] | Literal["auto"] = Field(
         "auto",

@@ -1,29 +1,31 @@
 """Convert images to pixel values as specified by a checkpoint's preprocessor_config.json.
 
 Images are resized as by Pillow. Results are those of ViTImageProcessor in transformers 4.53.3, bit-exact before normalization.
+PyTorch is imported where it is used: processes that only decode and resize images do not load it.
 """
 
 import json
 import math
-from collections.abc import Callable, Mapping, Sequence
+import sys
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeAlias, TypeGuard
 
 import numpy as np
 import numpy.typing as npt
-import torch
 from PIL import Image
-from torch import Tensor
 
-from dinat.model.capture_safe_cache import capture_safe_cache
-from dinat.model.checkpoints.checkpoint import Checkpoint, open_checkpoint
-from dinat.model.checkpoints.files import PROCESSOR, find_files
-from dinat.model.cpu.resize import Pixels, resize_rgb
+from dinat.model.cpu.resize import Pixels, Window, resize_rgb, resize_rgb_window
 from dinat.model.errors import ImageError
 
-ImageInput = Image.Image | npt.NDArray[np.uint8] | Tensor
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from dinat.model.checkpoints.checkpoint import Checkpoint
+
+ImageInput: TypeAlias = "Image.Image | npt.NDArray[np.uint8] | Tensor"
 """A Pillow image of any mode; or a uint8 array (H, W), (H, W, 1) or (H, W, 3), or tensor (H, W), (1, H, W) or (3, H, W)."""
 
 
@@ -96,7 +98,7 @@ class DinatImageProcessor:
         return cls(**known)
 
     @classmethod
-    def from_pretrained(cls, source: str | Path | Checkpoint, **options: Any) -> "DinatImageProcessor":
+    def from_pretrained(cls, source: "str | Path | Checkpoint", **options: Any) -> "DinatImageProcessor":
         """Create the image processor of a checkpoint.
 
         Without a preprocessor_config.json, this is the one of the published models, for the configuration's image_size or 224.
@@ -109,6 +111,9 @@ class DinatImageProcessor:
             CheckpointError: The checkpoint cannot be found or read.
             ImageError: A field is invalid.
         """
+        from dinat.model.checkpoints.checkpoint import Checkpoint, open_checkpoint
+        from dinat.model.checkpoints.files import PROCESSOR, find_files
+
         if not isinstance(source, Checkpoint):
             values = find_files(source, **options).read_json(PROCESSOR)
             if values is not None:
@@ -127,6 +132,8 @@ class DinatImageProcessor:
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write preprocessor_config.json into a folder, which is created if missing."""
+        from dinat.model.checkpoints.files import PROCESSOR
+
         Path(folder).mkdir(parents=True, exist_ok=True)
         (Path(folder) / PROCESSOR).write_text(json.dumps(self.to_dict(), indent=2) + "\n")
 
@@ -141,14 +148,16 @@ class DinatImageProcessor:
             return None
         return (size[0], size[1]) if len(size) == 2 else None
 
-    def __call__(self, images: ImageInput | Sequence[ImageInput]) -> Tensor:
+    def __call__(self, images: "ImageInput | Sequence[ImageInput]") -> "Tensor":
         """Convert one or several images to pixel values (B, 3, H, W) float32.
 
         Raises:
             ImageError: There are no images, an input is not an image, or the processed images differ in size (without
                 do_resize).
         """
-        batch: Sequence[ImageInput] = images if isinstance(images, Sequence) else [images]
+        import torch
+
+        batch: "Sequence[ImageInput]" = images if isinstance(images, Sequence) else [images]
         if not batch:
             raise ImageError("at least one image is required")
         pixels = [self.resize(image) for image in batch]
@@ -158,56 +167,78 @@ class DinatImageProcessor:
         return self.normalize(torch.from_numpy(np.stack(pixels)))
 
     def resize(self, image: ImageInput) -> Pixels:
-        """Convert an image to RGB, resize and crop it. Returns (H, W, 3) uint8."""
-        rgb = to_rgb(image)
-        if self.crop_pct is not None:
-            height, width = _size(self.size, "size", ({"height", "width"},))
-            resized_height, resized_width = _short_side(rgb, math.floor(height / self.crop_pct))
-            pixels = resize_rgb(rgb, resized_width, resized_height, self.resample)
-            return _center_crop(pixels, height, width, lambda margin: round(margin / 2))
-        if self.do_resize:
-            size = _size(self.size, "size", ({"height", "width"}, {"shortest_edge"}))
-            if len(size) == 1:
-                size = _short_side(rgb, size[0])
-            pixels = resize_rgb(rgb, size[1], size[0], self.resample)
-        else:
-            pixels = np.asarray(rgb)
-        if self.do_center_crop:
-            height, width = _size(self.crop_size, "crop_size", ({"height", "width"},))
-            pixels = _center_crop(pixels, height, width, lambda margin: margin // 2)
-        return pixels
+        """Convert an image to RGB, resize and crop it. Returns (H, W, 3) uint8.
 
-    def normalize(self, pixels: Tensor) -> Tensor:
-        """Rescale and normalize: (B, H, W, 3) uint8 -> (B, 3, H, W) float32, with channels last in memory.
-
-        The result of each of the 256 values per channel is computed once, in transformers' order and precision, and looked up.
+        Raises:
+            ImageError: The input is not an image; or its aspect ratio is extreme, and Pillow's filter is neither bilinear nor
+                bicubic.
         """
-        table = _table(
+        rgb = to_rgb(image)
+        height, width = self._resized_size(rgb.width, rgb.height)
+        crop_size = self._crop_size
+        if crop_size is None:
+            return resize_rgb(rgb, width, height, self.resample)
+        rows, columns = (self._crop(size, crop) for size, crop in zip((height, width), crop_size, strict=True))
+        window = Window(rows.first, rows.last, columns.first, columns.last)
+        pixels = resize_rgb_window(rgb, width, height, self.resample, window)
+        if pixels.shape[:2] == crop_size:
+            return pixels
+        padded = np.zeros((*crop_size, 3), dtype=np.uint8)
+        padded[rows.before :, columns.before :][: pixels.shape[0], : pixels.shape[1]] = pixels
+        return padded
+
+    def processed_size(self, width: int, height: int) -> tuple[int, int]:
+        """Return (height, width) of the processed image, for an RGB image of this width and height."""
+        return self.output_size or self._resized_size(width, height)
+
+    def _resized_size(self, width: int, height: int) -> tuple[int, int]:
+        """Return (height, width) before cropping."""
+        if self.crop_pct is not None:
+            return _short_side(width, height, math.floor(_size(self.size, "size", ({"height", "width"},))[0] / self.crop_pct))
+        if not self.do_resize:
+            return height, width
+        size = _size(self.size, "size", ({"height", "width"}, {"shortest_edge"}))
+        return (size[0], size[1]) if len(size) == 2 else _short_side(width, height, size[0])
+
+    @property
+    def _crop_size(self) -> tuple[int, ...] | None:
+        """(height, width) of the crop, or None."""
+        if self.crop_pct is not None:
+            return _size(self.size, "size", ({"height", "width"},))
+        return _size(self.crop_size, "crop_size", ({"height", "width"},)) if self.do_center_crop else None
+
+    def _crop(self, size: int, crop_size: int) -> "_Crop":
+        """Return the center of an axis, which is padded with zeros if it is smaller."""
+        before = max(0, crop_size - size) // 2
+        margin = max(0, size - crop_size)
+        first = round(margin / 2) if self.crop_pct is not None else margin // 2
+        return _Crop(before, first, min(size, first + crop_size))
+
+    def normalize(self, pixels: "Tensor") -> "Tensor":
+        """Rescale and normalize: (B, H, W, 3) uint8 -> (B, 3, H, W) float32, with channels last in memory."""
+        from dinat.model.normalization import normalize
+
+        return normalize(
+            pixels,
             self.rescale_factor if self.do_rescale else None,
             (tuple(self.image_mean), tuple(self.image_std)) if self.do_normalize else None,
-            pixels.device,
         )
-        channels = [table[c].index_select(0, pixels[..., c].flatten().int()) for c in range(3)]
-        return torch.stack(channels, dim=-1).view(pixels.shape).permute(0, 3, 1, 2)
 
 
-@capture_safe_cache(64)
-def _table(
-    rescale: float | None, mean_and_std: tuple[tuple[float, ...], tuple[float, ...]] | None, device: torch.device
-) -> Tensor:
-    """Return the result of each value of each channel, (3, 256) float32. Cached per device: a CUDA graph cannot copy it."""
-    values = np.arange(256, dtype=np.float64)
-    if rescale is not None:
-        values = values * rescale
-    table = np.repeat(values.astype(np.float32)[None], 3, axis=0)
-    if mean_and_std is not None:
-        mean, std = (np.asarray(numbers, dtype=np.float32)[:, None] for numbers in mean_and_std)
-        table = (table - mean) / std
-    return torch.from_numpy(table).to(device)
+@dataclass(frozen=True)
+class _Crop:
+    """Pixels `first` to before `last` of an axis, after `before` pixels of zeros."""
+
+    before: int
+    first: int
+    last: int
 
 
 _IMAGENET_MEAN = (0.485, 0.456, 0.406)
 _IMAGENET_STD = (0.229, 0.224, 0.225)
+
+_BAND_PIXELS = 2**20
+"""Pixels that are converted at a time."""
 
 
 def to_rgb(image: ImageInput) -> Image.Image:
@@ -216,7 +247,7 @@ def to_rgb(image: ImageInput) -> Image.Image:
     Raises:
         ImageError: The input is not an image, or an array of another dtype or shape.
     """
-    if isinstance(image, Tensor):
+    if _is_tensor(image):
         image = image.permute(1, 2, 0).cpu().numpy() if image.dim() == 3 else image.cpu().numpy()
     if isinstance(image, np.ndarray):
         if image.dtype != np.uint8 or image.ndim not in (2, 3) or (image.ndim == 3 and image.shape[2] not in (1, 3)):
@@ -227,14 +258,27 @@ def to_rgb(image: ImageInput) -> Image.Image:
     if image.mode == "RGB" and "transparency" not in image.info:
         return image
     if image.mode.startswith("I"):
-        levels = np.asarray(image).astype(np.int64).clip(0, 65535)
+        levels = np.asarray(image)
+        levels = levels.clip(0, 65535) if image.mode == "I" else levels
         return Image.fromarray((levels // 257 if image.mode != "I" or levels.max() > 255 else levels).astype(np.uint8)).convert(
             "RGB"
         )
-    if image.has_transparency_data:
-        background = Image.new("RGBA", image.size, "white")
-        return Image.alpha_composite(background, image.convert("RGBA")).convert("RGB")
-    return image.convert("RGB")
+    return _on_white(image) if image.has_transparency_data else image.convert("RGB")
+
+
+def _is_tensor(image: object) -> "TypeGuard[Tensor]":
+    torch = sys.modules.get("torch")  # not imported: if it is not loaded, no tensor exists
+    return torch is not None and isinstance(image, torch.Tensor)
+
+
+def _on_white(image: Image.Image) -> Image.Image:
+    """Draw an image on white, in bands of rows, whose copies require less memory than those of the whole image."""
+    rgb = Image.new("RGB", image.size)
+    rows = max(1, _BAND_PIXELS // image.width)
+    for top in range(0, image.height, rows):
+        band = image.crop((0, top, image.width, min(image.height, top + rows))).convert("RGBA")
+        rgb.paste(Image.alpha_composite(Image.new("RGBA", band.size, "white"), band).convert("RGB"), (0, top))
+    return rgb
 
 
 def _size(size: int | Mapping[str, int] | None, field: str, allowed: tuple[set[str], ...]) -> tuple[int, ...]:
@@ -250,18 +294,8 @@ def _size(size: int | Mapping[str, int] | None, field: str, allowed: tuple[set[s
     return (sides["shortest_edge"],) if "shortest_edge" in sides else (sides["height"], sides["width"])
 
 
-def _short_side(image: Image.Image, side: int) -> tuple[int, int]:
+def _short_side(width: int, height: int, side: int) -> tuple[int, int]:
     """Return (height, width) with `side` pixels for the short side; the long side is proportional, rounded down."""
-    width, height = image.size
     if width <= height:
         return max(1, int(side * height / width)), side
     return side, max(1, int(side * width / height))
-
-
-def _center_crop(pixels: Pixels, height: int, width: int, half: Callable[[int], int]) -> Pixels:
-    """Crop the center, after padding a smaller image with zeros. `half` returns half of a margin as an int."""
-    rows, columns = max(0, height - pixels.shape[0]), max(0, width - pixels.shape[1])
-    if rows or columns:
-        pixels = np.pad(pixels, ((rows // 2, rows - rows // 2), (columns // 2, columns - columns // 2), (0, 0)))
-    top, left = half(pixels.shape[0] - height), half(pixels.shape[1] - width)
-    return pixels[top : top + height, left : left + width]

@@ -2,11 +2,13 @@
 
 import asyncio
 import math
+import os
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import structlog
@@ -17,12 +19,16 @@ from dinat.app.engine.job import Job
 from dinat.app.engine.local_backend import LocalBackend, in_own_thread
 from dinat.app.engine.runtimes.runtime import Array, InferenceOptions, InferenceResult, LoadedModel
 from dinat.app.errors import DeadlinePassed, NoImage, ServiceError, TooLarge, Unavailable
-from dinat.app.images import decode
+from dinat.app.image_file import ImageFile
+from dinat.app.images import decode, inspect, resize_within
 from dinat.app.metrics import Metrics
 from dinat.app.settings import Settings
 from dinat.model import DinatImageProcessor
 from dinat.model.cpu.resize import Pixels
 from dinat.model.native import library
+
+if TYPE_CHECKING:
+    from dinat.app.decode_processes import DecodeProcesses
 
 log = structlog.get_logger("dinat")
 
@@ -39,15 +45,17 @@ class ImageJob(Job):
         source: What was submitted; empty once it is decoded.
         result: Receives the result.
         decode_seconds: Time that decoding took.
+        decoding: Decodes the image in a process, if it is not decoded in a thread.
     """
 
-    source: ImageSource
+    source: ImageSource | ImageFile
     result: "asyncio.Future[InferenceResult | Exception]"
     decode_seconds: float = 0.0
+    decoding: "asyncio.Task[None] | None" = None
 
 
 class Engine(BackendEvents):
-    """Decodes images in threads, runs inference on a backend, and returns results.
+    """Decodes images in threads and processes, runs inference on a backend, and returns results.
 
     All methods run on the event loop's thread, except the events of the backend.
 
@@ -72,6 +80,7 @@ class Engine(BackendEvents):
         self._idle = asyncio.Event()
         self._idle.set()
         self._decoders = ThreadPoolExecutor(settings.decode_threads, thread_name_prefix="decode")
+        self._processes = _decode_processes(settings)
         self._loop: asyncio.AbstractEventLoop | None = None
 
     @property
@@ -147,6 +156,8 @@ class Engine(BackendEvents):
         """Drain, fail the remaining jobs, and stop the threads."""
         await self.drain()
         await self.backend.stop()
+        if self._processes is not None:
+            await self._processes.stop()
         self._decoders.shutdown(cancel_futures=True)
 
     def check_capacity(self, count: int = 1) -> None:
@@ -243,42 +254,93 @@ class Engine(BackendEvents):
             for job, future in zip(jobs, decoding, strict=True):
                 future.cancel()
                 self.backend.release(job)
+                if job.decoding is not None:
+                    job.decoding.cancel()
         for result in results:
             self.metrics.count_image(result)
         return results
 
     def _decode(self, job: ImageJob) -> None:
-        """Decode and resize an image, and put its job; runs in a decoding thread."""
+        """Decode and resize an image, and put its job; runs in a decoding thread. Images that may cost much go to a process."""
         if not job.active or self.backend.loaded is None:
             return
         started = time.monotonic()
         try:
-            job.pixels, job.source = self._pixels(job.source, self.backend.loaded.processor), b""
+            source = _read(job.source)
+            if isinstance(source, ImageFile) and not source.is_cheap and self._processes is not None:
+                job.source = source
+                assert self._loop is not None
+                self._loop.call_soon_threadsafe(self._start_decoding, job)
+                return
+            job.pixels, job.source = self._pixels(source, self.backend.loaded.processor), b""
         except Exception as error:
             self.on_results([job], [error])
             return
+        self._put(job, started)
+
+    def _start_decoding(self, job: ImageJob) -> None:
+        if job.active:
+            job.decoding = asyncio.get_running_loop().create_task(self._decode_in_process(job))
+
+    async def _decode_in_process(self, job: ImageJob) -> None:
+        """Decode and resize an image in a process, and put its job."""
+        started = time.monotonic()
+        loaded, file = self.backend.loaded, job.source
+        assert self._processes is not None and isinstance(file, ImageFile)
+        try:
+            if loaded is None:
+                raise Unavailable(self.status_detail(), headers={"Retry-After": "1"})
+            job.pixels = await self._processes.decode(file, loaded.processor, self._draft(loaded.processor))
+            job.source = b""
+            await asyncio.get_running_loop().run_in_executor(self._decoders, self._put, job, started)
+        except Exception as error:
+            _set_results([job], [error])
+
+    def _put(self, job: ImageJob, started: float) -> None:
+        """Put a job whose image is decoded."""
         job.decoded = time.monotonic()
         job.decode_seconds = job.decoded - started
         self.metrics.observe_part("decode", job.decode_seconds)
         self.backend.put(job)
 
-    def _pixels(self, source: ImageSource, processor: DinatImageProcessor) -> Pixels | Array:
-        if isinstance(source, Path):
-            try:
-                source = source.read_bytes()
-            except OSError as error:
-                raise NoImage(f"the file cannot be read: {error.strerror}") from None
-        if not isinstance(source, bytes):
-            return source if source.dtype == np.float32 else processor.resize(source.astype(np.uint8, copy=False))
-        size, draft = processor.output_size, None
-        if self.settings.decode == "draft" and size is not None:
-            draft = 2 * size[1], 2 * size[0]  # at least twice the output size, so that the resize still smooths
-        return processor.resize(decode(source, self.settings.max_pixels, draft))
+    def _pixels(self, source: ImageFile | Pixels | Array, processor: DinatImageProcessor) -> Pixels | Array:
+        max_pixels = self.settings.max_pixels
+        if isinstance(source, ImageFile):
+            return resize_within(processor, decode(source, max_pixels, self._draft(processor)), max_pixels)
+        if source.dtype == np.float32:
+            return source
+        return resize_within(processor, source.astype(np.uint8, copy=False), max_pixels)
+
+    def _draft(self, processor: DinatImageProcessor) -> tuple[int, int] | None:
+        """The (width, height) that a large JPEG may be decoded to."""
+        size = processor.output_size
+        if self.settings.decode != "draft" or size is None:
+            return None
+        return 2 * size[1], 2 * size[0]  # at least twice the output size, so that the resize still smooths
 
     def _retry_after(self, waiting: int) -> int:
         """Seconds until half of the queue has run, at the current rate: 1 to 60."""
         rate = self.backend.rate
         return 1 if rate is None else min(60, max(1, math.ceil(waiting / 2 / rate)))
+
+
+def _decode_processes(settings: Settings) -> "DecodeProcesses | None":
+    """What decodes images that may cost much; None if this system cannot fork: they are decoded in threads."""
+    if not hasattr(os, "fork"):
+        return None
+    from dinat.app.decode_processes import DecodeProcesses
+
+    return DecodeProcesses(settings.decode_threads, settings.max_pixels, settings.decode_seconds)
+
+
+def _read(source: ImageSource | ImageFile) -> ImageFile | Pixels | Array:
+    """Read a file, and check the structure of an image file. Arrays are returned unchanged."""
+    if isinstance(source, Path):
+        try:
+            source = source.read_bytes()
+        except OSError as error:
+            raise NoImage(f"the file cannot be read: {error.strerror}") from None
+    return inspect(source) if isinstance(source, bytes) else source
 
 
 def _set_results(jobs: Sequence[Job], results: Sequence[InferenceResult | Exception]) -> None:

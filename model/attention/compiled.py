@@ -9,7 +9,8 @@ from dinat.model.attention.bias_cache import cached_for_table
 from dinat.model.attention.tiled import Plan, plan, register_fake_and_autograd
 from dinat.model.capture_safe_cache import capture_safe_cache
 from dinat.model.errors import AttentionError
-from dinat.model.native import DTYPES, library, unavailable_reason
+from dinat.model.native import library, unavailable_reason
+from dinat.model.native.dtypes import DTYPES
 
 HEAD_DIM, MOST_KEYS, BLOCK = 32, 256, 8
 """Constants of attention.c: DIM, MOST_KEYS and BLOCK."""

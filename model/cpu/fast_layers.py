@@ -11,7 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dinat.model.cpu.features import has_bf16
-from dinat.model.native import DTYPES, library
+from dinat.model.native import library
+from dinat.model.native.dtypes import DTYPES
 
 _ONEDNN: Any = torch.ops.mkldnn if torch._C._has_mkldnn and hasattr(torch.ops.mkldnn, "_linear_pointwise") else None
 """oneDNN's fused kernels, also used by torch.compile; not differentiable."""

@@ -18,8 +18,6 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
-import torch
-
 from dinat.model.cpu.features import cpu_flags
 
 HERE = Path(__file__).parent
@@ -27,8 +25,6 @@ SOURCES = sorted(HERE.glob("*.c"))
 FLAGS = ("-O3", "-fno-math-errno", "-fno-trapping-math", "-fopenmp", "-shared", "-fPIC", "-Wno-psabi")
 COMPILE_TIMEOUT = 120
 """Seconds; compilation takes about two."""
-DTYPES = {torch.float32: 0, torch.bfloat16: 1}
-"""Dtypes of the kernels, and the value of their `is_half` argument."""
 
 
 @dataclass(frozen=True)

@@ -5,9 +5,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from PIL import Image
 
-from dinat.model import DinatImageProcessor, ImageError
+from dinat.model import DinatImageProcessor, ImageError, image_processor
 from dinat.model.image_processor import to_rgb
 
 GRADIENT = np.tile(np.arange(256, dtype=np.uint8), (16, 1))
@@ -47,6 +49,73 @@ def test_original_evaluation_resizes_the_short_side_and_crops() -> None:
     assert DinatImageProcessor.original(384, crop_pct=1.0).resize(image).shape == (384, 384, 3)
 
 
+def crop_after_resizing(image: Image.Image, processor: DinatImageProcessor) -> np.ndarray:
+    """Resize the whole image with Pillow, pad it, and crop it."""
+    size = processor.size
+    if processor.crop_pct is not None:
+        side, height, width = int(size / processor.crop_pct), size, size
+    else:
+        side, height, width = size["shortest_edge"], processor.crop_size["height"], processor.crop_size["width"]
+    short, long = sorted(image.size)
+    new_long = max(1, int(side * long / short))
+    pixels = np.asarray(image.resize((side, new_long) if image.width <= image.height else (new_long, side), processor.resample))
+    rows, columns = max(0, height - pixels.shape[0]), max(0, width - pixels.shape[1])
+    pixels = np.pad(pixels, ((rows // 2, rows - rows // 2), (columns // 2, columns - columns // 2), (0, 0)))
+    margins = pixels.shape[0] - height, pixels.shape[1] - width
+    top, left = (round(one / 2) if processor.crop_pct is not None else one // 2 for one in margins)
+    return pixels[top : top + height, left : left + width]
+
+
+@settings(deadline=None, max_examples=150)
+@given(
+    width=st.integers(1, 300),
+    height=st.integers(1, 300),
+    side=st.integers(1, 80),
+    crop=st.one_of(st.floats(0.3, 1), st.tuples(st.integers(1, 120), st.integers(1, 120))),
+    resample=st.sampled_from([0, 1, 2, 3, 4, 5]),
+    whole=st.booleans(),
+)
+def test_crop_is_that_of_the_whole_resized_image(
+    width: int, height: int, side: int, crop: float | tuple[int, int], resample: int, whole: bool
+) -> None:
+    """whole: False computes the window alone, as for extreme aspect ratios, wherever that is possible."""
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8))
+    if isinstance(crop, float):
+        processor = DinatImageProcessor(size=side, crop_pct=crop, resample=resample)
+    else:
+        crop_size = {"height": crop[0], "width": crop[1]}
+        processor = DinatImageProcessor(
+            size={"shortest_edge": side}, do_center_crop=True, crop_size=crop_size, resample=resample
+        )
+    with pytest.MonkeyPatch.context() as patched:
+        if not whole:
+            patched.setattr("dinat.model.cpu.resize.MAX_PIXELS", 0)
+        np.testing.assert_array_equal(processor.resize(image), crop_after_resizing(image, processor))
+
+
+@pytest.mark.parametrize("size", [(1, 1_000_000), (1_000_000, 1), (3, 400_001)])
+def test_crop_of_an_extreme_aspect_ratio_takes_no_memory_for_the_rest(size: tuple[int, int]) -> None:
+    """The whole resized image would have up to 65 billion pixels."""
+    image = Image.new("RGB", size, (1, 2, 3))
+    assert (DinatImageProcessor.original().resize(image) == (1, 2, 3)).all()
+    processor = DinatImageProcessor(size={"shortest_edge": 224}, do_center_crop=True, crop_size=200)
+    assert (processor.resize(image) == (1, 2, 3)).all()
+
+
+@pytest.mark.parametrize(
+    ("processor", "expected"),
+    [
+        (DinatImageProcessor(size=20), (20, 20)),
+        (DinatImageProcessor(size={"shortest_edge": 20}), (20, 33)),
+        (DinatImageProcessor(do_resize=False), (30, 50)),
+        (DinatImageProcessor(do_resize=False, do_center_crop=True, crop_size=40), (40, 40)),
+        (DinatImageProcessor.original(20), (20, 20)),
+    ],
+)
+def test_processed_size_is_known_before_resizing(processor: DinatImageProcessor, expected: tuple[int, int]) -> None:
+    assert processor.processed_size(50, 30) == expected == processor.resize(Image.new("RGB", (50, 30))).shape[:2]
+
+
 def test_steps_are_optional() -> None:
     image = np.full((4, 4, 3), 51, np.uint8)
     no_steps = DinatImageProcessor(do_resize=False, do_rescale=False, do_normalize=False)
@@ -84,6 +153,13 @@ def test_transparent_pixels_become_white() -> None:
     palette = image.convert("P")
     palette.info["transparency"] = palette.getpixel((1, 0))
     assert np.asarray(to_rgb(palette)).tolist()[0][1] == [255, 255, 255]
+
+
+def test_transparent_image_is_drawn_in_bands(monkeypatch: pytest.MonkeyPatch) -> None:
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (37, 23, 4), dtype=np.uint8), "RGBA")
+    expected = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
+    monkeypatch.setattr(image_processor, "_BAND_PIXELS", 100)
+    assert to_rgb(image).tobytes() == expected.tobytes()
 
 
 def test_published_file_round_trip(tmp_path: Path) -> None:
