@@ -157,7 +157,7 @@ class DinatImageProcessor:
         """
         import torch
 
-        batch: "Sequence[ImageInput]" = images if isinstance(images, Sequence) else [images]
+        batch: Sequence[ImageInput] = images if isinstance(images, Sequence) else [images]
         if not batch:
             raise ImageError("at least one image is required")
         pixels = [self.resize(image) for image in batch]
