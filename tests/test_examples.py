@@ -19,6 +19,6 @@ def test_the_notebook_trains_evaluates_and_serves(monkeypatch: pytest.MonkeyPatc
     client = NotebookClient(notebook, timeout=200, kernel_name="python3", resources={"metadata": {"path": str(ROOT)}})
     asyncio.run(client.async_execute())
     said = "".join(output.get("text", "") for cell in notebook.cells if cell.cell_type == "code" for output in cell.outputs)
-    assert "5 of them known to the checkpoint" in said
+    assert "5 from the checkpoint" in said
     assert "Prediction(label='4'" in said
     assert "'stage3': (128, 4, 4)" in said

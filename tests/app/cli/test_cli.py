@@ -117,7 +117,7 @@ def test_convert_an_original_file_whose_name_says_nothing(tmp_path: Path, capsys
     torch.save({"state_dict": to_original(network)}, tmp_path / "model_best.pth.tar")
     source, copy = str(tmp_path / "model_best.pth.tar"), tmp_path / "copy"
     assert main(["convert", source, str(copy)]) == 1
-    assert "give its configuration: dinat convert model_best.pth.tar FOLDER --config FILE" in capsys.readouterr().err
+    assert "pass the configuration: dinat convert model_best.pth.tar FOLDER --config FILE" in capsys.readouterr().err
     network.config.save_pretrained(tmp_path / "mine")
     assert main(["convert", source, str(copy), "--config", str(tmp_path / "mine" / "config.json")]) == 0
     pixels = torch.randn(1, 3, 32, 32)
