@@ -21,7 +21,7 @@ from dinat.model.errors import CheckpointError
 CONFIG, PROCESSOR = "config.json", "preprocessor_config.json"
 SAFETENSORS, PICKLE = "model.safetensors", "pytorch_model.bin"
 EMBEDDED = {"digits": Path(__file__).parents[1] / "digits"}
-"""Checkpoints included in the package, by name."""
+"""Checkpoints embedded in the package, by name."""
 
 StateDict = dict[str, Tensor]
 

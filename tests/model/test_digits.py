@@ -1,4 +1,4 @@
-"""Accuracy of the included checkpoint."""
+"""Accuracy of the embedded checkpoint."""
 
 from pathlib import Path
 

@@ -2,7 +2,7 @@
 
     /tmp/golden/bin/python -m tests.parity.read_back
 
-Saves the included checkpoint, loads it with transformers' AutoConfig, DinatForImageClassification and AutoImageProcessor, and
+Saves the embedded checkpoint, loads it with transformers' AutoConfig, DinatForImageClassification and AutoImageProcessor, and
 compares the logits of the example digits.
 """
 
