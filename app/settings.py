@@ -61,6 +61,9 @@ class Settings(BaseSettings):
     drain_seconds: float = Field(30, ge=0, description="longest that work already taken may go on after SIGTERM")
     max_connections: int = Field(1024, ge=1, description="connections at once; further ones get 503 and are closed")
     upload_seconds: float = Field(30, gt=0, description="longest the upload of a request may take; beyond it, 408")
+    download_seconds: float = Field(
+        60, gt=0, description="longest a client may take to read a response; beyond it, disconnected"
+    )
     max_upload_bytes: int = Field(20 * 2**20, ge=1, description="largest request body, in bytes")
     max_pixels: int = Field(50_000_000, ge=1, description="largest picture, width times height")
     decode: Literal["exact", "draft"] = Field(

@@ -10,7 +10,7 @@ import uvicorn
 from fastapi import FastAPI
 
 from dinat.app.engine.engine import Engine
-from dinat.app.server.protocol import LINGER_SECONDS, http_protocol
+from dinat.app.server.protocol import KEEP_ALIVE_SECONDS, LINGER_SECONDS, http_protocol
 
 QUIET_SECONDS = 0.25
 """A door closes once nobody has asked for so long: who asks just then would be cut off unheard."""
@@ -41,6 +41,7 @@ class Server(uvicorn.Server):
             log_config=None,
             access_log=False,
             timeout_graceful_shutdown=5,
+            timeout_keep_alive=KEEP_ALIVE_SECONDS,
         )
         super().__init__(config)
         self._engine = engine
