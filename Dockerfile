@@ -1,31 +1,32 @@
-# dinat-serve for a GPU host, or for a CPU. docs/deploy.md says how to build and run it.
+# dinat-serve for a GPU host, or for a CPU. docs/deploy.md describes how to build and run it.
 #
 #   docker build --tag dinat-serve .
 #   docker build --tag dinat-serve:cpu --build-arg VARIANT=cpu --build-arg BASE_IMAGE=debian:bookworm-slim .
 #
-# What is heavy and seldom changes comes first: a change of the code makes one small layer anew.
+# Large layers that seldom change come first: a change of the code rebuilds one small layer.
 
-# PyTorch brings CUDA's libraries along. Only compiling NATTEN wants BUILD_IMAGE. Both of one distribution.
+# PyTorch installs the CUDA libraries. Only compiling NATTEN uses BUILD_IMAGE. Both must be the same distribution.
 ARG BASE_IMAGE=nvidia/cuda:13.0.2-base-ubuntu24.04
 ARG BUILD_IMAGE=nvidia/cuda:13.0.2-devel-ubuntu24.04
-# cpu; gpu, with NATTEN's published wheel for this PyTorch and CUDA, if there is one; gpu-source, with NATTEN compiled: hours
+# cpu; gpu, with NATTEN's published wheel for this PyTorch and CUDA, if there is one; gpu-source compiles NATTEN, in hours
 ARG VARIANT=gpu
 
 # hadolint ignore=DL3006
 FROM ${BASE_IMAGE} AS packages
-# pip's own settings, for another index or a folder of wheels
+# pip's settings, for another index or a folder of wheels
 ARG PIP_INDEX_URL PIP_EXTRA_INDEX_URL PIP_FIND_LINKS PIP_NO_INDEX
 ENV PATH=/opt/venv/bin:$PATH
+# libgomp1: the compiled kernels link to it, and not every build of PyTorch includes it.
 RUN apt-get update \
-    && DEBIAN_FRONTEND=noninteractive apt-get install --yes --no-install-recommends ca-certificates python3 python3-venv \
+    && DEBIAN_FRONTEND=noninteractive apt-get install --yes --no-install-recommends \
+        ca-certificates libgomp1 python3 python3-venv \
     && apt-get clean && rm -rf /var/lib/apt/lists/* \
     && python3 -m venv /opt/venv
 WORKDIR /build
 COPY constraints.txt ./
-# without what only a C++ compiler or PyTorch's own tests read
+# PyTorch's C++ tests (over 100 MB) and protoc are not used at run time. torch/include is: torch.compile includes its headers.
 RUN pip install --no-cache-dir --constraint constraints.txt torch \
-    && rm -rf /opt/venv/lib/python3*/site-packages/torch/include \
-        /opt/venv/lib/python3*/site-packages/torch/test \
+    && rm -rf /opt/venv/lib/python3*/site-packages/torch/test \
         /opt/venv/lib/python3*/site-packages/torch/bin/protoc* \
         /opt/venv/lib/python3*/site-packages/torch/bin/*[Tt]est*
 COPY pyproject.toml ./
@@ -52,7 +53,7 @@ RUN pip install --no-cache-dir --constraint constraints.txt torch setuptools whe
     && pip wheel --no-cache-dir --no-deps --no-build-isolation --wheel-dir /wheels --constraint constraints.txt natten
 
 FROM packages AS gpu
-# Triton compiles a small launcher for each kernel when it first runs.
+# Triton compiles a small launcher for each kernel on its first run.
 RUN apt-get update \
     && DEBIAN_FRONTEND=noninteractive apt-get install --yes --no-install-recommends gcc libc6-dev python3-dev \
     && apt-get clean && rm -rf /var/lib/apt/lists/*
@@ -61,7 +62,7 @@ ENV NVIDIA_VISIBLE_DEVICES=all \
 
 FROM gpu AS variant-gpu
 ARG PIP_INDEX_URL PIP_EXTRA_INDEX_URL PIP_FIND_LINKS PIP_NO_INDEX
-# a page, or a folder, that lists wheels, if not NATTEN's own; and what CUDA they are for, if not PyTorch's own
+# A page or folder that lists wheels, default NATTEN's own; and the CUDA version of the wheels, default PyTorch's.
 ARG NATTEN_WHEELS NATTEN_CUDA
 COPY app/natten_wheel.py ./
 RUN mkdir /natten \
@@ -76,25 +77,29 @@ RUN pip install --no-cache-dir --no-deps /wheels/*.whl
 # hadolint ignore=DL3006
 FROM packages AS project
 ARG PIP_INDEX_URL PIP_EXTRA_INDEX_URL PIP_FIND_LINKS PIP_NO_INDEX
-COPY README.md LICENSE ./
-COPY model model
-COPY app app
-# with kernels for every processor of this family, as the image for a processor has no compiler
 RUN apt-get update \
     && DEBIAN_FRONTEND=noninteractive apt-get install --yes --no-install-recommends gcc libc6-dev \
-    && apt-get clean && rm -rf /var/lib/apt/lists/* \
-    && pip install --no-cache-dir --no-deps --target /opt/dinat . \
-    && PYTHONPATH=/opt/dinat python -m dinat.model.native
+    && apt-get clean && rm -rf /var/lib/apt/lists/*
+COPY README.md LICENSE ./
+# dinat/app and dinat/model are symbolic links to app/ and model/; the installed package holds their files.
+COPY dinat dinat
+COPY model model
+COPY app app
+RUN pip install --no-cache-dir --no-deps --target /opt/dinat .
+# Compile the kernels for every CPU of this architecture: the CPU image has no compiler. Python's module path begins with the
+# working directory, and in /build the kernels would be written beside the sources there.
+WORKDIR /
+RUN PYTHONPATH=/opt/dinat python -m dinat.model.native
 
 # hadolint ignore=DL3006
 FROM variant-${VARIANT}
-# All that is written at run time goes to /cache: graphs, compiled kernels, downloaded weights. /tmp may be a tmpfs.
+# All files written at run time go to /cache: graphs, compiled kernels, downloaded weights. /tmp may be a tmpfs.
 RUN useradd --uid 10001 --gid 0 --home-dir /cache --no-create-home dinat \
     && mkdir --parents /cache /models \
     && chown dinat /cache \
     && chmod 775 /cache
 WORKDIR /models
-# A Hub id here bakes its weights in; else they are downloaded at the first start, and kept in /cache.
+# The weights of a Hub id become part of the image; otherwise they are downloaded at the first start and cached in /cache.
 ARG MODEL=digits
 ARG HF_ENDPOINT
 RUN if [ "$MODEL" != digits ]; then \

@@ -1,78 +1,98 @@
 PYTHON ?= python3
 BIN := .venv/bin
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile --constraint constraints.txt
+PYTEST := $(BIN)/python -m pytest
 
-.PHONY: install serve test lint rehearsal gpu api-test chaos fuzz soak image-test bench bench-serving bench-frontends digits clean
+# Without AVX-512 or a C compiler a CPU serves faster by OpenVINO, the extra cpu. A GPU host needs neither.
+HAS_KERNELS := test -e /dev/nvidiactl || \
+    { grep -q avx512f /proc/cpuinfo && { command -v cc || command -v gcc || command -v clang; }; }
+SERVE_EXTRAS := $(shell { $(HAS_KERNELS); } >/dev/null 2>&1 || echo '[cpu]')
 
-install: .venv/installed
+.PHONY: install serve test test-slow nightly lint rehearsal gpu fuzz soak chaos api-test image-test \
+    bench bench-serving bench-frontends digits clean
 
-.venv/installed: pyproject.toml constraints.txt
+install: .venv/serve
+
+# What serving on this machine requires.
+.venv/serve: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[test]'
+	$(PIP) torch 'setuptools>=77'
+	$(PIP) --no-build-isolation --editable '.$(SERVE_EXTRAS)'
 	touch $@
 
-# natten's own build environment would fetch a second torch; without CUDA it is built in seconds, for the CPU.
-.venv/tested: .venv/installed
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt setuptools wheel triton
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --no-build-isolation --no-deps natten
+# What the tests require besides. An isolated build of natten would download a CUDA build of torch; with the installed torch
+# it takes seconds and builds no kernels.
+.venv/test: .venv/serve
+	$(PIP) --no-build-isolation --editable '.[test]'
+	$(PIP) wheel triton
+	$(PIP) --no-build-isolation --no-deps natten
 	touch $@
 
 serve: install
 	$(BIN)/dinat serve
 
-test: .venv/tested
-	$(BIN)/python -m pytest
+# The fast tests, and at least one of each slower kind: up to five minutes on two cores.
+test: .venv/test
+	$(PYTEST) --numprocesses 2
 
-lint: .venv/tested
+# The rest of what every change must pass, but for the rehearsal.
+test-slow: .venv/test
+	$(PYTEST) -m "slow and not nightly" --numprocesses 2
+
+# The GPU code on a fake GPU: tests/gpu, every published network, the benchmark.
+rehearsal: .venv/test
+	$(PYTEST) -m rehearsal
+
+# Hours: fuzzing, chaos, soak, Schemathesis, and the image (as root on Debian 12).
+nightly: fuzz soak chaos api-test image-test
+
+lint: .venv/test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-# The GPU's code, whole, on a stand-in for a card: tests/gpu, every published network, the benchmark. Ten minutes.
-rehearsal: .venv/tested
-	DINAT_REHEARSAL=1 $(BIN)/python -m pytest tests/rehearsal tests/model/attention/test_triton_kernel.py
-
-# On a machine with a CUDA card: tests, doctor and benchmark, at most 9 minutes each; leaves its results in benchmarks/results.
-gpu: .venv/tested
+# On a machine with a CUDA GPU: tests, doctor and benchmark, at most 9 minutes each; results go to benchmarks/results.
+gpu: .venv/test
 	PYTHON=$(abspath $(BIN))/python benchmarks/on_gpu.sh
 
-# Kills processes of a service under load: a hundred front ends, five engines.
-chaos: install
-	DINAT_CHAOS=1 $(BIN)/python -m pytest -s tests/e2e/test_chaos.py
+# 200,000 mutated images and 20,000 mutated requests.
+fuzz: .venv/test
+	$(PYTEST) -s -m fuzz
 
-# Schemathesis over every door, for two minutes.
-api-test: install
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[fuzz]'
-	PATH="$(abspath $(BIN)):$$PATH" DINAT_API_TEST=120 $(BIN)/python -m pytest -s tests/e2e/test_api.py
+# 20,000 requests.
+soak: .venv/test
+	$(PYTEST) -s -m soak
 
-# 200,000 mutated pictures and 20,000 mutated requests.
-fuzz: install
-	DINAT_FUZZ=200000 $(BIN)/python -m pytest -s tests/e2e/test_fuzz.py
+# Kill processes of a service under load: a hundred frontend processes, five engine processes.
+chaos: .venv/test
+	$(PYTEST) -s -m chaos
 
-soak: install
-	DINAT_SOAK=1 $(BIN)/python -m pytest -s tests/e2e/test_soak.py
+# Schemathesis over every endpoint, for two minutes.
+api-test: .venv/test
+	$(PIP) --no-build-isolation --editable '.[fuzz]'
+	PATH="$(abspath $(BIN)):$$PATH" $(PYTEST) -s -m api
 
-# As root on Debian 12: builds and runs the Dockerfile's CPU variant with no container engine.
-image-test: install
+# As root on Debian 12: build the Dockerfile's CPU variant without a container engine, and run it.
+image-test: .venv/test
 	which buildah debootstrap prometheus >/dev/null || \
 	    { apt-get update -qq && apt-get install -qq --no-install-recommends buildah debootstrap prometheus; }
-	DINAT_IMAGE=1 $(BIN)/python -m pytest -s tests/image
+	$(PYTEST) -s -m image
 
-bench: install
+bench: .venv/test
 	$(BIN)/python -m benchmarks.attention
 	$(BIN)/python -m benchmarks.model
 
-bench-serving: install
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[bench]'
+bench-serving: .venv/test
+	$(PIP) --no-build-isolation --editable '.[bench]'
 	$(BIN)/python -m benchmarks.serving --overload 60
 
 # Needs wrk (Debian's package).
-bench-frontends: install
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[bench]'
+bench-frontends: .venv/test
+	$(PIP) --no-build-isolation --editable '.[bench]'
 	$(BIN)/python -m benchmarks.frontends --overload 60 --json benchmarks/results/frontends-cpu.json
 
-digits: install
+digits: .venv/test
 	$(BIN)/python -m examples.digits_data build/digits
 	$(BIN)/dinat evaluate digits build/digits/held-out --runtime torch
 

@@ -1,1 +1,1 @@
-"""The service: a DiNAT classifier behind HTTP."""
+"""The service: a DiNAT classifier over HTTP, and the commands around it."""

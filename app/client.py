@@ -1,9 +1,9 @@
-"""A client for the service, and its asynchronous twin.
+"""Synchronous and asynchronous HTTP clients of the service.
 
     with DinatClient("http://localhost:8000") as client:
-        print(client.classify("picture.jpg").best.label)
+        print(client.classify("image.jpg").best.label)
 
-Calls are described once, without a connection (`_classify` and so on); the two clients differ in how they send them.
+Requests are built without a connection (`_classify` and so on), so that both clients share them and differ only in sending.
 """
 
 import asyncio
@@ -22,20 +22,26 @@ from safetensors.numpy import load
 
 T = TypeVar("T")
 
-Picture = bytes | str | Path | Image.Image | npt.NDArray[np.uint8]
-"""The bytes of a file, its path, a Pillow image, or (H, W, 3) or (H, W) uint8."""
+ImageInput = bytes | str | Path | Image.Image | npt.NDArray[np.uint8]
+"""An encoded image, the path of a file, a Pillow image, or an array (H, W, 3) or (H, W) uint8."""
 
-Maps = dict[str, npt.NDArray[np.float32]]
-"""By name, (C, h, w); (C,) for pooled; of hidden_states each by itself: hidden_states.0, ..."""
+FeatureMaps = dict[str, npt.NDArray[np.float32]]
+"""Feature maps by name: (C, h, w), or (C,) for pooled. hidden_states has one entry each: hidden_states.0, ..."""
 
-PATIENCE_SECONDS = 60.0
+RETRY_SECONDS = 60.0
 
-CUT = (httpx.ReadError, httpx.WriteError, httpx.RemoteProtocolError)
-"""A connection that was there, and ended without an answer."""
+CONNECTION_LOST = (httpx.ReadError, httpx.WriteError, httpx.RemoteProtocolError)
+"""Errors of a connection that was established and ended without a response."""
 
 
 class DinatServiceError(Exception):
-    """The service refused, or failed. status: HTTP's.  detail: a sentence.  request_id: by which its log has it."""
+    """The service answered with an error.
+
+    Attributes:
+        status: HTTP status.
+        detail: Message of the service.
+        request_id: ID of the request in the service's log.
+    """
 
     def __init__(self, status: int, detail: str, request_id: str) -> None:
         super().__init__(f"{status}: {detail}")
@@ -44,7 +50,7 @@ class DinatServiceError(Exception):
 
 @dataclass(frozen=True)
 class Prediction:
-    """A label and how sure the network is of it."""
+    """A label with its class index and score."""
 
     label: str
     class_id: int
@@ -53,19 +59,25 @@ class Prediction:
 
 @dataclass(frozen=True)
 class Classification:
-    """What the service says of a picture. predictions: best first."""
+    """Predictions for an image, best first."""
 
     predictions: Sequence[Prediction]
 
     @property
     def best(self) -> Prediction:
-        """The first of them."""
+        """The prediction with the highest score."""
         return self.predictions[0]
 
 
 @dataclass(frozen=True)
 class Health:
-    """ready: whether pictures are taken now; detail says why not."""
+    """Health of the service.
+
+    Attributes:
+        ready: Whether the service accepts images.
+        status: State of the service.
+        detail: Reason if it is not ready.
+    """
 
     ready: bool
     status: str
@@ -74,7 +86,14 @@ class Health:
 
 @dataclass(frozen=True)
 class ModelCard:
-    """What is being served. more: everything else that GET /model says."""
+    """The served model.
+
+    Attributes:
+        model: Name of the model.
+        labels: Names of its classes.
+        features: Names of its feature maps.
+        more: All other fields of GET /model.
+    """
 
     model: str
     labels: Sequence[str]
@@ -84,56 +103,69 @@ class ModelCard:
 
 @dataclass(frozen=True)
 class _Call(Generic[T]):
-    """A request, and how its answer is read."""
+    """A request, and how to parse its response."""
 
     method: str
     path: str
-    read: Callable[[httpx.Response], T]
+    parse: Callable[[httpx.Response], T]
     options: Mapping[str, Any] = field(default_factory=dict)
     accepted: Sequence[int] = (200,)
 
 
-_Said = httpx.Response | httpx.TransportError
-"""What came of a request: an answer, or none."""
+_Outcome = httpx.Response | httpx.TransportError
+"""The outcome of a request: a response, or a lost connection."""
 
 
 class _RetryBudget:
-    """How long to wait before a call is made once more."""
+    """Decides whether and when to retry a request."""
 
     def __init__(self, seconds: float) -> None:
-        self._until = time.monotonic() + seconds
-        self._tries = 0
+        self._deadline = time.monotonic() + seconds
+        self._attempts = 0
 
-    def wait(self, said: _Said, accepted: Sequence[int]) -> float | None:
-        """Seconds; None if what was said is final, or they would take too long.
+    def delay(self, outcome: _Outcome, accepted: Sequence[int]) -> float | None:
+        """Return the seconds to wait before a retry, or None if the outcome is final or the budget is exhausted.
 
-        Where the service is busy, as it says. Where an instance died, or its proxy says so in its place (5xx, and no problem of
-        this service's), from a tenth of a second on, twice as long each time: to ask twice does no harm.
+        A busy service is retried after its Retry-After header. A lost connection, or a 5xx response of a proxy (which is not a
+        problem document of this service), is retried with exponential backoff: 0.1 s, doubled up to 5 s. Requests are
+        idempotent.
         """
-        after = ""
-        if isinstance(said, httpx.Response):
-            after = said.headers.get("retry-after", "")
-            if said.status_code in accepted or said.status_code < 500 or (_is_problem(said) and not after.isdecimal()):
+        retry_after = ""
+        if isinstance(outcome, httpx.Response):
+            retry_after = outcome.headers.get("retry-after", "")
+            if outcome.status_code in accepted or outcome.status_code < 500:
                 return None
-        if after.isdecimal():
-            seconds = float(after)
+            if _is_problem(outcome) and not retry_after.isdecimal():
+                return None
+        if retry_after.isdecimal():
+            seconds = float(retry_after)
         else:
-            seconds = min(5.0, 0.1 * 2**self._tries)
-            self._tries += 1
-        return seconds if time.monotonic() + seconds <= self._until else None
+            seconds = min(5.0, 0.1 * 2**self._attempts)
+            self._attempts += 1
+        return seconds if time.monotonic() + seconds <= self._deadline else None
 
 
 class _Client:
-    """What both have. patience: how many seconds to go on asking where the service is busy, or loads, or an instance died."""
+    """Configuration of both clients."""
 
-    def __init__(self, url: str, api_key: str | None = None, patience: float = PATIENCE_SECONDS, timeout: float = 60) -> None:
-        self._patience = patience
+    def __init__(self, url: str, api_key: str | None = None, retry_seconds: float = RETRY_SECONDS, timeout: float = 60) -> None:
+        self._retry_seconds = retry_seconds
         headers = {} if api_key is None else {"Authorization": f"Bearer {api_key}"}
         self._options: dict[str, Any] = {"base_url": url.rstrip("/"), "headers": headers, "timeout": timeout}
 
 
 class DinatClient(_Client):
-    """Asks the service at `url`, again where that is busy or an instance of it died. Every call raises DinatServiceError."""
+    """Synchronous client of the service.
+
+    A request is retried while the service is busy or loading, and if an instance of it crashes. All methods raise
+    DinatServiceError for an error response, and httpx.TransportError if the service cannot be reached.
+
+    Args:
+        url: Address of the service, such as "http://localhost:8000".
+        api_key: API key, sent as a Bearer token.
+        retry_seconds: Longest time to retry a request; 0 disables retries.
+        timeout: Timeout of httpx, in seconds.
+    """
 
     def __enter__(self) -> Self:
         self._http = httpx.Client(**self._options)
@@ -142,41 +174,43 @@ class DinatClient(_Client):
     def __exit__(self, *_: object) -> None:
         self._http.close()
 
-    def _do(self, call: _Call[T]) -> T:
-        patience = _RetryBudget(self._patience)
+    def _send(self, call: _Call[T]) -> T:
+        retries = _RetryBudget(self._retry_seconds)
         while True:
             try:
-                said: _Said = self._http.request(call.method, call.path, **call.options)
-            except CUT as cut:
-                said = cut
-            wait = patience.wait(said, call.accepted)
-            if wait is None:
-                return _read(call, said)
-            time.sleep(wait)
+                outcome: _Outcome = self._http.request(call.method, call.path, **call.options)
+            except CONNECTION_LOST as error:
+                outcome = error
+            delay = retries.delay(outcome, call.accepted)
+            if delay is None:
+                return _parse(call, outcome)
+            time.sleep(delay)
 
-    def classify(self, picture: Picture, top_k: int | None = None) -> Classification:
-        """The best labels of a picture."""
-        return self._do(_classify(picture, top_k))
+    def classify(self, image: ImageInput, top_k: int | None = None) -> Classification:
+        """Classify an image. top_k: number of labels; 5, or all if there are fewer, if None."""
+        return self._send(_classify(image, top_k))
 
-    def classify_batch(self, pictures: Sequence[Picture], top_k: int | None = None) -> list[Classification | DinatServiceError]:
-        """Those of several, in order; an error in the place of a picture that has one."""
-        return self._do(_classify_batch(pictures, top_k))
+    def classify_batch(
+        self, images: Sequence[ImageInput], top_k: int | None = None
+    ) -> list[Classification | DinatServiceError]:
+        """Classify several images in one request. An image that fails has an error in its place; see classify."""
+        return self._send(_classify_batch(images, top_k))
 
-    def features(self, picture: Picture, names: Sequence[str] = ()) -> Maps:
-        """The network's maps of a picture; every stage's if none is named."""
-        return self._do(_features(picture, names))
+    def features(self, image: ImageInput, names: Sequence[str] = ()) -> FeatureMaps:
+        """Return feature maps of an image; those of every stage if no name is passed."""
+        return self._send(_features(image, names))
 
     def model(self) -> ModelCard:
-        """What is being served."""
-        return self._do(_MODEL)
+        """Return the served model."""
+        return self._send(_MODEL)
 
     def health(self) -> Health:
-        """Whether pictures are taken now. Does not wait until they are."""
-        return self._do(_HEALTH)
+        """Return the health of the service, without waiting until it is ready."""
+        return self._send(_HEALTH)
 
 
 class AsyncDinatClient(_Client):
-    """The same, asynchronous."""
+    """Asynchronous client of the service; see DinatClient."""
 
     async def __aenter__(self) -> Self:
         self._http = httpx.AsyncClient(**self._options)
@@ -185,97 +219,98 @@ class AsyncDinatClient(_Client):
     async def __aexit__(self, *_: object) -> None:
         await self._http.aclose()
 
-    async def _do(self, call: _Call[T]) -> T:
-        patience = _RetryBudget(self._patience)
+    async def _send(self, call: _Call[T]) -> T:
+        retries = _RetryBudget(self._retry_seconds)
         while True:
             try:
-                said: _Said = await self._http.request(call.method, call.path, **call.options)
-            except CUT as cut:
-                said = cut
-            wait = patience.wait(said, call.accepted)
-            if wait is None:
-                return _read(call, said)
-            await asyncio.sleep(wait)
+                outcome: _Outcome = await self._http.request(call.method, call.path, **call.options)
+            except CONNECTION_LOST as error:
+                outcome = error
+            delay = retries.delay(outcome, call.accepted)
+            if delay is None:
+                return _parse(call, outcome)
+            await asyncio.sleep(delay)
 
-    async def classify(self, picture: Picture, top_k: int | None = None) -> Classification:
+    async def classify(self, image: ImageInput, top_k: int | None = None) -> Classification:
         """See DinatClient."""
-        return await self._do(_classify(picture, top_k))
+        return await self._send(_classify(image, top_k))
 
     async def classify_batch(
-        self, pictures: Sequence[Picture], top_k: int | None = None
+        self, images: Sequence[ImageInput], top_k: int | None = None
     ) -> list[Classification | DinatServiceError]:
         """See DinatClient."""
-        return await self._do(_classify_batch(pictures, top_k))
+        return await self._send(_classify_batch(images, top_k))
 
-    async def features(self, picture: Picture, names: Sequence[str] = ()) -> Maps:
+    async def features(self, image: ImageInput, names: Sequence[str] = ()) -> FeatureMaps:
         """See DinatClient."""
-        return await self._do(_features(picture, names))
+        return await self._send(_features(image, names))
 
     async def model(self) -> ModelCard:
         """See DinatClient."""
-        return await self._do(_MODEL)
+        return await self._send(_MODEL)
 
     async def health(self) -> Health:
         """See DinatClient."""
-        return await self._do(_HEALTH)
+        return await self._send(_HEALTH)
 
 
-def _classify(picture: Picture, top_k: int | None) -> _Call[Classification]:
+def _classify(image: ImageInput, top_k: int | None) -> _Call[Classification]:
     return _Call(
         "POST",
         "/classify",
         lambda response: _classification(response.json()),
-        {"content": _bytes(picture), "params": _params(top_k=top_k)},
+        {"content": _image_bytes(image), "params": _query(top_k=top_k)},
     )
 
 
-def _classify_batch(pictures: Sequence[Picture], top_k: int | None) -> _Call[list[Classification | DinatServiceError]]:
-    files = [("image", (f"{i}", _bytes(picture))) for i, picture in enumerate(pictures)]
+def _classify_batch(images: Sequence[ImageInput], top_k: int | None) -> _Call[list[Classification | DinatServiceError]]:
+    files = [("image", (f"{i}", _image_bytes(image))) for i, image in enumerate(images)]
 
-    def read(response: httpx.Response) -> list[Classification | DinatServiceError]:
-        return [_error(one["error"]) if "error" in one else _classification(one) for one in response.json()["results"]]
+    def parse(response: httpx.Response) -> list[Classification | DinatServiceError]:
+        results = response.json()["results"]
+        return [_error(result["error"]) if "error" in result else _classification(result) for result in results]
 
-    return _Call("POST", "/classify/batch", read, {"files": files, "params": _params(top_k=top_k)})
+    return _Call("POST", "/classify/batch", parse, {"files": files, "params": _query(top_k=top_k)})
 
 
-def _features(picture: Picture, names: Sequence[str]) -> _Call[Maps]:
+def _features(image: ImageInput, names: Sequence[str]) -> _Call[FeatureMaps]:
     return _Call(
         "POST",
         "/features",
         lambda response: dict(sorted(load(response.content).items())),
         {
-            "content": _bytes(picture),
-            "params": _params(features=",".join(names)),
+            "content": _image_bytes(image),
+            "params": _query(features=",".join(names)),
             "headers": {"Accept": "application/vnd.safetensors"},
         },
     )
 
 
 def _model_card(response: httpx.Response) -> ModelCard:
-    said = response.json()
-    return ModelCard(said.pop("model"), said.pop("labels"), said.pop("features"), said)
+    body = response.json()
+    return ModelCard(body.pop("model"), body.pop("labels"), body.pop("features"), body)
 
 
 def _health(response: httpx.Response) -> Health:
-    said = response.json()
-    return Health(response.status_code == 200, said["status"], said["detail"])
+    body = response.json()
+    return Health(response.status_code == 200, body["status"], body["detail"])
 
 
 _MODEL = _Call("GET", "/model", _model_card)
 _HEALTH = _Call("GET", "/health", _health, accepted=(200, 503))
 
 
-def _read(call: _Call[T], response: _Said) -> T:
-    if isinstance(response, httpx.TransportError):
-        raise response
-    if response.status_code in call.accepted:
-        return call.read(response)
+def _parse(call: _Call[T], outcome: _Outcome) -> T:
+    if isinstance(outcome, httpx.TransportError):
+        raise outcome
+    if outcome.status_code in call.accepted:
+        return call.parse(outcome)
     try:
-        problem = response.json()
-    except ValueError:  # not this service's: a proxy's
-        problem = {}
-    fields = problem if isinstance(problem, dict) else {}
-    raise _error({"status": response.status_code, "detail": response.text[:200]} | fields)
+        body = outcome.json()
+    except ValueError:  # the response of a proxy
+        body = {}
+    fields = body if isinstance(body, dict) else {}
+    raise _error({"status": outcome.status_code, "detail": outcome.text[:200]} | fields)
 
 
 def _is_problem(response: httpx.Response) -> bool:
@@ -286,19 +321,19 @@ def _error(problem: Mapping[str, Any]) -> DinatServiceError:
     return DinatServiceError(int(problem["status"]), str(problem["detail"]), str(problem.get("request_id", "")))
 
 
-def _classification(said: Mapping[str, Any]) -> Classification:
-    return Classification([Prediction(**one) for one in said["predictions"]])
+def _classification(body: Mapping[str, Any]) -> Classification:
+    return Classification([Prediction(**prediction) for prediction in body["predictions"]])
 
 
-def _params(**given: object) -> dict[str, Any]:
-    return {name: value for name, value in given.items() if value not in (None, "")}
+def _query(**parameters: object) -> dict[str, Any]:
+    return {name: value for name, value in parameters.items() if value not in (None, "")}
 
 
-def _bytes(picture: Picture) -> bytes:
-    if isinstance(picture, bytes):
-        return picture
-    if isinstance(picture, str | Path):
-        return Path(picture).read_bytes()
+def _image_bytes(image: ImageInput) -> bytes:
+    if isinstance(image, bytes):
+        return image
+    if isinstance(image, str | Path):
+        return Path(image).read_bytes()
     buffer = io.BytesIO()
-    (picture if isinstance(picture, Image.Image) else Image.fromarray(picture)).save(buffer, "PNG")
+    (image if isinstance(image, Image.Image) else Image.fromarray(image)).save(buffer, "PNG")
     return buffer.getvalue()

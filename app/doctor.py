@@ -1,6 +1,6 @@
-"""What a machine has, whether it computes rightly, and how fast: measured there, with a published network of random weights.
+"""Check a machine: hardware, installed packages, correctness and speed, measured with a published network of random weights.
 
-Imports of the service's own packages are made where they are used: what is missing is part of the answer.
+The service's own packages are imported where they are used, because a missing one is part of the report.
 """
 
 import http.client
@@ -41,20 +41,36 @@ from dinat.model.checkpoints.checkpoint import open_checkpoint
 from dinat.model.cpu.features import has_bf16
 
 PACKAGES = ("dinat-serve", "torch", "triton", "natten", "openvino", "onnxruntime", "transformers", "pillow", "numpy")
+NOT_INSTALLED = "not installed"
+
 SECONDS = 2.0
-"""How long a rate is measured."""
+"""Duration of each throughput measurement."""
 CONNECTIONS = 8
+
 COPIED = {"cuda": 2**28, "cpu": 2**25}
+"""Number of float32 values in the copy measurement."""
 SIDE = {"cuda": 8192, "cpu": 2048}
+"""Side of the matrices in the matrix product measurement."""
 BATCH = {"cuda": 64, "cpu": 1}
-"""Numbers that are copied, side of the matrices multiplied, and pictures that attention is timed with."""
+"""Batch size of the attention measurement."""
 
 Row = dict[str, Any]
 
 
 @dataclass
 class Report:
-    """What was found. wrong: what must not be;  missing: what could be added, and the command that adds it."""
+    """Result of the examination.
+
+    Attributes:
+        machine: CPU, cores, memory and operating system.
+        devices: GPUs.
+        versions: Versions of packages.
+        ceilings: Memory bandwidth and matrix product throughput of the device.
+        attention: Error and time of each attention backend for each layer shape.
+        rates: Throughput of decoding, inference and the service.
+        problems: Errors that must be fixed.
+        missing: Optional packages, each with the command that installs it.
+    """
 
     machine: Row = field(default_factory=dict)
     devices: list[Row] = field(default_factory=list)
@@ -62,178 +78,186 @@ class Report:
     ceilings: list[Row] = field(default_factory=list)
     attention: list[Row] = field(default_factory=list)
     rates: list[Row] = field(default_factory=list)
-    wrong: list[str] = field(default_factory=list)
+    problems: list[str] = field(default_factory=list)
     missing: list[Row] = field(default_factory=list)
 
 
-def examine(preset: str, device: str, cache: Path, say: Callable[[str], None]) -> Report:
-    """Examine this machine with a preset network on a device, as resolve_devices takes it.
+def examine(preset: str, device: str, cache: Path, on_step: Callable[[str], None]) -> Report:
+    """Examine this machine with a published network.
 
-    cache: where the choice of attention on a card is remembered.  say: told what is being done.  Raises ConfigError.
+    Args:
+        preset: Name of the network.
+        device: Device, as resolve_devices accepts it.
+        cache: Folder where a GPU's attention backends are cached.
+        on_step: Called with the name of each measurement before it starts.
+
+    Raises:
+        ConfigError: The preset or the device does not exist.
     """
-    report = Report(machine(), cards(), {name: _version(name) for name in PACKAGES})
+    report = Report(machine(), gpus(), {name: _version(name) for name in PACKAGES})
     first = resolve_devices(device)[0]
     report.machine["examined"] = f"{preset} on {first}"
-    report.wrong, report.missing = faults(first, report.versions)
-    say("ceilings")
+    report.problems, report.missing = check_installation(first, report.versions)
+    on_step("ceilings")
     report.ceilings = ceilings(first)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        image_processor = save(preset, folder)
-        say("attention")
+        image_processor = save_random_network(preset, folder)
+        on_step("attention")
         config = DinatConfig.preset(preset)
         for dtype in precisions(first):
             rows, disabled = attention_rows(config, image_processor, first, dtype)
             report.attention += rows
-            report.wrong += disabled
-        say("decoding")
+            report.problems += disabled
+        on_step("decoding")
         report.rates.append(decode_rate(image_processor))
         for runtime_name, load in runtimes(folder, first, cache):
-            say(f"forward by {runtime_name}")
+            on_step(f"inference with {runtime_name}")
             try:
                 runtime = load()
                 report.rates.append(forward_rate(runtime))
             except Exception as error:
-                report.wrong.append(f"{runtime_name}: {autotune.reason(error)}")
+                report.problems.append(f"{runtime_name}: {autotune.reason(error)}")
             else:
-                others = [left for left in runtime.disabled if not left.what.startswith("attention ")]  # those are said
-                report.wrong += [f"{left.what}: {left.why}" for left in others]
-        say("the service")
+                for disabled_part in runtime.disabled:
+                    if not disabled_part.name.startswith("attention "):  # attention_rows reports those
+                        report.problems.append(f"{disabled_part.name}: {disabled_part.reason}")
+        on_step("the service")
         try:
             report.rates.append(served_rate(folder, device))
-        except ModuleNotFoundError as missing:
+        except ModuleNotFoundError as error:
             report.missing.append(
-                {"what": f"the service ({missing.name} is not installed)", "command": "pip install dinat-serve"}
+                {"what": f"the service ({error.name} is not installed)", "command": "pip install dinat-serve"}
             )
         except Exception as error:
-            report.wrong.append(f"the service: {autotune.reason(error)}")
+            report.problems.append(f"the service: {autotune.reason(error)}")
     return report
 
 
-def processor() -> str:
-    """Its name."""
+def cpu_name() -> str:
+    """Return the CPU's model name."""
     lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
-    models = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return models[0] if models else platform.processor()
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor()
 
 
-def instructions() -> str:
-    """What PyTorch uses, and the matrix units, if the kernels may have them."""
-    found = native.library()
-    return torch.backends.cpu.get_cpu_capability() + (", AMX" if found is not None and found.has_matrix_units else "")
+def cpu_capability() -> str:
+    """Return the instruction set that PyTorch uses, and AMX if the compiled kernels use it."""
+    library = native.library()
+    return torch.backends.cpu.get_cpu_capability() + (", AMX" if library is not None and library.has_matrix_units else "")
 
 
 def machine() -> Row:
-    """Processor, cores that this process may use, memory, system."""
-    pages = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") if hasattr(os, "sysconf") else 0
+    """Return the CPU, the cores available to this process, memory, Python and operating system."""
+    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") if hasattr(os, "sysconf") else 0
     return {
-        "processor": processor(),
-        "instructions": instructions(),
+        "CPU": cpu_name(),
+        "instructions": cpu_capability(),
         "cores": cores(),
-        "memory GB": round(pages / 1e9, 1),
+        "memory GB": round(memory / 1e9, 1),
         "python": platform.python_version(),
         "system": platform.platform(),
     }
 
 
-def cards() -> list[Row]:
-    """The CUDA cards that PyTorch sees."""
-    found = []
+def gpus() -> list[Row]:
+    """Return the CUDA GPUs that PyTorch sees."""
+    rows = []
     for index in range(torch.cuda.device_count()):
         properties = torch.cuda.get_device_properties(index)
-        found.append(
+        rows.append(
             {
                 "device": f"cuda:{index}",
                 "name": properties.name,
                 "capability": f"{properties.major}.{properties.minor}",
                 "memory GB": round(properties.total_memory / 1e9, 1),
                 "multiprocessors": properties.multi_processor_count,
-                "driver": driver() or "not known",
+                "driver": driver() or "unknown",
                 "CUDA of PyTorch": str(torch.version.cuda),
             }
         )
-    return found
+    return rows
 
 
 def driver() -> str | None:
-    """The version of NVIDIA's driver, None where there is none."""
-    kernel = Path("/proc/driver/nvidia/version")
-    if kernel.exists() and (found := re.search(r"\s(\d+\.\d+(?:\.\d+)?)\s", kernel.read_text())):
+    """Return the version of the NVIDIA driver, or None if there is none."""
+    kernel_module = Path("/proc/driver/nvidia/version")
+    if kernel_module.exists() and (found := re.search(r"\s(\d+\.\d+(?:\.\d+)?)\s", kernel_module.read_text())):
         return found[1]
     if shutil.which("nvidia-smi") is None:
         return None
-    asked = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
-    done = subprocess.run(asked, capture_output=True, text=True)
+    command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    done = subprocess.run(command, capture_output=True, text=True)
     return done.stdout.split("\n")[0].strip() or None
 
 
-def faults(device: torch.device, versions: dict[str, str]) -> tuple[list[str], list[Row]]:
-    """What is wrong with how things are installed, and what is missing."""
-    wrong: list[str] = []
+def check_installation(device: torch.device, versions: dict[str, str]) -> tuple[list[str], list[Row]]:
+    """Return problems with the installed packages, and missing optional packages."""
+    problems: list[str] = []
     missing: list[Row] = []
     if driver() is not None and not torch.cuda.is_available():
-        build = "has no CUDA" if torch.version.cuda is None else f"is for CUDA {torch.version.cuda}, which wants a newer driver"
-        wrong.append(f"NVIDIA's driver {driver()} is here, and PyTorch sees no card: this PyTorch {build}")
+        cuda = torch.version.cuda
+        cause = "has no CUDA" if cuda is None else f"is for CUDA {cuda}, which requires a newer driver"
+        problems.append(f"NVIDIA driver {driver()} is installed, but PyTorch sees no GPU: this PyTorch {cause}")
         missing.append(
             {
-                "what": "a PyTorch that sees the card",
+                "what": "a PyTorch build that sees the GPU",
                 "command": f"pip install --force-reinstall torch=={_version('torch').partition('+')[0]}",
             }
         )
     if device.type == "cuda":
-        if versions["triton"] == ABSENT:
-            missing.append({"what": "triton, the fused kernel", "command": "pip install triton"})
-        if versions["natten"] == ABSENT:
+        if versions["triton"] == NOT_INSTALLED:
+            missing.append({"what": "triton, for the fused attention kernel", "command": "pip install triton"})
+        if versions["natten"] == NOT_INSTALLED:
             wheel = requirement(versions["torch"], torch.version.cuda)
             command = (
                 f"pip install --no-deps '{wheel}' --find-links {PAGE}" if wheel else "pip install --no-build-isolation natten"
             )
-            missing.append({"what": "natten, one more backend", "command": command})
-        return wrong, missing
+            missing.append({"what": "natten, another attention backend", "command": command})
+        return problems, missing
     kernels = native.library()
     if kernels is None:
-        missing.append({"what": f"kernels for this processor: {native.missing()}", "command": "apt-get install gcc libc6-dev"})
-    if versions["openvino"] == ABSENT and (kernels is None or kernels.lanes < 16):
-        missing.append({"what": "openvino, the fastest on this processor", "command": "pip install 'dinat-serve[cpu]'"})
-    return wrong, missing
-
-
-ABSENT = "not installed"
+        missing.append(
+            {"what": f"compiled CPU kernels: {native.unavailable_reason()}", "command": "apt-get install gcc libc6-dev"}
+        )
+    if versions["openvino"] == NOT_INSTALLED and (kernels is None or kernels.lanes < 16):
+        missing.append({"what": "openvino, the fastest runtime on this CPU", "command": "pip install 'dinat-serve[cpu]'"})
+    return problems, missing
 
 
 def _version(package: str) -> str:
     try:
         return version(package)
     except PackageNotFoundError:
-        return ABSENT
+        return NOT_INSTALLED
 
 
 def precisions(device: torch.device) -> list[torch.dtype]:
-    """Those that are served there."""
+    """Return the data types that the service uses on a device."""
     if device.type == "cuda":
         return [PRECISIONS[half_precision(device)], torch.float32]
     return [torch.bfloat16, torch.float32] if has_bf16() else [torch.float32]
 
 
 def ceilings(device: torch.device) -> list[Row]:
-    """What a copy and a matrix product reach there."""
+    """Measure memory bandwidth, and throughput of a matrix product."""
     source, target = torch.empty(2, COPIED[device.type], device=device)
     source.normal_()
     rows = [{"what": "copy", "GB/s": 2 * source.nbytes / autotune.seconds(lambda: target.copy_(source), device) / 1e9}]
     side = SIDE[device.type]
     for dtype in (torch.bfloat16, torch.float32):
         a, b = torch.randn(2, side, side, device=device).to(dtype)
-        taken = autotune.seconds(partial(torch.matmul, a, b), device)
-        rows.append({"what": f"{side}x{side} product, {_name(dtype)}", "TFLOP/s": 2 * side**3 / taken / 1e12})
+        seconds = autotune.seconds(partial(torch.matmul, a, b), device)
+        rows.append({"what": f"{side}x{side} product, {_dtype_name(dtype)}", "TFLOP/s": 2 * side**3 / seconds / 1e12})
     return rows
 
 
-def _name(dtype: torch.dtype) -> str:
+def _dtype_name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def save(preset: str, folder: Path) -> DinatImageProcessor:
-    """Write a network of random weights, the same every time."""
+def save_random_network(preset: str, folder: Path) -> DinatImageProcessor:
+    """Save a network with random weights, from a fixed seed, and its image processor, which is returned."""
     config = DinatConfig.preset(preset)
     torch.manual_seed(0)
     DinatForImageClassification(config).save_pretrained(folder)
@@ -245,11 +269,15 @@ def save(preset: str, folder: Path) -> DinatImageProcessor:
 def attention_rows(
     config: DinatConfig, processor: DinatImageProcessor, device: torch.device, dtype: torch.dtype
 ) -> tuple[list[Row], list[str]]:
-    """Error and microseconds of every backend for every shape of layer, and what is wrong with some."""
+    """Measure error and time (in us) of each attention backend for each layer shape.
+
+    Returns:
+        A row per layer shape and backend, and a message per backend that failed or was inaccurate.
+    """
     height, width = processor.output_size or (224, 224)
     batch = BATCH[device.type]
     rows: list[Row] = []
-    wrong: list[str] = []
+    problems: list[str] = []
     for stage, heads in enumerate(config.num_heads):
         sides = [-(-length // (4 << stage)) for length in (height, width)]
         head_dim = config.channels_of(stage) // heads
@@ -262,32 +290,32 @@ def attention_rows(
                 names.append("reference")
             layer = autotune.LayerKey.of(q, config.kernel_size, dilation, head_dim**-0.5)
             attend = _attend(layer)
-            autotune.chosen.pop(layer, None)
-            with torch.inference_mode(), autotune.trying():
-                autotune.choose(layer, names, attend, q, k, v, rpb)
-            kept = autotune.chosen[layer]
-            short = f"{size[0]}x{size[1]}, {heads} heads, k{config.kernel_size} d{dilation}"
+            autotune.selections.pop(layer, None)
+            with torch.inference_mode(), autotune.autotuning():
+                autotune.select_backend(layer, names, attend, q, k, v, rpb)
+            choice = autotune.selections[layer]
+            shape = f"{size[0]}x{size[1]}, {heads} heads, k{config.kernel_size} d{dilation}"
             for name in names:
-                row: Row = {"layer": short, "precision": _name(dtype), "batch": batch, "backend": name}
-                row |= {"error": kept.errors.get(name), "us": None, "kept": name == kept.backend}
-                if name in kept.seconds:
-                    row["us"] = kept.seconds[name] * 1e6
+                row: Row = {"layer": shape, "precision": _dtype_name(dtype), "batch": batch, "backend": name}
+                row |= {"error": choice.errors.get(name), "us": None, "selected": name == choice.backend}
+                if name in choice.seconds:
+                    row["us"] = choice.seconds[name] * 1e6
                 rows.append(row)
-            wrong += [f"attention {name} ({layer}, {_name(dtype)}): {why}" for name, why in kept.disabled.items()]
-    return rows, wrong
+            problems += [f"attention {name} ({layer}, {_dtype_name(dtype)}): {why}" for name, why in choice.disabled.items()]
+    return rows, problems
 
 
 def _attend(layer: autotune.LayerKey) -> autotune.Attend:
-    """A candidate's attention, by its name."""
+    """Return a function that computes a layer's attention with a named backend."""
 
     def attend(name: str, q: Tensor, k: Tensor, v: Tensor, rpb: Tensor | None) -> Tensor:
-        return attention.by_name(name, q, k, v, rpb, layer.kernel_size, layer.dilation, layer.scale)
+        return attention.run_candidate(name, q, k, v, rpb, layer.kernel_size, layer.dilation, layer.scale)
 
     return attend
 
 
 def photograph() -> bytes:
-    """A 500x375 JPEG of about 60 kB."""
+    """Return a synthetic 500x375 JPEG of about 60 kB, which decodes like a photograph."""
     random = np.random.default_rng(0)
     coarse = Image.fromarray(random.integers(0, 256, (47, 63, 3), dtype=np.uint8)).resize((500, 375), Image.Resampling.BICUBIC)
     noisy = np.asarray(coarse).astype(int) + random.integers(-20, 21, (375, 500, 3))
@@ -297,33 +325,33 @@ def photograph() -> bytes:
 
 
 def decode_rate(processor: DinatImageProcessor) -> Row:
-    """Pictures a second decoded and resized by all cores."""
+    """Measure decoding and resizing on all cores, in images/s."""
     data = photograph()
     threads = int(machine()["cores"] or 1)
 
-    def work(until: float) -> int:
-        done = 0
-        while time.perf_counter() < until:
+    def work(deadline: float) -> int:
+        count = 0
+        while time.perf_counter() < deadline:
             processor.resize(Image.open(io.BytesIO(data)))
-            done += 1
-        return done
+            count += 1
+        return count
 
-    started = time.perf_counter()
+    start = time.perf_counter()
     with ThreadPoolExecutor(threads) as pool:
-        done = sum(pool.map(work, [started + SECONDS] * threads))
+        count = sum(pool.map(work, [start + SECONDS] * threads))
     return {
         "what": f"decode and resize a 500x375 JPEG, {threads} threads",
-        "pictures/s": done / (time.perf_counter() - started),
+        "images/s": count / (time.perf_counter() - start),
     }
 
 
 def runtimes(folder: Path, device: torch.device, cache: Path) -> Iterator[tuple[str, Callable[[], Runtime]]]:
-    """What may serve there, by name."""
+    """Yield each runtime available on a device, with its name."""
     if device.type == "cuda":
         yield "torch", lambda: TorchRuntime(open_checkpoint(folder), device, "auto", "auto", cache)
         return
     yield "torch", lambda: TorchRuntime(open_checkpoint(folder), device, "auto", "auto")
-    if _version("openvino") != ABSENT:
+    if _version("openvino") != NOT_INSTALLED:
 
         def openvino() -> Runtime:
             from dinat.app.engine.runtimes.openvino_runtime import OpenVinoRuntime
@@ -334,25 +362,25 @@ def runtimes(folder: Path, device: torch.device, cache: Path) -> Iterator[tuple[
 
 
 def forward_rate(runtime: Runtime) -> Row:
-    """Pictures a second of a runtime alone, in full batches."""
+    """Measure inference with full batches, without decoding, in images/s."""
     batch = runtime.warm(runtime.default_batch)
     pixels = examples(runtime.processor, batch)
-    started, done = time.perf_counter(), 0
-    while time.perf_counter() < started + SECONDS:
+    start, count = time.perf_counter(), 0
+    while time.perf_counter() < start + SECONDS:
         runtime.run(pixels, [InferenceOptions(top_k=5)] * batch)
-        done += batch
-    taken = time.perf_counter() - started
-    return {"what": f"network by {runtime.name}, {runtime.precision}, batches of {batch}", "pictures/s": done / taken}
+        count += batch
+    seconds = time.perf_counter() - start
+    return {"what": f"inference with {runtime.name}, {runtime.precision}, batches of {batch}", "images/s": count / seconds}
 
 
 @contextmanager
 def serving(folder: Path, device: str) -> Iterator[tuple[int, float]]:
-    """The service as a process of its own: its port, and the seconds until it was ready."""
+    """Run the service in a subprocess. Yields its port and the seconds until it was ready."""
     flags = ["--model", str(folder), "--device", device, "--port", "0", "--log-format", "json"]
-    settings = {**os.environ, "DINAT_CACHE_DIR": str(folder / "cache"), "DINAT_API_KEYS": ""}
-    started = time.monotonic()
+    environment = {**os.environ, "DINAT_CACHE_DIR": str(folder / "cache"), "DINAT_API_KEYS": ""}
+    start = time.monotonic()
     command = [sys.executable, "-m", "dinat", "serve", *flags]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=settings)
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment)
     assert process.stderr is not None
     try:
         port, log = 0, ""
@@ -363,10 +391,10 @@ def serving(folder: Path, device: str) -> Iterator[tuple[int, float]]:
             if '"ready"' in line:
                 break
         else:
-            raise RuntimeError(log.strip().splitlines()[-1] if log.strip() else "it ended without a word")
+            raise RuntimeError(log.strip().splitlines()[-1] if log.strip() else "it exited without output")
         drain = threading.Thread(target=process.stderr.read, daemon=True)
         drain.start()
-        yield port, time.monotonic() - started
+        yield port, time.monotonic() - start
     finally:
         process.send_signal(signal.SIGTERM)
         try:
@@ -376,27 +404,27 @@ def serving(folder: Path, device: str) -> Iterator[tuple[int, float]]:
 
 
 def served_rate(folder: Path, device: str) -> Row:
-    """Pictures a second through HTTP on loopback, one a request, client and server on this machine."""
-    import uvicorn  # noqa: F401  # says that the service's packages are there
+    """Measure the service over HTTP on loopback, one image per request, in images/s. The client runs on the same machine."""
+    import uvicorn  # noqa: F401  # raises ModuleNotFoundError if the service's packages are missing
 
     data = photograph()
-    with serving(folder, device) as (port, ready):
+    with serving(folder, device) as (port, ready_seconds):
 
-        def ask(until: float) -> list[float]:
-            times: list[float] = []
+        def send(deadline: float) -> list[float]:
+            latencies: list[float] = []
             connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
-            while (asked := time.perf_counter()) < until:
+            while (sent := time.perf_counter()) < deadline:
                 connection.request("POST", "/classify", data, {"Content-Type": "image/jpeg"})
-                answer = connection.getresponse()
-                body = answer.read()
-                if answer.status != 200:
-                    raise RuntimeError(f"answered {answer.status}: {json.loads(body).get('detail')}")
-                times.append(time.perf_counter() - asked)
-            return times
+                response = connection.getresponse()
+                body = response.read()
+                if response.status != 200:
+                    raise RuntimeError(f"status {response.status}: {json.loads(body).get('detail')}")
+                latencies.append(time.perf_counter() - sent)
+            return latencies
 
-        started = time.perf_counter()
+        start = time.perf_counter()
         with ThreadPoolExecutor(CONNECTIONS) as pool:
-            times = [one for some in pool.map(ask, [started + SECONDS] * CONNECTIONS) for one in some]
-        taken = time.perf_counter() - started
-    row: Row = {"what": f"HTTP on loopback, {CONNECTIONS} connections", "pictures/s": len(times) / taken}
-    return row | {"p50 ms": median(times) * 1e3, "seconds to ready": ready}
+            latencies = [latency for results in pool.map(send, [start + SECONDS] * CONNECTIONS) for latency in results]
+        seconds = time.perf_counter() - start
+    row: Row = {"what": f"HTTP on loopback, {CONNECTIONS} connections", "images/s": len(latencies) / seconds}
+    return row | {"p50 ms": median(latencies) * 1e3, "seconds to ready": ready_seconds}

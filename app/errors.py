@@ -1,10 +1,15 @@
-"""Why the service could not do what it was asked for."""
+"""Errors of the service, each with an HTTP status."""
 
 from http import HTTPStatus
 
 
 class ServiceError(Exception):
-    """An error with an HTTP status. detail: one sentence that names the value, what is allowed and what to do."""
+    """Base class of errors that are returned to the client with an HTTP status.
+
+    Args:
+        detail: One sentence that names the value, what is allowed and what to do.
+        headers: Additional response headers.
+    """
 
     status = HTTPStatus.INTERNAL_SERVER_ERROR
 
@@ -15,47 +20,47 @@ class ServiceError(Exception):
 
 
 class BadRequest(ServiceError):
-    """The request is broken."""
+    """The request is malformed."""
 
     status = HTTPStatus.BAD_REQUEST
 
 
 class NoImage(BadRequest):
-    """There is no picture in the request, or its form is broken."""
+    """The request contains no image, or its body is malformed."""
 
 
 class NotFound(ServiceError):
-    """There is nothing of that name."""
+    """The requested resource does not exist."""
 
     status = HTTPStatus.NOT_FOUND
 
 
 class NotAcceptable(ServiceError):
-    """None of the types that the client would have is written here."""
+    """None of the media types in the Accept header is supported."""
 
     status = HTTPStatus.NOT_ACCEPTABLE
 
 
 class TooLarge(ServiceError):
-    """Too many bytes, or too many pixels."""
+    """The request has too many bytes or pixels."""
 
     status = HTTPStatus.REQUEST_ENTITY_TOO_LARGE
 
 
 class UnsupportedImage(ServiceError):
-    """Not a picture format that is read here."""
+    """The image format or the content encoding is not supported."""
 
     status = HTTPStatus.UNSUPPORTED_MEDIA_TYPE
 
 
 class Unprocessable(ServiceError):
-    """A damaged picture, or a parameter outside what is allowed."""
+    """The image is damaged, or a parameter is outside its allowed range."""
 
     status = HTTPStatus.UNPROCESSABLE_ENTITY
 
 
 class Unauthorized(ServiceError):
-    """An API key is wanted."""
+    """The request requires an API key."""
 
     status = HTTPStatus.UNAUTHORIZED
 
@@ -67,18 +72,18 @@ class HeadTooLarge(ServiceError):
 
 
 class UploadTooSlow(ServiceError):
-    """The body did not come in time."""
+    """The request body was not received in time."""
 
     status = HTTPStatus.REQUEST_TIMEOUT
 
 
 class DeadlinePassed(ServiceError):
-    """The answer did not come within the deadline."""
+    """The result was not ready before the deadline."""
 
     status = HTTPStatus.GATEWAY_TIMEOUT
 
 
 class Unavailable(ServiceError):
-    """The service cannot take work now."""
+    """The service cannot accept work now."""
 
     status = HTTPStatus.SERVICE_UNAVAILABLE

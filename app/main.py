@@ -1,4 +1,4 @@
-"""The application: routers, lifespan and error handlers put together."""
+"""The FastAPI application: routers, middleware, lifespan and error handlers."""
 
 import asyncio
 from collections.abc import AsyncIterator, Callable, Sequence
@@ -14,7 +14,7 @@ from PIL import Image
 from starlette.routing import Route
 
 from dinat.app.api import attention, classify, features, health, hugging_face, open_inference, page, sagemaker, vertex
-from dinat.app.api.middleware import RequestContext
+from dinat.app.api.middleware import RequestMiddleware
 from dinat.app.api.problems import add_error_handlers
 from dinat.app.engine.engine import Engine
 from dinat.app.settings import Settings
@@ -24,25 +24,27 @@ from dinat.app.tracing import trace_requests
 def create_app(
     settings: Settings | None = None, engine: Engine | None = None, processes: Callable[[], Sequence[Any]] | None = None
 ) -> FastAPI:
-    """The service. The model loads in the background once the application starts; until then /health/ready says 503.
+    """Create the application. The model is loaded in the background at startup; until then /health/ready returns 503.
 
-    settings: read from the environment if None.  engine: one made from the same settings, for who wants to watch it.
-    processes: what each process of the service is doing, where there are several.
+    Args:
+        settings: Settings of the service. Default: read from the environment.
+        engine: Engine to use. Default: a new one with these settings.
+        processes: Returns the state of each process of the service, for GET /health, if the service has several.
     """
     settings = settings or Settings()
     engine = engine or Engine(settings)
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-        Image.MAX_IMAGE_PIXELS = None  # settings.max_pixels is checked on every picture instead
+        Image.MAX_IMAGE_PIXELS = None  # settings.max_pixels is checked for every image instead
         encoders = ThreadPoolExecutor(settings.decode_threads, thread_name_prefix="encode")
-        asyncio.get_running_loop().set_default_executor(encoders)  # which asyncio.to_thread takes
+        asyncio.get_running_loop().set_default_executor(encoders)  # used by asyncio.to_thread
         starting = asyncio.create_task(engine.start())
         yield
         await engine.stop()
         await starting
 
-    app = FastAPIOffline(  # whose page of the API comes from this host, not from others
+    app = FastAPIOffline(  # serves the assets of /docs itself instead of loading them from a CDN
         title="dinat-serve",
         summary="Image classification and feature maps by DiNAT, the Dilated Neighborhood Attention Transformer",
         version=version("dinat-serve"),
@@ -51,13 +53,12 @@ def create_app(
     )
     app.state.engine = engine
     app.state.processes = processes
-    doors = [
-        *(door.router for door in (classify, features, attention, open_inference, hugging_face, sagemaker)),
+    routers = [
+        *(module.router for module in (classify, features, attention, open_inference, hugging_face, sagemaker)),
         vertex.router(settings),
     ]
-    app.add_middleware(
-        RequestContext, engine=engine, doors=[route for door in doors for route in door.routes if isinstance(route, Route)]
-    )
+    endpoints = [route for router in routers for route in router.routes if isinstance(route, Route)]
+    app.add_middleware(RequestMiddleware, engine=engine, endpoints=endpoints)
     if settings.cors_origins:
         app.add_middleware(
             CORSMiddleware,
@@ -69,14 +70,14 @@ def create_app(
     if settings.otlp_endpoint:
         trace_requests(app, settings.otlp_endpoint)
     add_error_handlers(app)
-    for door in (*doors, health.router, page.router):
-        app.include_router(door)
+    for router in (*routers, health.router, page.router):
+        app.include_router(router)
     app.mount(page.FILES, page.files)
     return app
 
 
 def __getattr__(name: str) -> FastAPI:
-    """`app`, for `uvicorn app.main:app`, made when it is asked for."""
+    """Create `app` on first access, for `uvicorn dinat.app.main:app`."""
     if name == "app":
         return create_app()
     raise AttributeError(f"module {__name__} has no attribute {name}")

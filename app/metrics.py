@@ -1,4 +1,4 @@
-"""What Prometheus sees. Names and units follow its conventions."""
+"""Prometheus metrics. Names and units follow its conventions."""
 
 import os
 import time
@@ -15,7 +15,7 @@ from prometheus_client.multiprocess import MultiProcessCollector
 from prometheus_client.process_collector import ProcessCollector
 from prometheus_client.registry import Collector
 
-from dinat.app.engine.batcher import Job
+from dinat.app.engine.job import Job
 from dinat.app.engine.runtimes.runtime import InferenceResult, LoadedModel, Runtime
 
 SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30)
@@ -23,10 +23,13 @@ BATCHES = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
 
 
 @dataclass(frozen=True)
-class Shared:
-    """Where the processes of one service count together.
+class SharedMetrics:
+    """Metrics that several processes share.
 
-    folder: holds a few files for each.  name: of this process, its successors' too.  pids: of all, by name, as of now.
+    Attributes:
+        folder: Holds memory-mapped files of each process.
+        name: Name of this process, the same after a restart.
+        pids: Returns the current ids of all processes, by name.
     """
 
     folder: Path
@@ -35,123 +38,135 @@ class Shared:
 
 
 class Metrics:
-    """The meters of one service, in a registry of its own. shared: where they count for several processes, by mmapped files."""
+    """The metrics of one service, in a registry of its own.
 
-    def __init__(self, shared: Shared | None = None) -> None:
+    Args:
+        shared: Set if several processes serve; the metrics are then the sums over all of them.
+    """
+
+    def __init__(self, shared: SharedMetrics | None = None) -> None:
         self.registry = CollectorRegistry()
-        """What is shown."""
-        self._read = -float("inf")
+        """Registry of what is exported; in it, shared metrics are read from their files."""
+        self._memory_read = -float("inf")
         self._runtimes: Sequence[Runtime] = ()
-        self._known: dict[tuple[str, int], tuple[Counter, Histogram]] = {}
+        self._request_metrics: dict[tuple[str, int], tuple[Counter, Histogram]] = {}
         if shared is None:
-            meters = self.registry
+            registry = self.registry
             ProcessCollector(registry=self.registry)
             GCCollector(registry=self.registry)
             values.ValueClass = values.MutexValue
         else:
-            meters = CollectorRegistry()
-            os.environ["PROMETHEUS_MULTIPROC_DIR"] = str(shared.folder)  # its library reads it there alone
+            registry = CollectorRegistry()
+            os.environ["PROMETHEUS_MULTIPROC_DIR"] = str(shared.folder)  # the only place where prometheus_client reads it
             values.ValueClass = values.MultiProcessValue(lambda: shared.name)  # type: ignore[no-untyped-call]
             MultiProcessCollector(self.registry, str(shared.folder))  # type: ignore[no-untyped-call]
             self.registry.register(_Processes(shared.pids))
         self._requests = Counter(
-            "dinat_requests_total", "Requests answered, by route and status.", ["route", "status"], registry=meters
+            "dinat_requests_total", "Requests, by route and status.", ["route", "status"], registry=registry
         )
         self._request_seconds = Histogram(
             "dinat_request_duration_seconds",
-            "From a request's head to the end of its answer.",
+            "Time from the head of a request to the end of its response.",
             ["route"],
             buckets=SECONDS,
-            registry=meters,
+            registry=registry,
         )
         part_seconds = Histogram(
             "dinat_part_duration_seconds",
-            "Parts of the way: decode and queue of a picture, compute of a batch, encode of an answer.",
+            "Time by part: decode and queue of an image, compute of a batch, encode of a response.",
             ["part"],
             buckets=SECONDS,
-            registry=meters,
+            registry=registry,
         )
         self._parts = {part: part_seconds.labels(part) for part in ("decode", "queue", "compute", "encode")}
-        self._batch_size = Histogram("dinat_batch_size_images", "Pictures per batch.", buckets=BATCHES, registry=meters)
-        images = Counter("dinat_images_total", "Pictures answered, by outcome.", ["outcome"], registry=meters)
+        self._batch_size = Histogram("dinat_batch_size_images", "Images per batch.", buckets=BATCHES, registry=registry)
+        images = Counter("dinat_images_total", "Images, by outcome.", ["outcome"], registry=registry)
         self._outcomes = {outcome: images.labels(outcome) for outcome in ("classified", "rejected", "late", "failed")}
         self._memory = Gauge(
             "dinat_device_memory_bytes",
-            "Memory in use on a device, as of its last batch.",
+            "Memory in use on a device, at its last batch.",
             ["device"],
             multiprocess_mode="mostrecent",
-            registry=meters,
+            registry=registry,
         )
 
-    def show(self, model: str, waiting: Callable[[], int], loaded: Callable[[], LoadedModel | None]) -> None:
-        """Show the depth of the queue, and what serves, whenever the metrics are read."""
-        self.registry.register(_Serving(model, waiting, loaded))
+    def add_engine(self, model: str, waiting: Callable[[], int], loaded: Callable[[], LoadedModel | None]) -> None:
+        """Export the queue depth and the loaded model of an engine, read at each scrape.
+
+        Args:
+            model: Name of the model.
+            waiting: Returns the number of queued images.
+            loaded: Returns the loaded model.
+        """
+        self.registry.register(_EngineCollector(model, waiting, loaded))
 
     def watch_devices(self, runtimes: Sequence[Runtime]) -> None:
-        """Measure the memory of each device that has one of its own."""
+        """Measure the memory of the devices that have their own."""
         self._runtimes = [runtime for runtime in runtimes if runtime.memory() is not None]
 
-    def request(self, route: str, status: int, seconds: float) -> None:
-        """Count a request that was answered."""
-        meters = self._known.get((route, status))
-        if meters is None:
-            meters = self._requests.labels(route, str(status)), self._request_seconds.labels(route)
-            self._known[route, status] = meters
-        meters[0].inc()
-        meters[1].observe(seconds)
+    def count_request(self, route: str, status: int, seconds: float) -> None:
+        """Count a request and its duration."""
+        metrics = self._request_metrics.get((route, status))
+        if metrics is None:
+            metrics = self._requests.labels(route, str(status)), self._request_seconds.labels(route)
+            self._request_metrics[route, status] = metrics
+        metrics[0].inc()
+        metrics[1].observe(seconds)
 
-    def observe_stage(self, stage: str, seconds: float) -> None:
-        """Count the time of one part: decode, queue, compute or encode. Safe from every thread."""
-        self._parts[stage].observe(seconds)
+    def observe_part(self, part: str, seconds: float) -> None:
+        """Observe the time of a part: decode, queue, compute or encode. Safe from any thread."""
+        self._parts[part].observe(seconds)
 
-    def queued(self, batch: Sequence[Job]) -> None:
-        """Count how long the pictures of a batch waited for it. Safe from every thread."""
+    def observe_queue(self, batch: Sequence[Job]) -> None:
+        """Observe how long the images of a batch were queued. Safe from any thread."""
         for job in batch:
             self._parts["queue"].observe(job.started - job.decoded)
 
-    def batch(self, size: int, seconds: float) -> None:
-        """Count a batch that ran. Safe from every thread."""
+    def observe_batch(self, size: int, seconds: float) -> None:
+        """Observe a batch, and the memory of the devices at most once a second. Safe from any thread."""
         self._batch_size.observe(size)
-        self.observe_stage("compute", seconds)
+        self.observe_part("compute", seconds)
         now = time.monotonic()
-        if now > self._read + 1:
-            self._read = now
+        if now > self._memory_read + 1:
+            self._memory_read = now
             for runtime in self._runtimes:
                 self._memory.labels(runtime.device).set(runtime.memory() or 0)
 
-    def image(self, answer: InferenceResult | Exception) -> None:
-        """Count a picture that has its answer."""
-        status = 200 if isinstance(answer, InferenceResult) else int(getattr(answer, "status", 500))
+    def count_image(self, result: InferenceResult | Exception) -> None:
+        """Count an image by its outcome."""
+        status = 200 if isinstance(result, InferenceResult) else int(getattr(result, "status", 500))
         self._outcomes[{2: "classified", 4: "rejected"}.get(status // 100, "late" if status == 504 else "failed")].inc()
 
     def exposition(self) -> bytes:
-        """All of it in Prometheus' text format."""
+        """All metrics in Prometheus' text format."""
         return generate_latest(self.registry)
 
 
-class _Serving(Collector):
-    """What serves, and how much waits for it."""
+class _EngineCollector(Collector):
+    """Queue depth, versions, and the loaded model."""
 
     def __init__(self, model: str, waiting: Callable[[], int], loaded: Callable[[], LoadedModel | None]) -> None:
         self._model, self._waiting, self._loaded = model, waiting, loaded
 
     def collect(self) -> Iterable[Metric]:
         """See prometheus_client."""
-        yield GaugeMetricFamily("dinat_queue_depth_images", "Pictures taken and not yet running.", self._waiting())
+        yield GaugeMetricFamily("dinat_queue_depth_images", "Queued images: accepted and not running yet.", self._waiting())
         versions = {"version": version("dinat-serve"), "torch": torch.__version__}
         yield InfoMetricFamily("dinat_build", "Versions.", versions)
-        disabled = GaugeMetricFamily("dinat_disabled", "1 for what failed, or computed wrongly, at start.", labels=["what"])
+        disabled = GaugeMetricFamily(
+            "dinat_disabled", "1 for everything that failed, or returned wrong numbers, at startup.", labels=["name"]
+        )
         loaded = self._loaded()
         if loaded is not None:
-            for left in loaded.disabled:
-                disabled.add_metric([left.what], 1)
-            serving = {"model": self._model, "runtime": loaded.runtime, "device": loaded.device, "precision": loaded.precision}
-            yield InfoMetricFamily("dinat_model", "What is being served.", serving)
+            for one in loaded.disabled:
+                disabled.add_metric([one.name], 1)
+            model = {"model": self._model, "runtime": loaded.runtime, "device": loaded.device, "precision": loaded.precision}
+            yield InfoMetricFamily("dinat_model", "The loaded model.", model)
         yield disabled
 
 
 class _Processes(Collector):
-    """What ProcessCollector says of one process, of several: the label process has the name of each."""
+    """The metrics of ProcessCollector for several processes; the label `process` is the name of each."""
 
     def __init__(self, pids: Callable[[], Mapping[str, int]]) -> None:
         self._pids = pids

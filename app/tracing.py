@@ -1,4 +1,4 @@
-"""OpenTelemetry traces of every request, by its own instrumentation of FastAPI. Off unless an endpoint is set."""
+"""OpenTelemetry traces of requests, by OpenTelemetry's FastAPI instrumentation. Disabled unless OTLP_ENDPOINT is set."""
 
 from fastapi import FastAPI
 
@@ -6,7 +6,15 @@ from dinat.model import ConfigError
 
 
 def trace_requests(app: FastAPI, endpoint: str) -> None:
-    """Send a span for every request to an OTLP/HTTP endpoint, its whole address. Raises ConfigError without the extra."""
+    """Export a span for every request, except health and metrics.
+
+    Args:
+        app: The application to instrument.
+        endpoint: Full URL of an OTLP/HTTP endpoint for traces.
+
+    Raises:
+        ConfigError: The extra "tracing" is not installed.
+    """
     try:
         from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
         from opentelemetry.instrumentation.fastapi import FastAPIInstrumentor

@@ -1,8 +1,8 @@
-"""Tiled attention against the definition (gather), on the layers of the published networks.
+"""Tiled attention against the gather definition, on the layers of the published networks.
 
     python -m benchmarks.attention [--json FILE]
 
-Both run in turns, fp32, kernel 7, head_dim 32. `times faster` is the ratio of their medians in this run.
+float32, kernel 7, head_dim 32. Both are interleaved in one run; `speedup` is the ratio of their medians.
 """
 
 import argparse
@@ -10,11 +10,11 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.timing import report, take_turns
+from benchmarks.timing import median_seconds, report
 from dinat.model.attention import neighborhood_attention
 
 LAYERS = [(56, 2, 1), (56, 2, 8), (28, 4, 1), (28, 4, 4), (14, 8, 1), (14, 8, 2), (7, 16, 1)]
-"""Map side, heads and dilation of Mini and Tiny at 224."""
+"""Side of the feature map, heads and dilation: Mini and Tiny at 224."""
 
 
 def main() -> None:
@@ -32,17 +32,17 @@ def main() -> None:
                 def attend(backend: str, inputs: tuple[torch.Tensor, ...] = (q, k, v, rpb), d: int = dilation) -> torch.Tensor:
                     return neighborhood_attention(*inputs, kernel_size=7, dilation=d, backend=backend)
 
-                times = take_turns({"gather": lambda: attend("reference"), "tiled": lambda: attend("tiled")}, rounds=7)
+                times = median_seconds({"gather": lambda: attend("reference"), "tiled": lambda: attend("tiled")}, rounds=7)
                 difference = (attend("tiled") - attend("reference")).abs().max().item()
             rows.append(
                 {
-                    "map": f"{side}x{side}",
+                    "feature map": f"{side}x{side}",
                     "heads": heads,
                     "dilation": dilation,
                     "batch": batch,
                     "gather ms": times["gather"] * 1e3,
                     "tiled ms": times["tiled"] * 1e3,
-                    "times faster": times["gather"] / times["tiled"],
+                    "speedup": times["gather"] / times["tiled"],
                     "max difference": difference,
                 }
             )

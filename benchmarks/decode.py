@@ -1,10 +1,11 @@
-"""Ways from a JPEG to the network's pixels: time, and how far each is from Pillow's full decode, which is what is served.
+"""Methods to decode and resize a JPEG: time, and difference from Pillow's full decode and resize.
 
     python -m benchmarks.decode [--json FILE]
 
-All ways take turns in one run, on one core. `largest` and `mean` are differences of pixels in 0..255 after the resize to 224.
-Pillow decodes for all but simplejpeg; "as served" resizes by dinat.model.cpu.resize, "Pillow" by Pillow.
-Draft is Pillow's: libjpeg scales by 1/2, 1/4 or 1/8 while it decodes, to no less than twice the size wanted (DECODE=draft).
+All methods are interleaved in one run, on one core. `max` and `mean` are differences of pixel values, 0 to 255, after the
+resize to 224. Pillow decodes for all but simplejpeg. "as served" resizes with dinat.model.cpu.resize, "Pillow" with Pillow.
+Draft is Pillow's draft mode (DECODE=draft): libjpeg scales by 1/2, 1/4 or 1/8 while decoding, to at least twice the target
+size.
 """
 
 import argparse
@@ -16,7 +17,7 @@ import numpy as np
 import simplejpeg
 from PIL import Image
 
-from benchmarks.timing import report, take_turns
+from benchmarks.timing import median_seconds, report
 from dinat.app.images import decode
 from dinat.model import DinatImageProcessor
 
@@ -24,8 +25,8 @@ SIZES = [(500, 375), (1600, 1200), (4000, 3000)]
 PROCESSOR = DinatImageProcessor(size=224, resample=3)
 
 
-def photo(width: int, height: int) -> bytes:
-    """A JPEG with detail at every scale, as photographs have (1/f noise)."""
+def jpeg(width: int, height: int) -> bytes:
+    """Return a JPEG with detail at every scale (1/f noise), as photographs have."""
     random = np.random.default_rng(0)
     spectrum = np.fft.rfft2(random.standard_normal((3, height, width)))
     frequency = np.hypot(np.fft.fftfreq(height)[:, None], np.fft.rfftfreq(width)[None])
@@ -37,18 +38,18 @@ def photo(width: int, height: int) -> bytes:
     return buffer.getvalue()
 
 
-def ways(data: bytes) -> dict[str, Callable[[], np.ndarray]]:
-    everything = 10**9
+def methods(data: bytes) -> dict[str, Callable[[], np.ndarray]]:
+    no_limit = 10**9
 
     def simple(min_size: int) -> np.ndarray:
         pixels = simplejpeg.decode_jpeg(data, min_height=min_size, min_width=min_size, min_factor=1)
         return PROCESSOR.resize(Image.fromarray(pixels))
 
     return {
-        "Pillow": lambda: np.asarray(decode(data, everything).resize((224, 224), Image.Resampling.BICUBIC)),
-        "decoding alone": lambda: np.asarray(decode(data, everything))[:224, :224],
-        "as served": lambda: PROCESSOR.resize(decode(data, everything)),
-        "as served, draft": lambda: PROCESSOR.resize(decode(data, everything, draft=(448, 448))),
+        "Pillow": lambda: np.asarray(decode(data, no_limit).resize((224, 224), Image.Resampling.BICUBIC)),
+        "decoding alone": lambda: np.asarray(decode(data, no_limit))[:224, :224],
+        "as served": lambda: PROCESSOR.resize(decode(data, no_limit)),
+        "as served, draft": lambda: PROCESSOR.resize(decode(data, no_limit, draft=(448, 448))),
         "simplejpeg": lambda: simple(0),
         "simplejpeg, scaled": lambda: simple(448),
     }
@@ -60,19 +61,19 @@ def main() -> None:
     arguments = parser.parse_args()
     rows = []
     for width, height in SIZES:
-        data = photo(width, height)
-        candidates = ways(data)
-        times = take_turns(candidates, rounds=15)
-        exact = candidates["Pillow"]().astype(int)
-        for name, way in candidates.items():
-            difference = None if name == "decoding alone" else np.abs(way().astype(int) - exact)
+        data = jpeg(width, height)
+        candidates = methods(data)
+        times = median_seconds(candidates, rounds=15)
+        reference = candidates["Pillow"]().astype(int)
+        for name, method in candidates.items():
+            difference = None if name == "decoding alone" else np.abs(method().astype(int) - reference)
             rows.append(
                 {
-                    "picture": f"{width}x{height}, {len(data) // 1000} kB",
-                    "way": name,
+                    "image": f"{width}x{height}, {len(data) // 1000} kB",
+                    "method": name,
                     "ms": times[name] * 1e3,
-                    "times faster": times["Pillow"] / times[name],
-                    "largest": None if difference is None else int(difference.max()),
+                    "speedup": times["Pillow"] / times[name],
+                    "max": None if difference is None else int(difference.max()),
                     "mean": None if difference is None else float(difference.mean()),
                 }
             )

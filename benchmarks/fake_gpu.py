@@ -1,9 +1,9 @@
-"""The service before a stand-in for a card: it takes real pictures, and gives its answers after as long as a card would take.
+"""Serve with a fake GPU: requests take the real path, and results come after the time that a GPU of a given speed would take.
 
     python -m benchmarks.fake_gpu RATE [--no-decode] [flags of `dinat serve`]
 
-A batch of n pictures takes n / RATE seconds, in which nothing is computed; the next one uploads meanwhile. What a picture is
-answered with depends on its pixels. --no-decode gives every picture the same pixels: what is left is a request's way alone.
+A batch of n images takes n / RATE seconds, during which nothing is computed; meanwhile the next batch uploads. Results depend
+on the images' pixels. --no-decode replaces every image by the same pixels, which leaves the cost of handling requests.
 """
 
 import sys
@@ -23,10 +23,10 @@ from dinat.model import DinatConfig, DinatImageProcessor
 from dinat.model.cpu.resize import Pixels
 
 
-class StandIn:
-    """A Runtime, as dinat.app.engine.runtimes.runtime has it, of so many pictures a second."""
+class FakeGpuRuntime:
+    """A dinat.app.engine.runtimes.runtime.Runtime that takes 1 / rate seconds per image."""
 
-    name = "stand-in"
+    name = "fake GPU"
     device = "none"
     precision = "none"
     default_batch = 64
@@ -39,13 +39,16 @@ class StandIn:
         self._rate = rate
         self._computing = threading.Lock()
 
-    def run(self, pixels: Pixels, wanted: Sequence[InferenceOptions]) -> list[InferenceResult]:
+    def run(self, pixels: Pixels, options: Sequence[InferenceOptions]) -> list[InferenceResult]:
         with self._computing:
             time.sleep(len(pixels) / self._rate)
-        few = pixels[:, 100, 100:103, :].reshape(len(pixels), 9)
-        classes = few.astype(np.int64) + 256 * (np.arange(9) % 3)
-        scores = np.sort(few.astype(np.float32) / 256)[:, ::-1]
-        return [InferenceResult(classes[i, : want.top_k], scores[i, : want.top_k].copy(), {}) for i, want in enumerate(wanted)]
+        samples = pixels[:, 100, 100:103, :].reshape(len(pixels), 9)
+        classes = samples.astype(np.int64) + 256 * (np.arange(9) % 3)
+        scores = np.sort(samples.astype(np.float32) / 256)[:, ::-1]
+        return [
+            InferenceResult(classes[i, : requested.top_k], scores[i, : requested.top_k].copy(), {})
+            for i, requested in enumerate(options)
+        ]
 
     def attention(self) -> dict[str, str]:
         return {}
@@ -60,19 +63,19 @@ class StandIn:
         return False
 
 
-def stand_in(rate: float, decode: bool = True) -> None:
-    """Have this process, and those forked from it, serve a stand-in."""
+def use_fake_gpu(rate: float, decode: bool = True) -> None:
+    """Make this process, and processes forked from it, serve with a fake GPU of `rate` images per second."""
 
-    def load(settings: Settings) -> Sequence[StandIn]:
-        return [StandIn(rate)]
+    def load_runtimes(settings: Settings) -> Sequence[FakeGpuRuntime]:
+        return [FakeGpuRuntime(rate)]
 
-    dinat.app.engine.local_backend.load_runtimes = load
+    dinat.app.engine.local_backend.load_runtimes = load_runtimes
     if not decode:
-        picture = Image.fromarray(np.zeros((224, 224, 3), dtype=np.uint8))
-        dinat.app.engine.engine.decode = lambda *_: picture
+        image = Image.fromarray(np.zeros((224, 224, 3), dtype=np.uint8))
+        dinat.app.engine.engine.decode = lambda *_: image
 
 
 if __name__ == "__main__":
     rate, *flags = sys.argv[1:]
-    stand_in(float(rate), decode="--no-decode" not in flags)
+    use_fake_gpu(float(rate), decode="--no-decode" not in flags)
     sys.exit(main(["serve", *(flag for flag in flags if flag != "--no-decode")]))

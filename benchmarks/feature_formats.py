@@ -1,6 +1,8 @@
-"""The maps of DiNAT-Mini's four stages, written in each form that POST /features has: time and size.
+"""The feature maps of DiNAT-Mini's four stages in each format of POST /features: encoding time and size.
 
-python -m benchmarks.feature_formats [--rounds 20] [--json FILE]
+    python -m benchmarks.feature_formats [--rounds 20] [--json FILE]
+
+`speedup` and `compression` are relative to json.
 """
 
 import argparse
@@ -10,15 +12,15 @@ from typing import Any
 import numpy as np
 import orjson
 
-from benchmarks.timing import report, take_turns
-from dinat.app.api.features import NPZ, SAFETENSORS, WRITERS, flat
+from benchmarks.timing import median_seconds, report
+from dinat.app.api.features import NPZ, SAFETENSORS, WRITERS, flatten_features
 from dinat.app.api.results import features
 from dinat.app.engine.runtimes.runtime import InferenceResult
 from dinat.model import DinatConfig
 
 
-def maps() -> InferenceResult:
-    """Of one picture of 224x224, random."""
+def random_result() -> InferenceResult:
+    """Return random feature maps with the shapes of one 224x224 image."""
     config, random = DinatConfig.preset("mini"), np.random.default_rng(0)
     return InferenceResult(
         np.empty(0, np.int64),
@@ -35,29 +37,29 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=20)
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
-    answer = maps()
+    result = random_result()
     writers = {
-        "json": lambda: orjson.dumps(features(answer, "json"), option=orjson.OPT_SERIALIZE_NUMPY),
-        "json, base64": lambda: orjson.dumps(features(answer, "base64")),
+        "json": lambda: orjson.dumps(features(result, "json"), option=orjson.OPT_SERIALIZE_NUMPY),
+        "json, base64": lambda: orjson.dumps(features(result, "base64")),
         **{
-            f"{kind}, {dtype}": lambda kind=kind, dtype=dtype: WRITERS[kind](flat(answer, dtype))
+            f"{kind}, {dtype}": lambda kind=kind, dtype=dtype: WRITERS[kind](flatten_features(result, dtype))
             for kind in (NPZ, SAFETENSORS)
             for dtype in ("float32", "float16")
         },
     }
-    seconds = take_turns(writers, arguments.rounds)
+    seconds = median_seconds(writers, arguments.rounds)
     sizes = {name: len(write()) for name, write in writers.items()}
     rows: list[dict[str, Any]] = [
         {
-            "form": name,
+            "format": name,
             "ms": seconds[name] * 1e3,
             "MB": sizes[name] / 1e6,
-            "times faster than json": seconds["json"] / seconds[name],
-            "times smaller": sizes["json"] / sizes[name],
+            "speedup": seconds["json"] / seconds[name],
+            "compression": sizes["json"] / sizes[name],
         }
         for name in writers
     ]
-    report("Maps of DiNAT-Mini, stages 1 to 4", rows, arguments.json)
+    report("Feature maps of DiNAT-Mini, stages 1 to 4", rows, arguments.json)
 
 
 if __name__ == "__main__":

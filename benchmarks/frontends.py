@@ -1,15 +1,16 @@
-"""What the service costs beside the network: one process and several, before a stand-in for a card, under wrk.
+"""Overhead of the service besides the network: one process and several, with a fake GPU, under wrk.
 
     python -m benchmarks.frontends [--seconds 10] [--overload 60] [--json FILE]
 
-Needs wrk (Debian's package) and the extra `bench`. Measured, in this order:
-- the engine process alone: pictures are put into shared memory and sent as a front end does it, 256 under way at once; what its
-  CPU does for each, before cards of several speeds;
-- the whole service before a stand-in (benchmarks.fake_gpu), FRONTENDS 1 and 2 in turns: pictures a second, and CPU for each of
-  front ends, engine and client, without decoding (what the way of a request costs) and with a 500x375 JPEG;
-- from these, by arithmetic, the cores that a card of each speed needs;
+Requires wrk (Debian's package) and the extra `bench`. Measures, in this order:
+- the engine process alone: images are put into shared memory and sent as a frontend process does it, 256 in flight; its CPU
+  time per image, for GPUs of several speeds;
+- the whole service with a fake GPU (benchmarks.fake_gpu), FRONTENDS 1 and 2 interleaved: images per second, and CPU time per
+  request of frontend processes, engine process and client, without decoding (the cost of handling a request) and with a 500x375
+  JPEG;
+- from these, computed, the CPU cores that a GPU of each speed requires;
 - one connection to the real digits model: what the service adds to decode and compute;
-- --overload: 500 connections that come back at once, so many seconds, to the real digits model.
+- --overload: 500 closed-loop connections to the real digits model, for so many seconds.
 """
 
 import argparse
@@ -36,11 +37,12 @@ import numpy as np
 import psutil
 from prometheus_client.parser import text_string_to_metric_families
 
-from benchmarks.fake_gpu import stand_in
+from benchmarks.fake_gpu import use_fake_gpu
 from benchmarks.serving import free_port
 from benchmarks.timing import report
 from dinat.app.doctor import photograph
-from dinat.app.engine.batcher import Job
+from dinat.app.engine.events import BackendEvents
+from dinat.app.engine.job import Job
 from dinat.app.engine.multiprocess.engine_client import EngineClient
 from dinat.app.engine.multiprocess.engine_process import EngineProcess
 from dinat.app.engine.runtimes.runtime import InferenceOptions, InferenceResult
@@ -50,13 +52,13 @@ from dinat.app.settings import Settings
 
 ROOT = Path(__file__).parents[1]
 DIGIT = ROOT / "examples" / "digits" / "7-1.png"
-CARDS = (2_000, 10_000, 20_000)
-"""Pictures a second of the cards that are stood in for."""
-UNDER_WAY = 256
+GPU_RATES = (2_000, 10_000, 20_000)
+"""Images per second of the fake GPUs."""
+IN_FLIGHT = 256
 CONNECTIONS = 64
 
 WRK = """
-local file = io.open(os.getenv("PICTURE"), "rb")
+local file = io.open(os.getenv("IMAGE"), "rb")
 wrk.method, wrk.body = "POST", file:read("*a")
 wrk.headers["Content-Type"] = "application/octet-stream"
 """
@@ -64,37 +66,47 @@ wrk.headers["Content-Type"] = "application/octet-stream"
 
 @dataclass(frozen=True)
 class Load:
-    """What wrk saw. p50, p99: milliseconds.  broken: connections that were not made, were cut or timed out."""
+    """What wrk measured.
+
+    Attributes:
+        requests: requests completed.
+        rate: requests per second.
+        p50: median latency in milliseconds.
+        p99: 99th percentile of latency in milliseconds.
+        non_200: responses with another status.
+        socket_errors: connections that failed, were cut or timed out, in wrk's words; "none" without.
+        cpu: CPU seconds of wrk.
+    """
 
     requests: int
     rate: float
     p50: float
     p99: float
-    refused: int
-    broken: str
+    non_200: int
+    socket_errors: str
     cpu: float
 
 
-def wrk(url: str, picture: Path, connections: int, seconds: float) -> Load:
-    """A closed loop: each connection asks again as soon as it has its answer."""
+def wrk(url: str, image: Path, connections: int, seconds: float) -> Load:
+    """Run wrk, a closed loop: each connection sends the next request as soon as it has a response."""
     with tempfile.NamedTemporaryFile("w", suffix=".lua") as script:
         script.write(WRK)
         script.flush()
-        words = ["wrk", "-t1", f"-c{connections}", f"-d{seconds:g}s", "--latency", "-s", script.name, url]
+        command = ["wrk", "-t1", f"-c{connections}", f"-d{seconds:g}s", "--latency", "-s", script.name, url]
         before = os.times()
-        done = subprocess.run(words, env={**os.environ, "PICTURE": str(picture)}, capture_output=True, text=True, check=True)
+        completed = subprocess.run(command, env={**os.environ, "IMAGE": str(image)}, capture_output=True, text=True, check=True)
         after = os.times()
-    said = done.stdout
+    output = completed.stdout
 
     def number(pattern: str) -> float:
-        found = re.search(pattern, said)
-        return float(found[1]) if found else 0
+        match = re.search(pattern, output)
+        return float(match[1]) if match else 0
 
     def milliseconds(percent: int) -> float:
-        value, unit = re.search(rf"{percent}%\s+([\d.]+)(us|ms|s)", said).groups()  # type: ignore[union-attr]
+        value, unit = re.search(rf"{percent}%\s+([\d.]+)(us|ms|s)", output).groups()  # type: ignore[union-attr]
         return float(value) * {"us": 1e-3, "ms": 1, "s": 1e3}[unit]
 
-    broken = re.search(r"Socket errors: (.*)", said)
+    socket_errors = re.search(r"Socket errors: (.*)", output)
     cpu = after.children_user + after.children_system - before.children_user - before.children_system
     return Load(
         int(number(r"(\d+) requests in")),
@@ -102,26 +114,26 @@ def wrk(url: str, picture: Path, connections: int, seconds: float) -> Load:
         milliseconds(50),
         milliseconds(99),
         int(number(r"Non-2xx or 3xx responses: (\d+)")),
-        broken[1] if broken else "none",
+        socket_errors[1] if socket_errors else "none",
         cpu,
     )
 
 
 @contextmanager
-def serving(words: Sequence[str], **settings: object) -> Iterator[str]:
-    """A server as a process of its own, ready; its address."""
+def serving(module: Sequence[str], **settings: object) -> Iterator[str]:
+    """Run `python -m` with a server in another process, and yield its URL when it is ready."""
     port = free_port()
     flags = [f"--{name.replace('_', '-')}={value}" for name, value in settings.items()]
     environment = {**os.environ, "DINAT_LOG_FORMAT": "json"}
     with tempfile.TemporaryFile() as log:
         process = subprocess.Popen(
-            [sys.executable, "-m", *words, *flags, "--port", str(port)], stdout=log, stderr=log, env=environment, cwd=ROOT
+            [sys.executable, "-m", *module, *flags, "--port", str(port)], stdout=log, stderr=log, env=environment, cwd=ROOT
         )
         url = f"http://127.0.0.1:{port}"
         try:
-            until = time.monotonic() + 60
+            deadline = time.monotonic() + 60
             while not _is_ready(url):
-                if process.poll() is not None or time.monotonic() > until:
+                if process.poll() is not None or time.monotonic() > deadline:
                     log.seek(0)
                     raise RuntimeError(f"the server did not become ready: {log.read().decode()}")
                 time.sleep(0.1)
@@ -139,7 +151,7 @@ def _is_ready(url: str) -> bool:
 
 
 def metrics(url: str) -> dict[str, float]:
-    """Every sample, by its name and labels."""
+    """Return the value of every metric, by its name and labels."""
     text = httpx.get(f"{url}/metrics").text
     return {
         f"{sample.name}{sample.labels or ''}": sample.value
@@ -149,103 +161,115 @@ def metrics(url: str) -> dict[str, float]:
 
 
 def cpu(url: str) -> dict[str, float]:
-    """CPU seconds so far of front ends and engine; of the one process, where there is but one, as "front"."""
-    said = metrics(url)
-    spent: dict[str, float] = {"front": 0, "engine": 0}
-    for name, value in said.items():
+    """Return the CPU seconds of frontend and engine processes; those of a single process as "frontend"."""
+    spent: dict[str, float] = {"frontend": 0, "engine": 0}
+    for name, value in metrics(url).items():
         if name.startswith("process_cpu_seconds_total") and "supervisor" not in name:
-            spent["engine" if "engine" in name else "front"] += value
+            spent["engine" if "engine" in name else "frontend"] += value
     return spent
 
 
 def engine_row(rate: float, seconds: float) -> dict[str, Any]:
-    """The engine process alone, fed from this one."""
-    settings = Settings(_env_file=None, queue_limit=UNDER_WAY, deadline_ms=600_000)
+    """Measure the engine process alone, with this process as its client."""
+    settings = Settings(_env_file=None, queue_limit=IN_FLIGHT, deadline_ms=600_000)
     assert FORK is not None
-    with tempfile.TemporaryDirectory() as folder, socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as doors:
-        doors.bind(f"{folder}/engine")
-        doors.listen()
-        end, life = os.pipe()
-        child = FORK.Process(target=_engine, args=(rate, settings, doors, end, life))
+    with tempfile.TemporaryDirectory() as folder, socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as listener:
+        listener.bind(f"{folder}/engine")
+        listener.listen()
+        read_end, write_end = os.pipe()  # the engine process ends when the write end is closed
+        child = FORK.Process(target=_engine, args=(rate, settings, listener, read_end, write_end))
         child.start()
         try:
-            fed = asyncio.run(_feed(settings, f"{folder}/engine", child.pid or 0, seconds))
+            row = asyncio.run(_feed(settings, f"{folder}/engine", child.pid or 0, seconds))
         finally:
-            os.close(life)
+            os.close(write_end)
             child.join()
-    return {"card, pictures/s": "no limit" if rate > 1e6 else rate} | fed
+    return {"GPU images/s": "no limit" if rate > 1e6 else rate} | row
 
 
-def _engine(rate: float, settings: Settings, doors: socket.socket, lifeline: int, life: int) -> None:
-    os.close(life)
-    stand_in(rate)
-    sys.exit(asyncio.run(EngineProcess(settings, Metrics(), doors, lifeline, lambda _: None, 1).run()))
+def _engine(rate: float, settings: Settings, listener: socket.socket, read_end: int, write_end: int) -> None:
+    os.close(write_end)
+    use_fake_gpu(rate)
+    sys.exit(asyncio.run(EngineProcess(settings, Metrics(), listener, read_end, lambda _: None, 1).run()))
 
 
 async def _feed(settings: Settings, address: str, pid: int, seconds: float) -> dict[str, Any]:
-    """Keep UNDER_WAY pictures under way."""
+    """Keep IN_FLIGHT images in flight, and measure."""
     loop = asyncio.get_running_loop()
     pixels = np.random.default_rng(0).integers(0, 256, (224, 224, 3), dtype=np.uint8)
-    done, over = 0, False
+    completed, stopping = 0, False
 
-    def answered(jobs: Sequence[Job], answers: Sequence[InferenceResult | Exception]) -> None:
-        nonlocal done
-        if not over:
-            assert all(isinstance(answer, InferenceResult) for answer in answers), answers[0]
-            done += len(jobs)
-            loop.call_soon(feed, len(jobs))
+    class Feeder(BackendEvents):
+        """Replaces every job that ended by a new one."""
 
-    core = EngineClient(settings, Metrics(), answered, address)
+        def on_batch_start(self, batch: Sequence[Job]) -> None:
+            pass
 
-    def feed(count: int) -> None:
+        def on_results(self, jobs: Sequence[Job], results: Sequence[InferenceResult | Exception]) -> None:
+            nonlocal completed
+            if not stopping:
+                assert all(isinstance(result, InferenceResult) for result in results), results[0]
+                completed += len(jobs)
+                loop.call_soon(submit, len(jobs))
+
+        async def on_state_change(self) -> None:
+            pass
+
+    client = EngineClient(settings, Metrics(), Feeder(), address)
+
+    def submit(count: int) -> None:
         now = time.monotonic()
         jobs = [Job(InferenceOptions(5), now, now + 600, pixels=pixels, decoded=now) for _ in range(count)]
-        assert core.take(jobs)
+        assert client.reserve(jobs)
         for job in jobs:
-            core.put(job)
+            client.put(job)
 
-    await core.start()
+    await client.start()
     engine = psutil.Process(pid)
-    feed(UNDER_WAY)
+    submit(IN_FLIGHT)
     await asyncio.sleep(1)
-    first, before, started = done, engine.cpu_times(), time.monotonic()
+    first, before, start = completed, engine.cpu_times(), time.monotonic()
     await asyncio.sleep(seconds)
-    pictures, after, taken = done - first, engine.cpu_times(), time.monotonic() - started
+    images, after, elapsed = completed - first, engine.cpu_times(), time.monotonic() - start
     spent = after.user + after.system - before.user - before.system
-    over = True
-    await core.stop()
-    return {"pictures/s": pictures / taken, "engine us/picture": spent / pictures * 1e6, "engine cores": spent / taken}
+    stopping = True
+    await client.stop()
+    return {"images/s": images / elapsed, "engine us/image": spent / images * 1e6, "engine cores": spent / elapsed}
 
 
-def service_rows(rate: float, decode: bool, picture: Path, seconds: float) -> list[dict[str, Any]]:
-    """FRONTENDS 1 and 2 before a stand-in, in turns."""
-    words = ["benchmarks.fake_gpu", str(rate), *([] if decode else ["--no-decode"])]
-    with serving(words, frontends=1) as one, serving(words, frontends=2) as two:
+def service_rows(rate: float, decode: bool, image: Path, seconds: float) -> list[dict[str, Any]]:
+    """Measure FRONTENDS 1 and 2 with a fake GPU, interleaved."""
+    module = ["benchmarks.fake_gpu", str(rate), *([] if decode else ["--no-decode"])]
+    with serving(module, frontends=1) as one, serving(module, frontends=2) as two:
         rows = []
         for _ in range(2):
             for frontends, url in ((1, one), (2, two)):
-                wrk(f"{url}/classify", picture, CONNECTIONS, 1)
-                before, counted = cpu(url), metrics(url)
-                load = wrk(f"{url}/classify", picture, CONNECTIONS, seconds)
-                after, now = cpu(url), metrics(url)
-                batches = now["dinat_batch_size_images_count"] - counted["dinat_batch_size_images_count"]
+                wrk(f"{url}/classify", image, CONNECTIONS, 1)
+                cpu_before, metrics_before = cpu(url), metrics(url)
+                load = wrk(f"{url}/classify", image, CONNECTIONS, seconds)
+                cpu_after, metrics_after = cpu(url), metrics(url)
+                count = "dinat_batch_size_images_count"
+                batches = metrics_after[count] - metrics_before[count]
                 rows.append(
                     {
                         "frontends": frontends,
-                        "card, pictures/s": rate,
-                        "picture": "JPEG 500x375" if decode else "not decoded",
-                        "pictures/s": load.rate,
+                        "GPU images/s": rate,
+                        "image": "JPEG 500x375" if decode else "not decoded",
+                        "images/s": load.rate,
                         "p50 ms": load.p50,
                         "p99 ms": load.p99,
-                        "not 200": load.refused,
-                        "broken": load.broken,
+                        "non-200": load.non_200,
+                        "socket errors": load.socket_errors,
                         "batch": load.requests / batches,
-                        **{f"{who} us/request": (after[who] - before[who]) / load.requests * 1e6 for who in after},
+                        **{
+                            f"{process} us/request": (cpu_after[process] - cpu_before[process]) / load.requests * 1e6
+                            for process in cpu_after
+                        },
                         "client us/request": load.cpu / load.requests * 1e6,
                     }
                 )
-        answers = [_predictions(url, decode) for url in (one, two)]
-        assert answers[0] == answers[1], "one process and several answer differently"
+        predictions = [_predictions(url, decode) for url in (one, two)]
+        assert predictions[0] == predictions[1], "one process and several return different predictions"
     return rows
 
 
@@ -257,90 +281,90 @@ def _predictions(url: str, decode: bool) -> list[Any]:
 
 
 def sizing(engine: Sequence[dict[str, Any]], service: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Cores for each card: pictures a second times CPU for each, of the front ends and of the engine."""
+    """Compute the CPU cores for a GPU of each speed: images per second times CPU time per image, by process."""
     rows = []
-    for card in CARDS:
-        per_picture = next(row["engine us/picture"] for row in engine if row["card, pictures/s"] == card)
-        row: dict[str, Any] = {"card, pictures/s": card, "engine cores": card * per_picture / 1e6}
-        for what in ("not decoded", "JPEG 500x375"):
-            each = [row["front us/request"] for row in service if row["picture"] == what and row["frontends"] == 2]
-            row[f"front-end cores, {what}"] = card * mean(each) / 1e6
+    for rate in GPU_RATES:
+        per_image = next(row["engine us/image"] for row in engine if row["GPU images/s"] == rate)
+        row: dict[str, Any] = {"GPU images/s": rate, "engine cores": rate * per_image / 1e6}
+        for image in ("not decoded", "JPEG 500x375"):
+            per_request = [row["frontend us/request"] for row in service if row["image"] == image and row["frontends"] == 2]
+            row[f"frontend cores, {image}"] = rate * mean(per_request) / 1e6
         rows.append(row)
     return rows
 
 
 def added_row(seconds: float) -> dict[str, Any]:
-    """One connection to the real digits model, by a client that has nothing else to do."""
-    with serving(["dinat.app.cli", "serve"], frontends=1) as url:
+    """Measure one connection to the real digits model, with a minimal client."""
+    with serving(["dinat", "serve"], frontends=1) as url:
         host, port = url.removeprefix("http://").split(":")
         body = DIGIT.read_bytes()
         request = b"POST /classify HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n" % len(body) + body
         with socket.create_connection((host, int(port))) as connection:
             connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
 
-            def ask() -> float:
-                started = time.perf_counter()
+            def send() -> float:
+                start = time.perf_counter()
                 connection.sendall(request)
-                answer = b""
-                while not answer.endswith(b"}"):
-                    answer += connection.recv(65536)
-                assert answer.startswith(b"HTTP/1.1 200"), answer
-                return time.perf_counter() - started
+                response = b""
+                while not response.endswith(b"}"):
+                    response += connection.recv(65536)
+                assert response.startswith(b"HTTP/1.1 200"), response
+                return time.perf_counter() - start
 
             for _ in range(300):
-                ask()
-            before, until = metrics(url), time.monotonic() + seconds
-            taken = []
-            while time.monotonic() < until:
-                taken.append(ask())
+                send()
+            before, deadline = metrics(url), time.monotonic() + seconds
+            latencies = []
+            while time.monotonic() < deadline:
+                latencies.append(send())
             after = metrics(url)
 
         def part(name: str) -> float:
             sample = f"dinat_part_duration_seconds_sum{ {'part': name} }"
-            return (after[sample] - before[sample]) / len(taken) * 1e3
+            return (after[sample] - before[sample]) / len(latencies) * 1e3
 
         return {
-            "requests": len(taken),
-            "mean ms": mean(taken) * 1e3,
-            "p50 ms": median(taken) * 1e3,
+            "requests": len(latencies),
+            "mean ms": mean(latencies) * 1e3,
+            "p50 ms": median(latencies) * 1e3,
             "decode ms": part("decode"),
             "compute ms": part("compute"),
-            "added ms": mean(taken) * 1e3 - part("decode") - part("compute"),
+            "added ms": mean(latencies) * 1e3 - part("decode") - part("compute"),
         }
 
 
 def overload_row(seconds: float, **settings: object) -> dict[str, Any]:
-    """500 connections that come back at once; beside them one that measures how long an answer takes."""
-    with serving(["dinat.app.cli", "serve"], queue_limit=64, deadline_ms=2000, **settings) as url:
-        door = f"{url}/classify"
-        wrk(door, DIGIT, 32, 3)
-        capacity_before = wrk(door, DIGIT, 32, 10).rate
+    """Measure 500 closed-loop connections, with another one that measures the latency of accepted requests."""
+    with serving(["dinat", "serve"], queue_limit=64, deadline_ms=2000, **settings) as url:
+        endpoint = f"{url}/classify"
+        wrk(endpoint, DIGIT, 32, 3)
+        capacity_before = wrk(endpoint, DIGIT, 32, 10).rate
         before = metrics(url)
         processes = [psutil.Process(pid) for pid in _pids(url)]
         with subprocess.Popen(
-            [sys.executable, "-m", "benchmarks.frontends", "--probe", door, "--seconds", str(seconds)],
+            [sys.executable, "-m", "benchmarks.frontends", "--probe", endpoint, "--seconds", str(seconds)],
             stdout=subprocess.PIPE,
             text=True,
             cwd=ROOT,
         ) as probe:
             memory: list[int] = []
-            over = threading.Event()
+            stop = threading.Event()
 
-            def watch() -> None:
-                while not over.wait(1):
+            def record_memory() -> None:
+                while not stop.wait(1):
                     memory.append(sum(process.memory_info().rss for process in processes))
 
-            watching = threading.Thread(target=watch)
-            watching.start()
+            recorder = threading.Thread(target=record_memory)
+            recorder.start()
             start = time.monotonic()
-            load = wrk(door, DIGIT, 500, seconds)
-            ended = time.monotonic()
-            over.set()
-            watching.join()
+            load = wrk(endpoint, DIGIT, 500, seconds)
+            elapsed = time.monotonic() - start
+            stop.set()
+            recorder.join()
             accepted = [float(word) for word in probe.stdout.read().split()] if probe.stdout else []
         after = metrics(url)
-        back = wrk(door, DIGIT, 32, 2).rate
-        capacity = mean([capacity_before, wrk(door, DIGIT, 32, 10).rate])  # the machine's own speed wanders
+        rate_after = wrk(endpoint, DIGIT, 32, 2).rate
+        capacity = mean([capacity_before, wrk(endpoint, DIGIT, 32, 10).rate])  # the machine's speed varies
         statuses = {
             status: after.get(key, 0) - before.get(key, 0)
             for status in ("200", "503", "504", "500", "499")
@@ -349,44 +373,44 @@ def overload_row(seconds: float, **settings: object) -> dict[str, Any]:
         return {
             **{name: str(value) for name, value in settings.items()},
             "capacity/s": capacity,
-            "200/s": statuses["200"] / (ended - start),
-            "goodput": statuses["200"] / (ended - start) / capacity,
-            "503/s": statuses["503"] / (ended - start),
+            "200/s": statuses["200"] / elapsed,
+            "goodput": statuses["200"] / elapsed / capacity,
+            "503/s": statuses["503"] / elapsed,
             "504": statuses["504"],
             "other": statuses["500"] + statuses["499"],
-            "broken": load.broken,
+            "socket errors": load.socket_errors,
             "accepted p50 ms": median(accepted),
             "accepted p99 ms": quantiles(accepted, n=100)[98],
-            "MB early": memory[len(memory) // 6] / 1e6,
+            "MB after a sixth": memory[len(memory) // 6] / 1e6,
             "MB at the end": memory[-1] / 1e6,
-            "speed in the 2 s after": back / capacity,
+            "share of capacity 2 s after": rate_after / capacity,
         }
 
 
 def _pids(url: str) -> list[int]:
-    said = httpx.get(f"{url}/health").json().get("processes")
-    if said:
-        return [one["pid"] for one in said]
+    processes = httpx.get(f"{url}/health").json().get("processes")
+    if processes:
+        return [process["pid"] for process in processes]
     port = int(url.rpartition(":")[2])
     return [
-        one.pid
-        for one in psutil.net_connections("tcp")
-        if one.laddr and one.laddr.port == port and one.status == "LISTEN" and one.pid
+        connection.pid
+        for connection in psutil.net_connections("tcp")
+        if connection.laddr and connection.laddr.port == port and connection.status == "LISTEN" and connection.pid
     ][:1]
 
 
 async def probe(url: str, seconds: float) -> list[float]:
-    """Milliseconds of every 200, by one connection that comes back at once."""
+    """Return the latency in milliseconds of every 200, of one closed-loop connection."""
     accepted: list[float] = []
-    data, until = DIGIT.read_bytes(), time.monotonic() + seconds
+    data, deadline = DIGIT.read_bytes(), time.monotonic() + seconds
 
     async with aiohttp.ClientSession() as session:
-        while time.monotonic() < until:
-            started = time.monotonic()
-            async with session.post(url, data=data) as answer:
-                await answer.read()
-                if answer.status == 200:
-                    accepted.append((time.monotonic() - started) * 1e3)
+        while time.monotonic() < deadline:
+            start = time.monotonic()
+            async with session.post(url, data=data) as response:
+                await response.read()
+                if response.status == 200:
+                    accepted.append((time.monotonic() - start) * 1e3)
     return accepted
 
 
@@ -403,25 +427,25 @@ def main() -> None:
     if shutil.which("wrk") is None:
         sys.exit("wrk is not installed: apt-get install wrk")
 
-    def kept(name: str) -> Path | None:
+    def json_file(name: str) -> Path | None:
         return arguments.json and arguments.json.with_suffix(f".{name}.json")
 
     with tempfile.TemporaryDirectory() as folder:
-        jpeg = Path(folder) / "picture.jpg"
+        jpeg = Path(folder) / "image.jpg"
         jpeg.write_bytes(photograph())
-        engine = [engine_row(rate, arguments.seconds) for rate in (*CARDS, 1e9)]
-        report("The engine process", engine, kept("engine"))
+        engine = [engine_row(rate, arguments.seconds) for rate in (*GPU_RATES, 1e9)]
+        report("The engine process", engine, json_file("engine"))
         service = [
             row
             for decode in (False, True)
             for row in service_rows(10_000, decode, jpeg if decode else DIGIT, arguments.seconds)
         ]
-        report("One process and several", service, kept("service"))
-        report("Cores for a card, by arithmetic", sizing(engine, service), kept("sizing"))
-        report("One connection, digits", [added_row(arguments.seconds)], kept("added"))
+        report("One process and several, fake GPU", service, json_file("service"))
+        report("CPU cores per GPU, computed", sizing(engine, service), json_file("sizing"))
+        report("One connection, digits", [added_row(arguments.seconds)], json_file("added"))
         if arguments.overload:
             rows = [overload_row(arguments.overload, frontends=n) for n in (1, 2)]
-            report("500 connections that come back at once, digits", rows, kept("overload"))
+            report("Overload: 500 closed-loop connections, digits", rows, json_file("overload"))
 
 
 if __name__ == "__main__":

@@ -1,14 +1,14 @@
-"""Every attention backend, and the whole network, on a CUDA card: error, time, and share of the card's own ceilings.
+"""Every attention backend and whole networks on a CUDA GPU: error, time, and share of the GPU's measured ceilings.
 
     python -m benchmarks.gpu [--json FILE] [--quick] [--seconds 480]
 
-All in one run, by CUDA events, from inputs that take turns; `us` and `ms` are those of a CUDA graph, as it is served. Ceilings
-are measured in the same run: a copy of 1 GiB (bytes read and written) and a matrix product of side 8192 in bf16. `floor` of a
-layer is the larger of its bytes (q, k, v, output, once each) over the first and of its operations (4 * head_dim *
-kernel_size**2 a query and head) over the second; `share` is floor over time. `error` is of the norm of the definition in
-float64. The networks have random weights. torchvision's Swin stands beside them where torchvision is installed; last come
-pictures a second through HTTP, where the extra `bench` is. Writes benchmarks/results/gpu-CARD.json if no other file is named.
-What --seconds leave no time for is named in it.
+All in one run, timed with CUDA events, alternating between several inputs; `us` and `ms` are times within a CUDA graph, as in
+the service. The ceilings are measured in the same run: a copy of 1 GiB (bytes read and written) and a matrix product of
+side 8192 in bf16. The minimum time of a layer (`floor`) is the larger of its bytes (q, k, v, output, once each) over the first
+and its operations (4 * head_dim * kernel_size**2 per query and head) over the second; `share` is that minimum over the measured
+time. `error` is relative to the norm of the definition in float64. The networks have random weights; torchvision's Swin is
+measured too where torchvision is installed. Last comes images per second over HTTP, if the extra `bench` is installed. The
+result is written to benchmarks/results/gpu-NAME.json by default. What does not fit into --seconds is listed as failed.
 """
 
 import argparse
@@ -27,19 +27,19 @@ from typing import Any
 import torch
 
 from dinat.model import DinatConfig, DinatError, DinatForImageClassification
-from dinat.model.attention import autotune, bias_cache, by_name
-from dinat.model.attention.autotune import candidates, definition
+from dinat.model.attention import autotune, bias_cache, run_candidate
+from dinat.model.attention.autotune import candidates, float64_reference
 
 CUDA = torch.device("cuda")
 LAYERS = [(56, 2, 7, 1), (56, 2, 7, 8), (28, 4, 7, 1), (28, 4, 7, 4), (14, 8, 7, 1), (14, 8, 7, 2), (7, 16, 7, 1), (96, 6, 11, 1), (96, 6, 11, 8)]  # fmt: skip # noqa: E501
-"""Map side, heads, kernel and dilation: Mini at 224, and the first stage of Large with kernel 11 at 384."""
+"""Side of the feature map, heads, kernel size and dilation: Mini at 224, and the first stage of Large, kernel 11, at 384."""
 NETWORKS = ["mini", "tiny", "small", "base", "large", "large-384", "large-11x11-384"]
 BATCHES = [1, 8, 64, 256]
 SWINS = ["swin_t", "swin_b"]
 SERVED_CONNECTIONS, SERVED_SECONDS = [1, 32, 256], 10
 SERVED_FLAGS = ["--device", "cuda:0", "--max-batch", "256", "--queue-limit", "1024"]
 
-NO_TIME = "no time was left"
+NO_TIME = "no time left"
 
 _ends_at = float("inf")
 
@@ -49,7 +49,7 @@ def is_time_left() -> bool:
 
 
 def seconds(runs: Sequence[Callable[[], object]], rounds: int = 20) -> float:
-    """Median seconds of a run; the runs, which differ in their inputs alone, take turns."""
+    """Return the median seconds of a run, alternating between runs that differ only in their inputs."""
     for run in runs[:3]:
         run()
     times = []
@@ -64,12 +64,12 @@ def seconds(runs: Sequence[Callable[[], object]], rounds: int = 20) -> float:
 
 
 def captured_seconds(call: Callable[[torch.Tensor], object], inputs: Sequence[torch.Tensor]) -> float:
-    """Median seconds of a call as it is served, in a CUDA graph, over inputs that take turns."""
+    """Return the median seconds of a call in a CUDA graph, as in the service, over all inputs."""
     return autotune.seconds_on_gpu(lambda: [call(x) for x in inputs], CUDA) / len(inputs)
 
 
 def ceilings() -> dict[str, float]:
-    """Bytes per second of a copy, and bf16 operations per second of a matrix product."""
+    """Measure bytes per second of a copy, and bf16 operations per second of a matrix product."""
     source, target = torch.empty(2, 2**28, device=CUDA)
     source.normal_()
     a, b = torch.randn(2, 8192, 8192, device=CUDA).bfloat16()
@@ -81,21 +81,21 @@ def layer_rows(ceiling: dict[str, float], batch: int, dtype: torch.dtype) -> lis
     rows = []
     for side, heads, kernel_size, dilation in LAYERS:
         if not is_time_left():
-            rows.append({"map": side, "kernel": kernel_size, "dilation": dilation, "batch": batch, "failed": NO_TIME})
+            rows.append({"feature map": side, "kernel": kernel_size, "dilation": dilation, "batch": batch, "failed": NO_TIME})
             continue
         inputs = [torch.randn(batch, side, side, 3, heads, 32, device=CUDA).to(dtype) for _ in range(3)]
         rpb = torch.randn(heads, 2 * kernel_size - 1, 2 * kernel_size - 1, device=CUDA)
-        exact = definition(inputs[0][:2], rpb, kernel_size, dilation, 32**-0.5)
-        moved = 4 * inputs[0].nbytes / 3
+        expected = float64_reference(inputs[0][:2], rpb, kernel_size, dilation, 32**-0.5)
+        transferred = 4 * inputs[0].nbytes / 3
         operations = 4 * 32 * kernel_size**2 * batch * side * side * heads
-        floor = max(moved / ceiling["bytes/s"], operations / ceiling["flop/s"])
+        floor = max(transferred / ceiling["bytes/s"], operations / ceiling["flop/s"])
         for candidate in ["reference", *candidates(CUDA, dtype, 32)]:
 
             def attend(x: torch.Tensor) -> torch.Tensor:
-                return by_name(candidate, *x.unbind(3), rpb, kernel_size, dilation, 32**-0.5)  # noqa: B023
+                return run_candidate(candidate, *x.unbind(3), rpb, kernel_size, dilation, 32**-0.5)  # noqa: B023
 
             row = {
-                "map": side,
+                "feature map": side,
                 "heads": heads,
                 "kernel": kernel_size,
                 "dilation": dilation,
@@ -103,15 +103,13 @@ def layer_rows(ceiling: dict[str, float], batch: int, dtype: torch.dtype) -> lis
                 "backend": candidate,
             }
             try:
-                error = float((attend(inputs[0][:2]).double() - exact).norm() / exact.norm())
-                eager, taken = seconds([lambda x=x: attend(x) for x in inputs]), captured_seconds(attend, inputs)
+                error = float((attend(inputs[0][:2]).double() - expected).norm() / expected.norm())
+                eager, captured = seconds([lambda x=x: attend(x) for x in inputs]), captured_seconds(attend, inputs)
             except Exception as failure:
                 rows.append(row | {"failed": " ".join(str(failure).split())[:200]})
             else:
-                rows.append(
-                    row
-                    | {"dtype": str(dtype), "error": error, "us": taken * 1e6, "us eager": eager * 1e6, "share": floor / taken}
-                )
+                times = {"us": captured * 1e6, "us eager": eager * 1e6, "share": floor / captured}
+                rows.append(row | {"dtype": str(dtype), "error": error} | times)
             print(rows[-1], flush=True)
     return rows
 
@@ -141,7 +139,7 @@ def network_rows(presets: Sequence[str], batches: Sequence[int]) -> list[dict[st
 
 
 def measured(row: dict[str, Any], network: torch.nn.Module, side: int, batch: int) -> dict[str, Any]:
-    """Pictures per second of a network as a CUDA graph, as it is served."""
+    """Measure images per second of a network in a CUDA graph, as in the service."""
     row = row | {"batch": batch}
     if not is_time_left():
         return row | {"failed": NO_TIME}
@@ -149,21 +147,21 @@ def measured(row: dict[str, Any], network: torch.nn.Module, side: int, batch: in
     torch.cuda.reset_peak_memory_stats()
     try:
         pixels = torch.randn(batch, 3, side, side, device=CUDA, dtype=torch.bfloat16)
-        with autotune.trying():
+        with autotune.autotuning():
             network(pixels)
-        bias_cache.forget()
-        taken = autotune.seconds_on_gpu(lambda: network(pixels), CUDA)
+        bias_cache.clear()
+        elapsed = autotune.seconds_on_gpu(lambda: network(pixels), CUDA)
     except Exception as failure:
         torch.cuda.empty_cache()
         row |= {"failed": " ".join(str(failure).split())[:200]}
     else:
-        row |= {"ms": taken * 1e3, "images/s": batch / taken, "peak GB": torch.cuda.max_memory_allocated() / 1e9}
+        row |= {"ms": elapsed * 1e3, "images/s": batch / elapsed, "peak GB": torch.cuda.max_memory_allocated() / 1e9}
     print(row, flush=True)
     return row
 
 
 def served_rows() -> list[dict[str, Any]]:
-    """Pictures per second through HTTP, Mini in bf16, one picture a request, client and server on one machine."""
+    """Measure images per second over HTTP: Mini in bf16, one image per request, client and server on one machine."""
     try:
         from benchmarks import serving
     except ImportError as missing:  # pragma: no cover
@@ -176,8 +174,8 @@ def served_rows() -> list[dict[str, Any]]:
         try:
             with serving.running([*serving.command("ours", folder, port), *SERVED_FLAGS], url):
                 for connections in SERVED_CONNECTIONS:
-                    latencies, errors, taken = asyncio.run(serving.closed_loop(url, connections, SERVED_SECONDS))
-                    row = {"connections": connections, "images/s": len(latencies) / taken, "p50 ms": median(latencies)}
+                    latencies, errors, elapsed = asyncio.run(serving.closed_loop(url, connections, SERVED_SECONDS))
+                    row = {"connections": connections, "images/s": len(latencies) / elapsed, "p50 ms": median(latencies)}
                     rows.append(row | {"errors": errors})
                     print(rows[-1], flush=True)
         except Exception as failure:
@@ -186,7 +184,7 @@ def served_rows() -> list[dict[str, Any]]:
 
 
 def versions() -> dict[str, str]:
-    found = {"cuda": str(torch.version.cuda), "card": torch.cuda.get_device_name(CUDA)}
+    found = {"cuda": str(torch.version.cuda), "gpu": torch.cuda.get_device_name(CUDA)}
     for package in ("torch", "triton", "natten", "torchvision"):
         try:
             found[package] = version(package)
@@ -199,12 +197,12 @@ def main() -> None:
     global _ends_at
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", type=Path)
-    parser.add_argument("--quick", action="store_true", help="Mini alone, and batches of 1 and 64")
+    parser.add_argument("--quick", action="store_true", help="only Mini, only batches of 1 and 64")
     parser.add_argument("--seconds", type=float, default=480)
     arguments = parser.parse_args()
     _ends_at = time.monotonic() + arguments.seconds
     if not torch.cuda.is_available():  # pragma: no cover
-        raise SystemExit("benchmarks.gpu measures a CUDA card, and PyTorch sees none: run it where nvidia-smi lists one")
+        raise SystemExit("benchmarks.gpu requires a CUDA GPU, and PyTorch finds none: run it where nvidia-smi lists one")
     with torch.inference_mode():
         ceiling = ceilings()
         result = {
@@ -219,9 +217,9 @@ def main() -> None:
             "networks": network_rows(NETWORKS[:1] if arguments.quick else NETWORKS, [1, 64] if arguments.quick else BATCHES),
         }
     result["served"] = served_rows() if is_time_left() else [{"failed": NO_TIME}]
-    result["chosen"] = [asdict(layer) | asdict(kept) for layer, kept in autotune.chosen.items()]
-    card = re.sub(r"\W+", "-", torch.cuda.get_device_name(CUDA)).strip("-").lower()
-    path = arguments.json or Path(__file__).parent / "results" / f"gpu-{card}.json"
+    result["selected"] = [asdict(layer) | asdict(choice) for layer, choice in autotune.selections.items()]
+    name = re.sub(r"\W+", "-", torch.cuda.get_device_name(CUDA)).strip("-").lower()
+    path = arguments.json or Path(__file__).parent / "results" / f"gpu-{name}.json"
     path.write_text(json.dumps(result, indent=2, default=str) + "\n")
     print(f"written to {path}")
 

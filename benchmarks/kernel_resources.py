@@ -1,11 +1,11 @@
-"""What the fused kernel takes of a card and how much it executes, compiled for it on any machine, with no GPU.
+"""Resources and instruction counts of the Triton kernel, compiled for several GPUs on any machine, without a GPU.
 
     python -m benchmarks.kernel_resources [80 86 89 90 100 120] [--all-dtypes]
 
-One line of JSON for each compute capability, dtype, cut and layer, at head_dim 32: registers per thread, bytes they spill,
-bytes of shared memory per program, warps resident on a multiprocessor out of those that it can hold, keys read for a query, and
-instructions (of a thread) for each query-key pair of the definition, kernel_size**2 a query. They are counted in the machine
-code: what stands outside the loop over blocks of keys once, what stands in it as often as it runs.
+Prints one line of JSON for each compute capability, dtype, cut and layer, at head_dim 32: registers per thread, bytes they
+spill, bytes of shared memory per program, warps resident on a multiprocessor out of its maximum, keys read per query, and
+instructions (of a thread) per query-key pair of the definition, which has kernel_size**2 pairs per query. Instructions are
+counted in the machine code: once outside the loop over blocks of keys, as often as it runs inside.
 """
 
 import argparse
@@ -22,26 +22,30 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from dinat.model.attention.triton_kernel import Cut, Tables, attend, constants, cuts, tables
+from dinat.model.attention.triton_kernel import Tables, TileConfig, attend, constants, tables, tile_configs
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp16": torch.float16}
 LAYERS = {"56x56 k7 d1": (56, 7, 1), "56x56 k7 d8": (56, 7, 8), "96x96 k11 d1": (96, 11, 1)}
-"""Map side, kernel and dilation: the first stage of Mini, not dilated and dilated, and of Large with kernel 11 at 384."""
+"""Side of the feature map, kernel size and dilation: the first stage of Mini, without and with dilation, and of Large with
+kernel 11 at 384."""
 HEADS = 2
-SHORTEST_LOOP = 24
+MIN_LOOP = 24
 """Instructions; a shorter loop waits for a barrier."""
 
 
 @dataclass(frozen=True)
 class Multiprocessor:
-    """What one holds at once: threads, programs, bytes of shared memory; 65,536 registers each (CUDA C++ Programming Guide)."""
+    """Limits of a multiprocessor: resident threads and programs, bytes of shared memory (CUDA C++ Programming Guide).
+
+    All have 65,536 registers.
+    """
 
     threads: int
     programs: int
     shared: int
 
 
-CARDS = {
+MULTIPROCESSORS = {
     80: Multiprocessor(2048, 32, 164 * 1024),
     86: Multiprocessor(1536, 16, 100 * 1024),
     89: Multiprocessor(1536, 24, 100 * 1024),
@@ -51,13 +55,13 @@ CARDS = {
 }
 
 
-def compiled(capability: int, dtype: str, cut: Cut, table: Tables, head_dim: int) -> triton.compiler.CompiledKernel:
+def compiled(capability: int, dtype: str, cut: TileConfig, table: Tables, head_dim: int) -> triton.compiler.CompiledKernel:
     fixed = constants(DTYPES[dtype], head_dim, table.queries.shape[1], table.keys.shape[1], cut)
     types = dict.fromkeys(["q", "k", "v", "out", "bias"], f"*{dtype}") | dict.fromkeys(["queries", "keys", "kinds"], "*i32")
     types |= dict.fromkeys(fixed, "constexpr") | {"scale": "fp32", "heads": "i32"}
     strides = [name for name in attend.arg_names if name not in types]
     types |= dict.fromkeys(strides, "i32")
-    # Strides are multiples of 16, as those of the published networks are: so the launcher finds them too.
+    # Strides are multiples of 16, as in the published networks; the launcher specializes the kernel for that too.
     multiples = {name for name, kind in types.items() if kind.startswith("*")} | set(strides)
     aligned = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(attend.arg_names) if name in multiples}
     return triton.compile(
@@ -68,13 +72,13 @@ def compiled(capability: int, dtype: str, cut: Cut, table: Tables, head_dim: int
 
 
 def tool(name: str, *arguments: str | Path) -> str:
-    """What one of NVIDIA's tools, which come with Triton, prints."""
+    """Run one of NVIDIA's tools, which come with Triton, and return its output."""
     path = getattr(triton.knobs.nvidia, name).path
     return subprocess.run([path, *arguments], capture_output=True, text=True, check=True).stdout
 
 
 def executed(assembly: str, trips: int) -> int:
-    """Instructions that a warp executes, by the disassembly of a kernel whose one loop runs so many times."""
+    """Count the instructions that a warp executes, from the disassembly of a kernel whose only loop runs `trips` times."""
     labels: dict[str, int] = {}
     instructions: list[str] = []
     for line in assembly.splitlines():
@@ -88,12 +92,12 @@ def executed(assembly: str, trips: int) -> int:
         for i, text in enumerate(instructions[:length])
         if (target := re.search(r"BRA.*`\((\.L_\w+)\)", text)) and labels.get(target[1], length) < i
     ]
-    loops = [end - start for start, end in back if end - start >= SHORTEST_LOOP]
-    assert len(loops) <= 1, f"one loop is understood, there are {len(loops)}"
+    loops = [end - start for start, end in back if end - start >= MIN_LOOP]
+    assert len(loops) <= 1, f"expected at most one loop, found {len(loops)}"
     return length + sum(body * (trips - 1) for body in loops)
 
 
-def resources(capability: int, dtype: str, cut: Cut, layer: str, head_dim: int = 32) -> dict[str, object]:
+def resources(capability: int, dtype: str, cut: TileConfig, layer: str, head_dim: int = 32) -> dict[str, object]:
     side, kernel_size, dilation = LAYERS[layer]
     table = tables(side, side, kernel_size, dilation, cut, torch.device("cpu"))
     kernel = compiled(capability, dtype, cut, table, head_dim)
@@ -103,10 +107,10 @@ def resources(capability: int, dtype: str, cut: Cut, layer: str, head_dim: int =
         used = re.search(r"REG:(\d+) STACK:(\d+)", tool("cuobjdump", "--dump-resource-usage", file.name))
         assembly = tool("nvdisasm", "-c", file.name)
     assert used is not None
-    card, shared = CARDS[capability], kernel.metadata.shared
+    multiprocessor, shared = MULTIPROCESSORS[capability], kernel.metadata.shared
     per_warp = -(-int(used[1]) * 32 // 256) * 256
-    by_registers, by_threads = 65536 // (per_warp * cut.warps), card.threads // (32 * cut.warps)
-    programs = min(card.programs, by_registers, by_threads, card.shared // (shared + 1024))
+    by_registers, by_threads = 65536 // (per_warp * cut.warps), multiprocessor.threads // (32 * cut.warps)
+    programs = min(multiprocessor.programs, by_registers, by_threads, multiprocessor.shared // (shared + 1024))
     tiles, keys = table.keys.shape
     threads = executed(assembly, keys // cut.keys) * 32 * cut.warps * tiles
     return {
@@ -117,7 +121,7 @@ def resources(capability: int, dtype: str, cut: Cut, layer: str, head_dim: int =
         "registers": int(used[1]),
         "spilled": int(used[2]),
         "shared": shared,
-        "warps": f"{programs * cut.warps}/{card.threads // 32}",
+        "warps": f"{programs * cut.warps}/{multiprocessor.threads // 32}",
         "keys/query": round(tiles * keys / side**2, 2),
         "instructions/pair": round(threads / (side**2 * kernel_size**2), 1),
     }
@@ -126,17 +130,18 @@ def resources(capability: int, dtype: str, cut: Cut, layer: str, head_dim: int =
 def rows(capabilities: list[int], dtypes: list[str], layers: list[str]) -> Iterator[dict[str, object]]:
     for capability in capabilities:
         for dtype in dtypes:
-            for cut in cuts(DTYPES[dtype], 32):
+            for cut in tile_configs(DTYPES[dtype], 32):
                 for layer in layers:
                     yield resources(capability, dtype, cut, layer)
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("capabilities", type=int, nargs="*", help=f"of {', '.join(map(str, CARDS))}; all if none is named")
-    parser.add_argument("--all-dtypes", action="store_true", help="fp16 too, which is bf16's code but for its conversions")
+    parser.add_argument("capabilities", type=int, nargs="*", help=f"of {', '.join(map(str, MULTIPROCESSORS))}; default: all")
+    parser.add_argument("--all-dtypes", action="store_true", help="also fp16, which differs from bf16 only in conversions")
     arguments = parser.parse_args()
-    if not set(arguments.capabilities) <= set(CARDS):
-        parser.error(f"a capability is one of {', '.join(map(str, CARDS))}")
-    for row in rows(arguments.capabilities or list(CARDS), list(DTYPES)[: 3 if arguments.all_dtypes else 2], list(LAYERS)):
+    if not set(arguments.capabilities) <= set(MULTIPROCESSORS):
+        parser.error(f"a capability is one of {', '.join(map(str, MULTIPROCESSORS))}")
+    dtypes = list(DTYPES)[: 3 if arguments.all_dtypes else 2]
+    for row in rows(arguments.capabilities or list(MULTIPROCESSORS), dtypes, list(LAYERS)):
         print(json.dumps(row), flush=True)

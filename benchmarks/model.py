@@ -1,17 +1,17 @@
-"""The whole network in every runtime, against its definition and against the machine's own matrix-product ceiling.
+"""The whole network in every runtime, against its definition and against the CPU's measured ceiling, a matrix product.
 
-    python -m benchmarks.model [--preset mini ...] [--batch 1 8] [--ways ...] [--json FILE]
+    python -m benchmarks.model [--preset mini ...] [--batch 1 8] [--implementations ...] [--json FILE]
 
-Same weights for all, which take turns within one run. `share` is 2 * MACs / time over the FLOP/s of a 2048 x 2048 matrix
-product in the way's own precision (bf16 for int8), which takes turns with them. MACs are those the network needs
-(arXiv 2209.15001's count), not those a way of computing it spends. `off` is the largest difference of a logit from PyTorch's in
-float32, relative to the norm of the logits for bf16 and int8.
+All have the same weights and are interleaved in one run. `share` is 2 * MACs / time over the FLOP/s of a 2048 x 2048 matrix
+product in the implementation's own precision (bf16 for int8), which is interleaved with them. MACs are those that the network
+requires (arXiv 2209.15001's count), not those that an implementation executes. `error` is the largest difference of a logit
+from PyTorch's in float32; for bf16 and int8 the norm of the difference relative to that of the logits.
 
-`torch tiled` is the network as it comes where no C compiler is; `torch compiled` as the service has it where there is one.
+`torch tiled` is the network without a C compiler, `torch compiled` the network as the service runs it where there is one.
 
-`definition` is the gather form of neighborhood attention in the network of transformers 4.53.3, to whose numbers it is equal;
-NATTEN 0.14.6's CPU kernels, which that release calls, cannot be built against a current PyTorch. The runtimes are called as
-the service calls them. int8 is calibrated on random pictures: its time counts here, not its error.
+`definition` is the gather form of neighborhood attention in the network of transformers 4.53.3, whose values it equals; NATTEN
+0.14.6's CPU kernels, which that release calls, cannot be built against a current PyTorch. Runtimes are called as the service
+calls them. int8 is calibrated on random images: only its time is meaningful, not its error.
 """
 
 import argparse
@@ -25,7 +25,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from benchmarks.timing import ceiling, matrix_product, report, take_turns
+from benchmarks.timing import matrix_product, matrix_product_flops, median_seconds, report
 from dinat.app.server.heap import keep_freed_memory
 from dinat.model import DinatConfig, DinatForImageClassification, DinatImageProcessor
 from dinat.model.cpu.packing import pack
@@ -38,14 +38,14 @@ EXPORTED = {
     "OpenVINO int8": ("openvino", "int8"),
     "ONNX Runtime fp32": ("onnxruntime", "fp32"),
 }
-EXACT, INDUCTOR, DEFINITION = "torch tiled fp32", "torch.compile fp32", "definition, torch fp32"
-WAYS = [DEFINITION, EXACT, "torch tiled bf16", "torch compiled fp32", "torch compiled bf16", INDUCTOR, *EXPORTED]
+REFERENCE, INDUCTOR, DEFINITION = "torch tiled fp32", "torch.compile fp32", "definition, torch fp32"
+IMPLEMENTATIONS = [DEFINITION, REFERENCE, "torch tiled bf16", "torch compiled fp32", "torch compiled bf16", INDUCTOR, *EXPORTED]
 
-Way = Callable[[list[np.ndarray]], np.ndarray]
-"""(1, 3, H, W) pictures to logits (B, num_labels)."""
+Forward = Callable[[list[np.ndarray]], np.ndarray]
+"""B images of shape (1, 3, H, W) to logits of shape (B, num_labels)."""
 
 
-def torch_way(network: DinatForImageClassification, inductor: bool = False) -> Way:
+def torch_forward(network: DinatForImageClassification, inductor: bool = False) -> Forward:
     call = torch.compile(network, dynamic=False) if inductor else network
     dtype = next(network.parameters()).dtype
 
@@ -57,7 +57,7 @@ def torch_way(network: DinatForImageClassification, inductor: bool = False) -> W
     return run
 
 
-def exported_way(folder: Path, runtime: str, precision: str) -> Way:
+def exported_forward(folder: Path, runtime: str, precision: str) -> Forward:
     from dinat.app.engine.runtimes.selection import load_runtimes
     from dinat.app.settings import Settings
 
@@ -66,15 +66,15 @@ def exported_way(folder: Path, runtime: str, precision: str) -> Way:
     return lambda pixels: np.concatenate([outputs[0] for outputs in loaded.infer(pixels, features=False)])
 
 
-def make(way: str, folder: Path) -> Way:
-    if way in EXPORTED:
-        return exported_way(folder, *EXPORTED[way])
+def load(implementation: str, folder: Path) -> Forward:
+    if implementation in EXPORTED:
+        return exported_forward(folder, *EXPORTED[implementation])
     network = DinatForImageClassification.from_pretrained(
         folder,
-        attention="reference" if way == DEFINITION else "compiled" if "compiled" in way else "tiled",
-        dtype=torch.bfloat16 if "bf16" in way else None,
+        attention="reference" if implementation == DEFINITION else "compiled" if "compiled" in implementation else "tiled",
+        dtype=torch.bfloat16 if "bf16" in implementation else None,
     )
-    return torch_way(pack(network) if "compiled" in way else network, inductor=way == INDUCTOR)
+    return torch_forward(pack(network) if "compiled" in implementation else network, inductor=implementation == INDUCTOR)
 
 
 def save(preset: str, folder: Path, int8: bool) -> None:
@@ -86,15 +86,15 @@ def save(preset: str, folder: Path, int8: bool) -> None:
     processor.save_pretrained(folder)
     if int8:
         random = np.random.default_rng(0)
-        pictures = [Image.fromarray(random.integers(0, 256, (size, size, 3), dtype=np.uint8)) for _ in range(8)]
-        quantize(network, processor, pictures, folder)
+        images = [Image.fromarray(random.integers(0, 256, (size, size, 3), dtype=np.uint8)) for _ in range(8)]
+        quantize(network, processor, images, folder)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--preset", nargs="+", default=["mini"], choices=GIGA_MACS)
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 8, 32])
-    parser.add_argument("--ways", nargs="+", default=WAYS, choices=WAYS)
+    parser.add_argument("--implementations", nargs="+", default=IMPLEMENTATIONS, choices=IMPLEMENTATIONS)
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
@@ -103,43 +103,43 @@ def main() -> None:
     for preset in arguments.preset:
         with tempfile.TemporaryDirectory() as name:
             folder = Path(name)
-            save(preset, folder, int8="OpenVINO int8" in arguments.ways)
+            save(preset, folder, int8="OpenVINO int8" in arguments.implementations)
             side = DinatImageProcessor.from_pretrained(folder).output_size
             assert side is not None
-            ways = {way: make(way, folder) for way in arguments.ways}
+            implementations = {name: load(name, folder) for name in arguments.implementations}
             for batch in arguments.batch:
-                rows += measure(preset, ways, batch, side, arguments.rounds)
+                rows += measure(preset, implementations, batch, side, arguments.rounds)
     report("Whole network", rows, arguments.json)
 
 
-def measure(preset: str, ways: dict[str, Way], batch: int, size: tuple[int, int], rounds: int) -> list[dict[str, Any]]:
+def measure(
+    preset: str, implementations: dict[str, Forward], batch: int, size: tuple[int, int], rounds: int
+) -> list[dict[str, Any]]:
     pixels = [torch.randn(1, 3, *size).numpy() for _ in range(batch)]
-    # Whoever follows another finds its threads still spinning, or the caches full of its numbers: each run before one that
-    # counts is of the same kind.
+    # A run is affected by the previous one, whose threads still spin and whose data fills the caches: before each run that is
+    # counted, the same candidate runs once uncounted.
     candidates: dict[str, Callable[[], object]] = {}
-    ceilings = {"fp32": matrix_product(), "bf16": matrix_product(torch.bfloat16)}
-    for name, run in [*ceilings.items(), *((name, partial(way, pixels)) for name, way in ways.items())]:
+    products = {"fp32": matrix_product(), "bf16": matrix_product(torch.bfloat16)}
+    for name, run in [*products.items(), *((name, partial(forward, pixels)) for name, forward in implementations.items())]:
         candidates |= {f"before {name}": run, name: run}
-    times = take_turns(candidates, rounds)
-    exact = ways[EXACT](pixels) if EXACT in ways else None
+    times = median_seconds(candidates, rounds)
+    expected = implementations[REFERENCE](pixels) if REFERENCE in implementations else None
     rows = []
-    for name, way in ways.items():
-        difference = float("nan")
-        if exact is not None:
-            got = way(pixels)
-            difference = float(
-                np.abs(got - exact).max() if "fp32" in name else np.linalg.norm(got - exact) / np.linalg.norm(exact)
-            )
-        highest = ceiling(times["fp32" if "fp32" in name else "bf16"])
+    for name, forward in implementations.items():
+        error = float("nan")
+        if expected is not None:
+            difference = forward(pixels) - expected
+            error = float(np.abs(difference).max() if "fp32" in name else np.linalg.norm(difference) / np.linalg.norm(expected))
+        ceiling = matrix_product_flops(times["fp32" if "fp32" in name else "bf16"])
         rows.append(
             {
                 "preset": preset,
-                "way": name,
+                "implementation": name,
                 "batch": batch,
-                "ms per picture": times[name] / batch * 1e3,
-                "share": 2e9 * GIGA_MACS[preset] * batch / times[name] / highest,
-                "off": difference,
-                "ceiling GFLOP/s": highest / 1e9,
+                "ms per image": times[name] / batch * 1e3,
+                "share": 2e9 * GIGA_MACS[preset] * batch / times[name] / ceiling,
+                "error": error,
+                "ceiling GFLOP/s": ceiling / 1e9,
             }
         )
         print(rows[-1], flush=True)

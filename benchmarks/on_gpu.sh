@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
-# All that a machine with a CUDA card has to show: tests/gpu, dinat doctor and benchmarks.gpu, each within 9 minutes.
+# Run tests/gpu, dinat doctor and benchmarks.gpu on a machine with a CUDA GPU, each for at most 9 minutes.
 #
-#   benchmarks/on_gpu.sh [FOLDER] [tests] [doctor] [benchmark] [natten]
+#   benchmarks/on_gpu.sh [FOLDER] [natten] [tests] [doctor] [benchmark]
 #
-# What they print and find goes to FOLDER (benchmarks/results if none is named); without further words, all of them run.
-# It wants nothing but a Python (PYTHON, python3 if not set) with torch and triton, pytest and hypothesis; what else is missing
-# is left out with a word. NATTEN may name an sdist or a wheel of natten: it is built for this card first, if it can be in time.
+# Output and results are written to FOLDER, benchmarks/results by default. All parts run unless some are named.
+# Requires only a Python (PYTHON, default python3) with torch, triton, pytest and hypothesis; what else is missing is skipped with
+# a message. If NATTEN is an sdist or wheel of natten, it is first built for this GPU, unless that takes over 9 minutes.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 PYTHON=${PYTHON:-python3}
@@ -17,29 +17,29 @@ mkdir -p "$folder"
 export PYTHONUNBUFFERED=1 PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH}
 failed=0
 
-card=$("$PYTHON" - <<'PYTHON'
+gpu=$("$PYTHON" - <<'PYTHON'
 import re, torch
 print(re.sub(r"\W+", "-", torch.cuda.get_device_name()).strip("-").lower() if torch.cuda.is_available() else "")
 PYTHON
 ) || exit 1
-if [ -z "$card" ]; then
-    echo "PyTorch sees no CUDA card: run this where nvidia-smi lists one" >&2
+if [ -z "$gpu" ]; then
+    echo "PyTorch finds no CUDA GPU: run this where nvidia-smi lists one" >&2
     exit 1
 fi
 
-# part NAME COMMAND...: at most 9 minutes; what it prints is kept.
-part() {
+# run_part NAME COMMAND...: run for at most 9 minutes, and store the output.
+run_part() {
     local name=$1
     shift
     echo "== $name"
-    timeout --kill-after=10 540 "$@" 2>&1 | tee "$folder/gpu-$card.$name.txt"
+    timeout --kill-after=10 540 "$@" 2>&1 | tee "$folder/gpu-$gpu.$name.txt"
     local status=${PIPESTATUS[0]}
-    [ "$status" -eq 0 ] || { echo "== $name ended with $status"; failed=1; }
+    [ "$status" -eq 0 ] || { echo "== $name exited with status $status"; failed=1; }
 }
 
 build_natten() {
     if [ -z "${NATTEN:-}" ]; then
-        "$PYTHON" -c 'import natten' 2>/dev/null || echo "natten is not installed, and NATTEN names no sdist or wheel: it is left out"
+        "$PYTHON" -c 'import natten' 2>/dev/null || echo "natten is not installed, and NATTEN is not set to an sdist or wheel: skipped"
         return
     fi
     export NATTEN_CUDA_ARCH=${NATTEN_CUDA_ARCH:-$("$PYTHON" -c 'import torch; print("%d.%d" % torch.cuda.get_device_capability())')}
@@ -47,7 +47,7 @@ build_natten() {
     if timeout 540 "$PYTHON" -m pip install --quiet --no-index --no-deps --no-build-isolation --target build/natten "$NATTEN"; then
         export PYTHONPATH=$PWD/build/natten:$PYTHONPATH
     else
-        echo "natten could not be built within 9 minutes: it is left out"
+        echo "natten could not be built within 9 minutes: skipped"
         rm -rf build/natten
     fi
 }
@@ -55,10 +55,10 @@ build_natten() {
 for name in "${parts[@]}"; do
     case $name in
         natten) build_natten ;;
-        tests) part tests "$PYTHON" -m pytest -ra tests/gpu ;;
-        doctor) part doctor "$PYTHON" -m dinat doctor --device cuda --json ;;
-        benchmark) part benchmark "$PYTHON" -m benchmarks.gpu --seconds 480 --json "$folder/gpu-$card.json" ;;
-        *) echo "there is no part $name: take natten, tests, doctor or benchmark" >&2; exit 2 ;;
+        tests) run_part tests "$PYTHON" -m pytest -ra tests/gpu ;;
+        doctor) run_part doctor "$PYTHON" -m dinat doctor --device cuda --json ;;
+        benchmark) run_part benchmark "$PYTHON" -m benchmarks.gpu --seconds 480 --json "$folder/gpu-$gpu.json" ;;
+        *) echo "unknown part $name: must be natten, tests, doctor or benchmark" >&2; exit 2 ;;
     esac
 done
 exit $failed

@@ -1,12 +1,12 @@
-"""This service and its peers under the same load: the same network, the same pictures, in turns on loopback, in one run.
+"""This service and its peers under the same load: same network, same images, on loopback, in one run.
 
     python -m benchmarks.serving [--servers ours plain ...] [--seconds 15] [--overload 60] [--json FILE]
 
-The network is DiNAT-Mini at 224 with random weights, the picture a 500x375 JPEG. Each server meets a closed loop of 1, 8
-and 32 connections. Between the slices of each row the same is called directly, in a process with nothing else: decode,
-preprocess and forward of one picture, and each part alone, forward also of 8. So every row has its own measure of the machine
-beside it. `--overload` adds an open loop at 4 times this service's measured rate. The client shares the cores, as in every
-row. Needs the extra `bench`.
+The network is DiNAT-Mini at 224 with random weights, the image a 500x375 JPEG. Each server gets a closed loop of 1, 8 and 32
+connections. Between the slices of each row, direct calls are measured in a process without a server: decode, preprocess and
+forward of one image together, decode alone, and forward of 8. So every row has its own baseline for the machine's speed.
+`--overload` adds an open loop at 4 times this service's measured rate. The client shares the server's cores in every row.
+Requires the extra `bench`.
 """
 
 import argparse
@@ -33,8 +33,8 @@ import psutil
 import torch
 from PIL import Image
 
-from benchmarks.timing import report, take_turns
-from dinat.app.doctor import photograph as picture
+from benchmarks.timing import median_seconds, report
+from dinat.app.doctor import photograph
 from dinat.model import DinatConfig, DinatForImageClassification, DinatImageProcessor
 
 CONNECTIONS = (1, 8, 32)
@@ -43,7 +43,7 @@ OURS = {
     "ours, OpenVINO": ["--runtime", "openvino"],
     "ours": [],
 }
-"""This service by the runtime that the peers have too, by OpenVINO, and as it comes."""
+"""Flags of this service: with the peers' runtime, with OpenVINO, and with the default."""
 SLICES = 6
 DIRECT_ROUNDS = 5
 DEADLINE_SECONDS = 20
@@ -57,9 +57,9 @@ def save_network(folder: Path) -> None:
 
 @functools.cache
 def direct_calls(folder: str) -> dict[str, Callable[[], object]]:
-    """What a server does for a picture, without a server: in whole, and by part."""
+    """Return the work for an image without a server: decoding, all for one image, and forward for 8."""
     network, processor = DinatForImageClassification.from_pretrained(folder), DinatImageProcessor.from_pretrained(folder)
-    data = picture()
+    data = photograph()
     pixels = {n: torch.from_numpy(np.stack([processor.resize(Image.open(io.BytesIO(data)))] * n)) for n in (1, 8)}
 
     @torch.inference_mode()
@@ -67,15 +67,15 @@ def direct_calls(folder: str) -> dict[str, Callable[[], object]]:
         network(processor.normalize(pixels[n])).logits.softmax(-1).topk(5)
 
     @torch.inference_mode()
-    def whole() -> None:
+    def one() -> None:
         network(processor(Image.open(io.BytesIO(data)))).logits.softmax(-1).topk(5)
 
-    return {"decode": lambda: processor.resize(Image.open(io.BytesIO(data))), "one": whole, "forward8": lambda: forward(8)}
+    return {"decode": lambda: processor.resize(Image.open(io.BytesIO(data))), "one": one, "forward8": lambda: forward(8)}
 
 
 def direct(folder: str) -> dict[str, float]:
-    """Seconds of each direct call, in turns."""
-    return take_turns(direct_calls(folder), rounds=DIRECT_ROUNDS)
+    """Return the median seconds of each direct call."""
+    return median_seconds(direct_calls(folder), rounds=DIRECT_ROUNDS)
 
 
 def free_port() -> int:
@@ -102,9 +102,9 @@ def command(server: str, folder: str, port: int) -> list[str]:
 
 
 @contextmanager
-def running(words: list[str], url: str) -> Iterator[psutil.Process]:
-    """A server as a process of its own, ended with what it started."""
-    process = subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
+def running(command: list[str], url: str) -> Iterator[psutil.Process]:
+    """Run a server in another process, ready, and end it with all its child processes."""
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
     try:
         asyncio.run(until_ready(url, process))
         yield psutil.Process(process.pid)
@@ -118,126 +118,132 @@ def running(words: list[str], url: str) -> Iterator[psutil.Process]:
 
 async def until_ready(url: str, process: subprocess.Popen[bytes]) -> None:
     async with aiohttp.ClientSession() as session:
-        until, last = time.monotonic() + 120, ""
-        while time.monotonic() < until:
+        deadline, last = time.monotonic() + 120, ""
+        while time.monotonic() < deadline:
             if process.poll() is not None:
-                raise RuntimeError(f"the server ended with {process.returncode}")
+                raise RuntimeError(f"the server exited with status {process.returncode}")
             try:
-                async with session.post(url, data={"image": picture()}) as answer:
-                    if answer.status == 200:
+                async with session.post(url, data={"image": photograph()}) as response:
+                    if response.status == 200:
                         return
-                    last = f"{answer.status} {(await answer.text())[:500]}"
+                    last = f"{response.status} {(await response.text())[:500]}"
             except aiohttp.ClientError as error:
                 last = str(error)
             await asyncio.sleep(0.2)
     raise RuntimeError(f"{url} did not become ready: {last}")
 
 
-async def ask(session: aiohttp.ClientSession, url: str, data: bytes) -> int:
+async def post_image(session: aiohttp.ClientSession, url: str, data: bytes) -> int:
+    """Send an image as a form, and return the response's status; 0 if there is no response."""
     form = aiohttp.FormData()
-    form.add_field("image", data, filename="picture.jpg", content_type="image/jpeg")
+    form.add_field("image", data, filename="image.jpg", content_type="image/jpeg")
     try:
-        async with session.post(url, data=form) as answer:
-            await answer.read()
-            return answer.status
+        async with session.post(url, data=form) as response:
+            await response.read()
+            return response.status
     except (aiohttp.ClientError, TimeoutError):
         return 0
 
 
 async def closed_loop(url: str, connections: int, seconds: float) -> tuple[list[float], int, float]:
-    """Each connection asks again as soon as it has its answer. Latencies in ms, errors, and the seconds it took."""
-    data, latencies, errors = picture(), [], 0
-    async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=connections)) as session:
-        await asyncio.gather(*(ask(session, url, data) for _ in range(connections)))
-        started = time.monotonic()
+    """Send requests: each connection sends the next one as soon as it has a response.
 
-        async def loop() -> None:
+    Returns:
+        Latencies in ms of responses with status 200, the number of other outcomes, and the seconds elapsed.
+    """
+    data, latencies, errors = photograph(), [], 0
+    async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=connections)) as session:
+        await asyncio.gather(*(post_image(session, url, data) for _ in range(connections)))
+        start = time.monotonic()
+
+        async def connection() -> None:
             nonlocal errors
-            while time.monotonic() < started + seconds:
-                asked = time.monotonic()
-                if await ask(session, url, data) == 200:
-                    latencies.append((time.monotonic() - asked) * 1e3)
+            while time.monotonic() < start + seconds:
+                sent = time.monotonic()
+                if await post_image(session, url, data) == 200:
+                    latencies.append((time.monotonic() - sent) * 1e3)
                 else:
                     errors += 1
 
-        await asyncio.gather(*(loop() for _ in range(connections)))
-        return latencies, errors, time.monotonic() - started
+        await asyncio.gather(*(connection() for _ in range(connections)))
+        return latencies, errors, time.monotonic() - start
 
 
 def row(
     server: str, connections: int, url: str, seconds: float, measure_direct: Callable[[], dict[str, float]]
 ) -> dict[str, Any]:
-    """A server under a closed loop, in slices, with the direct calls measured between them."""
+    """Measure a server under a closed loop, in slices, with direct calls measured between them."""
     latencies: list[float] = []
-    errors, taken, directs = 0, 0.0, [measure_direct()]
+    errors, elapsed, samples = 0, 0.0, [measure_direct()]
     for _ in range(SLICES):
-        more, failed, slice_taken = asyncio.run(closed_loop(url, connections, seconds / SLICES))
-        latencies, errors, taken = latencies + more, errors + failed, taken + slice_taken
-        directs.append(measure_direct())
-    parts = {name: mean(sample[name] for sample in directs) for name in directs[0]}
-    possible = 1 / (parts["decode"] / len(os.sched_getaffinity(0)) + parts["forward8"] / 8)
-    cuts = quantiles(latencies, n=100)
+        slice_latencies, slice_errors, slice_elapsed = asyncio.run(closed_loop(url, connections, seconds / SLICES))
+        latencies, errors, elapsed = latencies + slice_latencies, errors + slice_errors, elapsed + slice_elapsed
+        samples.append(measure_direct())
+    direct_seconds = {name: mean(sample[name] for sample in samples) for name in samples[0]}
+    direct_rate = 1 / (direct_seconds["decode"] / len(os.sched_getaffinity(0)) + direct_seconds["forward8"] / 8)
+    percentiles = quantiles(latencies, n=100)
     return {
         "server": server,
         "connections": connections,
-        "images/s": len(latencies) / taken,
-        "p50 ms": cuts[49],
-        "p99 ms": cuts[98],
+        "images/s": len(latencies) / elapsed,
+        "p50 ms": percentiles[49],
+        "p99 ms": percentiles[98],
         "errors": errors,
-        "direct ms": parts["one"] * 1e3,
-        "direct images/s": possible,
-        "share of direct": len(latencies) / taken / possible,
+        "direct ms": direct_seconds["one"] * 1e3,
+        "direct images/s": direct_rate,
+        "share of direct": len(latencies) / elapsed / direct_rate,
     }
 
 
 async def open_loop(url: str, rate: float, seconds: float, process: psutil.Process) -> dict[str, Any]:
-    """Ask at a fixed rate whatever comes back; then ask again closed-loop, to see how soon full speed is back."""
-    data, answers, memory, ready = picture(), [], [], []
+    """Send requests at a fixed rate, whatever the responses; then measure how soon a request succeeds again."""
+    data, outcomes, memory, ready = photograph(), [], [], []
     async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0)) as session:
 
-        async def one() -> None:
-            asked = time.monotonic()
-            answers.append((await ask(session, url, data), time.monotonic() - asked))
+        async def send() -> None:
+            sent = time.monotonic()
+            outcomes.append((await post_image(session, url, data), time.monotonic() - sent))
 
         async def watch() -> None:
             while True:
-                memory.append((time.monotonic() - started, resident(process)))
-                async with session.get(url.replace("/classify", "/health/ready")) as answer:
-                    ready.append(answer.status)
+                memory.append((time.monotonic() - start, resident(process)))
+                async with session.get(url.replace("/classify", "/health/ready")) as response:
+                    ready.append(response.status)
                 await asyncio.sleep(1)
 
-        started = time.monotonic()
-        watching = asyncio.create_task(watch())
-        asking = []
+        start = time.monotonic()
+        watcher = asyncio.create_task(watch())
+        requests = []
         for n in range(int(rate * seconds)):
-            await asyncio.sleep(max(0, started + n / rate - time.monotonic()))
-            asking.append(asyncio.create_task(one()))
-        await asyncio.gather(*asking)
-        watching.cancel()
-        ended = time.monotonic()
-        while await ask(session, url, data) != 200:
+            await asyncio.sleep(max(0, start + n / rate - time.monotonic()))
+            requests.append(asyncio.create_task(send()))
+        await asyncio.gather(*requests)
+        watcher.cancel()
+        end = time.monotonic()
+        while await post_image(session, url, data) != 200:
             await asyncio.sleep(0.1)
-        back = time.monotonic() - ended
-    statuses = [status for status, _ in answers]
-    accepted = [taken for status, taken in answers if status == 200]
-    flat = [size for at, size in memory if at > 10]
+        recovery = time.monotonic() - end
+    statuses = [status for status, _ in outcomes]
+    accepted = [latency for status, latency in outcomes if status == 200]
+    sizes = [size for elapsed, size in memory if elapsed > 10]
     return {
-        "asked": len(answers),
-        "asked/s": rate,
+        "requests": len(outcomes),
+        "requests/s": rate,
         "200": statuses.count(200),
         "503": statuses.count(503),
         "504": statuses.count(504),
         "other": len(statuses) - statuses.count(200) - statuses.count(503) - statuses.count(504),
         "accepted p99 s": quantiles(accepted, n=100)[98],
         "deadline s": DEADLINE_SECONDS,
-        "MB after 10 s": round(flat[0] / 1e6),
-        "MB at the end": round(flat[-1] / 1e6),
-        "ready always": set(ready) == {200},
-        "seconds to recover": back,
+        "MB after 10 s": round(sizes[0] / 1e6),
+        "MB at the end": round(sizes[-1] / 1e6),
+        "always ready": set(ready) == {200},
+        "seconds to recover": recovery,
     }
 
 
 def resident(process: psutil.Process) -> int:
+    """Return the resident bytes of a process and its child processes."""
     return sum(p.memory_info().rss for p in [process, *process.children(recursive=True)])
 
 
@@ -267,9 +273,9 @@ def main() -> None:
                         [overload],
                         arguments.json and arguments.json.with_suffix(".overload.json"),
                     )
-        best = {row["connections"]: row["share of direct"] for row in rows if row["server"] == "ours, torch fp32"}
+        ours = {row["connections"]: row["share of direct"] for row in rows if row["server"] == "ours, torch fp32"}
         for measured in rows:
-            measured["ours, torch / it"] = best.get(measured["connections"], float("nan")) / measured["share of direct"]
+            measured["speedup of ours, torch"] = ours.get(measured["connections"], float("nan")) / measured["share of direct"]
         report("Closed loop", rows, arguments.json)
 
 

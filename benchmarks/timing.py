@@ -1,4 +1,4 @@
-"""Times that can be compared: all candidates take turns within one run, and the machine's own ceiling is among them."""
+"""Comparable timings: candidates are interleaved within one run, and the CPU's ceiling is measured among them."""
 
 import json
 import platform
@@ -10,39 +10,47 @@ from typing import Any
 
 import torch
 
-from dinat.app.doctor import processor
+from dinat.app.doctor import cpu_name
 
 MATRIX = 2048
 
 
-def take_turns(candidates: Mapping[str, Callable[[], object]], rounds: int) -> dict[str, float]:
-    """Median seconds of each candidate, after one warm-up, over rounds in which each runs once."""
+def median_seconds(candidates: Mapping[str, Callable[[], object]], rounds: int) -> dict[str, float]:
+    """Time candidates: after one warm-up call of each, every round calls each candidate once.
+
+    Args:
+        candidates: calls by name.
+        rounds: number of rounds.
+
+    Returns:
+        Median seconds of each candidate.
+    """
     for run in candidates.values():
         run()
     times: dict[str, list[float]] = {name: [] for name in candidates}
     for _ in range(rounds):
         for name, run in candidates.items():
-            started = time.perf_counter()
+            start = time.perf_counter()
             run()
-            times[name].append(time.perf_counter() - started)
+            times[name].append(time.perf_counter() - start)
     return {name: median(values) for name, values in times.items()}
 
 
 def matrix_product(dtype: torch.dtype = torch.float32) -> Callable[[], object]:
-    """A 2048 x 2048 matrix product: its FLOP/s are the ceiling of what the machine gives a network."""
+    """Return a 2048 x 2048 matrix product, whose FLOP/s are the ceiling that networks are compared with."""
     a, b = torch.randn(2, MATRIX, MATRIX).to(dtype)
     return lambda: a @ b
 
 
-def ceiling(seconds: float) -> float:
-    """FLOP/s of matrix_product."""
+def matrix_product_flops(seconds: float) -> float:
+    """Return the FLOP/s of a matrix_product that took so many seconds."""
     return 2 * MATRIX**3 / seconds
 
 
 def machine() -> dict[str, Any]:
-    """What a result was measured on."""
+    """Describe this machine and its software."""
     return {
-        "processor": processor(),
+        "cpu": cpu_name(),
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
         "python": platform.python_version(),
@@ -50,7 +58,7 @@ def machine() -> dict[str, Any]:
 
 
 def report(title: str, rows: list[dict[str, Any]], path: Path | None) -> None:
-    """Print rows as a table, and as JSON into a file if one is named."""
+    """Print rows as a table, and write them to a JSON file if `path` is set."""
     widths = {key: max(len(key), *(len(_text(row[key])) for row in rows)) for key in rows[0]}
     print(f"{title} ({', '.join(f'{k} {v}' for k, v in machine().items())})")
     print("  ".join(key.rjust(width) for key, width in widths.items()))

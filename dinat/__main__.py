@@ -1,4 +1,4 @@
-"""`python -m dinat`: the command `dinat`."""
+"""`python -m dinat`: the `dinat` command as a module, also for `accelerate launch -m dinat train ...`."""
 
 from dinat.app.cli import run
 

@@ -1,4 +1,4 @@
-"""`python -m dinat.cli`: the command `dinat`."""
+"""`python -m dinat.cli`: the `dinat` command as a module."""
 
 from dinat.app.cli import main as main
 from dinat.app.cli import run as run

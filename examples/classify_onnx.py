@@ -1,4 +1,4 @@
-"""Classify a picture with an exported graph and ONNX Runtime alone: this file needs nothing of the project.
+"""Classify an image with an exported graph and ONNX Runtime, without this project.
 
 dinat export digits digits.onnx
 python examples/classify_onnx.py digits.onnx examples/digits/7-1.png
@@ -12,12 +12,12 @@ import onnxruntime
 from PIL import Image
 
 session = onnxruntime.InferenceSession(sys.argv[1], providers=["CPUExecutionProvider"])
-about = session.get_modelmeta().custom_metadata_map
-labels, processor = json.loads(about["labels"]), json.loads(about["image_processor"])
+metadata = session.get_modelmeta().custom_metadata_map
+labels, processor = json.loads(metadata["labels"]), json.loads(metadata["image_processor"])
 _, _, height, width = session.get_inputs()[0].shape
 
-picture = Image.open(sys.argv[2]).convert("RGB").resize((width, height), processor["resample"])
-pixels = np.asarray(picture, dtype=np.float32) * np.float32(processor["rescale_factor"])
+image = Image.open(sys.argv[2]).convert("RGB").resize((width, height), processor["resample"])
+pixels = np.asarray(image, dtype=np.float32) * np.float32(processor["rescale_factor"])
 pixels = (pixels - np.float32(processor["image_mean"])) / np.float32(processor["image_std"])
 (logits,) = session.run(["logits"], {"pixel_values": pixels.transpose(2, 0, 1)[None]})
 

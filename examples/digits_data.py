@@ -1,9 +1,9 @@
-"""Write scikit-learn's handwritten digits as a folder of pictures, as `dinat train` and `dinat evaluate` take them.
+"""Write scikit-learn's handwritten digits as folders of images for `dinat train` and `dinat evaluate`.
 
-    python -m examples.digits_data FOLDER    # FOLDER/train, 23,000 pictures, and FOLDER/held-out, 360
+    python -m examples.digits_data FOLDER    # FOLDER/train, 23,000 images, and FOLDER/held-out, 360
 
-Data: load_digits, 1,797 grey pictures of 8x8 (the test part of UCI's Optical Recognition of Handwritten Digits). One stratified
-split, seed 0: 1,437 to train, 360 held out.
+Data: load_digits, 1,797 greyscale images of 8x8 (the test set of UCI's Optical Recognition of Handwritten Digits). Stratified
+split with seed 0: 1,437 training images, 360 held-out images.
 """
 
 import sys
@@ -20,18 +20,18 @@ from torch import Tensor
 SEED = 0
 SIZE = 64
 VARIANTS = 16
-"""Pictures of each digit to train on."""
+"""Training images per digit."""
 
 
 def split() -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """(N, 8, 8) greys in 0..1, ink is 1, and (N,) labels: to train, then held out."""
+    """Return training images (N, 8, 8) in 0..1, where ink is 1, and labels (N,), then held-out images and labels."""
     digits = load_digits()
     parts = train_test_split(digits.images / 16, digits.target, test_size=360, random_state=SEED, stratify=digits.target)
     return parts[0], parts[2], parts[1], parts[3]
 
 
-def picture(grey: np.ndarray) -> Image.Image:
-    """An 8x8 digit as one would see it: light ink on black, 128x128."""
+def upscaled_image(grey: np.ndarray) -> Image.Image:
+    """Convert an 8x8 digit in 0..1 to a 128x128 image, light ink on black."""
     return Image.fromarray((grey * 255).round().astype(np.uint8)).resize((128, 128), Image.Resampling.BICUBIC)
 
 
@@ -39,15 +39,22 @@ def uniform(count: int, low: float, high: float) -> Tensor:
     return torch.empty(count).uniform_(low, high)
 
 
-def chosen(count: int, probability: float) -> Tensor:
+def bernoulli(count: int, probability: float) -> Tensor:
     return torch.rand(count, 1, 1, 1) < probability
 
 
 def augment(greys: Tensor, strength: float) -> Tensor:
-    """(B, 1, 8, 8) greys in 0..1 -> (B, 3, SIZE, SIZE) pixel values in -1..1, never twice the same.
+    """Augment digits at random.
 
-    Turned, sheared, stretched, shrunk and moved about; ink from soft to sharp-edged, thin to thick, as a mouse draws it; light
-    on dark or dark on light, in two colours of some contrast; a little noise. strength: 0 for the plain digits, 1 for all that.
+    Rotation, shear, scale and translation; soft or sharp edges and thin or thick strokes, as drawn by a mouse; light on dark or
+    dark on light, in two contrasting colours; some noise.
+
+    Args:
+        greys: (B, 1, 8, 8) in 0..1.
+        strength: Strength of all operations, in 0..1; 0 returns the plain digits.
+
+    Returns:
+        Pixel values (B, 3, SIZE, SIZE) in -1..1.
     """
     count = len(greys)
     angle = uniform(count, -0.3, 0.3) * strength
@@ -67,29 +74,29 @@ def augment(greys: Tensor, strength: float) -> Tensor:
     grid = F.affine_grid(matrix, [count, 1, SIZE, SIZE], align_corners=False)
     ink = F.grid_sample(F.pad(greys, (4, 4, 4, 4)), grid * 0.5, mode="bicubic", align_corners=False).clamp(0, 1)
     edge, steepness = uniform(count, 0.35, 0.7).view(-1, 1, 1, 1), uniform(count, 6, 40).view(-1, 1, 1, 1)
-    ink = torch.where(chosen(count, 0.6 * strength), torch.sigmoid((ink - edge) * steepness), ink)
+    ink = torch.where(bernoulli(count, 0.6 * strength), torch.sigmoid((ink - edge) * steepness), ink)
     dark, light = uniform(3 * count, -1, -0.2).view(-1, 3, 1, 1), uniform(3 * count, 0.2, 1).view(-1, 3, 1, 1)
-    grey = chosen(count, 0.7)
+    grey = bernoulli(count, 0.7)
     dark, light = (torch.where(grey, colour[:, :1].expand(-1, 3, -1, -1), colour) for colour in (dark, light))
-    full = chosen(count, 1 - 0.5 * strength)
+    full = bernoulli(count, 1 - 0.5 * strength)
     dark, light = torch.where(full, -1.0, dark), torch.where(full, 1.0, light)
-    inverted = chosen(count, 0.5 * strength)
+    inverted = bernoulli(count, 0.5 * strength)
     pixels = torch.where(inverted, light + (dark - light) * ink, dark + (light - dark) * ink)
     return (pixels + torch.randn_like(pixels) * 0.04 * strength * torch.rand(count, 1, 1, 1)).clamp(-1, 1)
 
 
 def write(folder: Path) -> None:
-    """train/LABEL/*.png, each digit once plain and then changed ever more strongly; held-out/LABEL/*.png, plain."""
+    """Write train/LABEL/*.png, each digit with increasing augmentation strength from 0, and held-out/LABEL/*.png, plain."""
     torch.manual_seed(SEED)
     greys, labels, held_out, held_out_labels = split()
     for grey, label, number in zip(held_out, held_out_labels, range(len(held_out)), strict=True):
-        _save(picture(grey), folder / "held-out" / str(label) / f"{number:04}.png")
+        _save(upscaled_image(grey), folder / "held-out" / str(label) / f"{number:04}.png")
     inputs = torch.from_numpy(greys).float()[:, None]
     for variant in range(VARIANTS):
         pixels = augment(inputs, variant / (VARIANTS - 1))
-        drawn = ((pixels + 1) * 127.5).round().byte().permute(0, 2, 3, 1).numpy()
-        for number, (one, label) in enumerate(zip(drawn, labels, strict=True)):
-            _save(Image.fromarray(one), folder / "train" / str(label) / f"{number:04}-{variant:02}.png")
+        images = ((pixels + 1) * 127.5).round().byte().permute(0, 2, 3, 1).numpy()
+        for number, (image, label) in enumerate(zip(images, labels, strict=True)):
+            _save(Image.fromarray(image), folder / "train" / str(label) / f"{number:04}-{variant:02}.png")
 
 
 def _save(image: Image.Image, path: Path) -> None:

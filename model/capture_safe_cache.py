@@ -1,4 +1,8 @@
-"""Caches of what is made once per shape, and a way to keep what they gave for as long as something depends on it."""
+"""Function caches whose entries may be created before, during or after CUDA graph capture.
+
+A captured graph reads the same memory at every replay, so a cached tensor that was used during capture must not be freed while
+the graph exists, even if the cache evicts it.
+"""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -10,37 +14,46 @@ import torch
 P = ParamSpec("P")
 T = TypeVar("T")
 
-_holders: list[list[object]] = []
+_recordings: list[list[object]] = []
 
 
 @contextmanager
-def holding() -> Iterator[list[object]]:
-    """Lists what the caches give out within it: a CUDA graph reads it at every replay, also when the cache has dropped it."""
-    given: list[object] = []
-    _holders.append(given)
+def record_cached_values() -> Iterator[list[object]]:
+    """Collect every value that the caches return inside this context.
+
+    The caller keeps the list as long as it needs the values, for example for the lifetime of a CUDA graph.
+    """
+    values: list[object] = []
+    _recordings.append(values)
     try:
-        yield given
+        yield values
     finally:
-        _holders.remove(given)
+        _recordings.remove(values)
 
 
-def gave(value: T) -> T:
-    """A cache's value, on its way to who asked for it."""
-    for given in _holders:
-        given.append(value)
+def record_cached_value(value: T) -> T:
+    """Add a value that a cache returns to all active recordings, and return it."""
+    for values in _recordings:
+        values.append(value)
     return value
 
 
-def kept(most: int) -> Callable[[Callable[P, T]], Callable[P, T]]:
-    """Keep a function's last values, by its arguments; made outside inference mode, so that training can use them later."""
+def capture_safe_cache(maxsize: int) -> Callable[[Callable[P, T]], Callable[P, T]]:
+    """Cache a function's most recently used values by its arguments, like functools.lru_cache.
 
-    def decorate(make: Callable[P, T]) -> Callable[P, T]:
-        cached = lru_cache(maxsize=most)(torch.inference_mode(False)(make))
+    The function runs outside inference mode, so that tensors first requested during inference can be used in training.
 
-        @wraps(make)
-        def give(*args: P.args, **kwargs: P.kwargs) -> T:
-            return gave(cached(*args, **kwargs))  # type: ignore[arg-type]  # all are hashable
+    Args:
+        maxsize: Maximum number of entries.
+    """
 
-        return give
+    def decorate(function: Callable[P, T]) -> Callable[P, T]:
+        cached = lru_cache(maxsize=maxsize)(torch.inference_mode(False)(function))
+
+        @wraps(function)
+        def wrapper(*args: P.args, **kwargs: P.kwargs) -> T:
+            return record_cached_value(cached(*args, **kwargs))  # type: ignore[arg-type]  # all are hashable
+
+        return wrapper
 
     return decorate

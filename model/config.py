@@ -1,6 +1,6 @@
-"""The configuration of a DiNAT, and the published ones.
+"""Configuration of a DiNAT, and presets of the published networks.
 
-Field names, defaults and rules are those of transformers 4.53.3, so that a config.json of the Hub reads as it is.
+Field names, defaults and rules are those of transformers 4.53.3, so that config.json files of the Hub can be read.
 """
 
 import json
@@ -17,7 +17,7 @@ DEFAULT_DILATIONS = [[1, 8, 1], [1, 4, 1, 4], [1, 2, 1, 2, 1, 2], [1, 1, 1, 1, 1
 
 
 def _alternating(depths: Sequence[int], largest: Sequence[int]) -> list[list[int]]:
-    """Dilations per layer as published: 1, d, 1, d, ... with one d for each stage."""
+    """Return the published pattern of dilations per layer: 1, d, 1, d, ... with one d per stage."""
     return [[d if layer % 2 else 1 for layer in range(depth)] for depth, d in zip(depths, largest, strict=True)]
 
 
@@ -55,7 +55,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     "large-384": _LARGE | {"dilations": _D13, "image_size": 384},
     "large-11x11-384": _LARGE | {"dilations": _D8, "kernel_size": 11, "image_size": 384},
 }
-"""The published ImageNet-1k models by short name, as they differ from the defaults (arXiv 2209.15001, table 2)."""
+"""Published ImageNet-1k models by short name: the fields that differ from the defaults (arXiv 2209.15001, table 2)."""
 
 NAT_PRESETS: dict[str, dict[str, Any]] = {
     f"nat-{name}": {
@@ -65,7 +65,7 @@ NAT_PRESETS: dict[str, dict[str, Any]] = {
     }
     for name in ("mini", "tiny", "small", "base")
 }
-"""The published NAT models (arXiv 2204.07143): the same networks without dilation."""
+"""Published NAT models (arXiv 2204.07143): the same networks without dilation."""
 
 HUB_IDS = {
     "mini": "shi-labs/dinat-mini-in1k-224",
@@ -76,22 +76,42 @@ HUB_IDS = {
     "large-384": "shi-labs/dinat-large-in22k-in1k-384",
     "large-11x11-384": "shi-labs/dinat-large-11x11-in22k-in1k-384",
 }
-"""Where each preset's weights are on the Hub."""
+"""Hub repositories of the presets' weights."""
 
 
 class DinatConfig:
-    """What a DiNAT is made of.
+    """Configuration of a DiNAT.
 
-    patch_size: only 4 can be built.  num_channels: of the picture.  embed_dim: channels of stage 1; stage i (from 1) has
-    embed_dim * 2**(i-1).  depths: layers per stage.  num_heads: per stage.  kernel_size: one odd number for all layers.
-    dilations: one per layer, nested by stage; must be given when depths are not the default.  mlp_ratio, qkv_bias,
-    hidden_dropout_prob, attention_probs_dropout_prob, drop_path_rate (grows linearly over the layers), hidden_act (a name
-    or a callable), initializer_range, layer_norm_eps.  layer_scale_init_value: above 0 for one scale per branch and channel.
-    out_features, out_indices: stages a DinatBackbone returns ("stem", "stage1", ...); the other is derived.
-    num_labels, id2label, label2id, problem_type (regression, single_label_classification, multi_label_classification or
-    None), output_attentions, output_hidden_states, return_dict: as in transformers.  Unknown keywords are kept as attributes.
+    Args:
+        patch_size: Must be 4.
+        num_channels: Channels of the image.
+        embed_dim: Channels of stage 1; stage i (from 1) has embed_dim * 2**(i-1).
+        depths: Layers per stage.
+        num_heads: Attention heads per stage.
+        kernel_size: Window size of all layers, odd and at least 3.
+        dilations: One per layer, nested by stage. Required if depths are not the default.
+        mlp_ratio: Hidden channels of the MLP relative to the channels of the stage.
+        qkv_bias: Whether the QKV projection has a bias.
+        hidden_dropout_prob: Dropout probability of the embeddings and MLP outputs.
+        attention_probs_dropout_prob: Dropout probability of the attention weights and outputs.
+        drop_path_rate: Stochastic depth rate of the last layer; it increases linearly from 0 at the first layer.
+        hidden_act: Activation of the MLP, a name or a callable.
+        initializer_range: Standard deviation of initial weights.
+        layer_norm_eps: Epsilon of the layer norms in layers and after the last stage.
+        layer_scale_init_value: If above 0, initial layer scale, which is one factor per branch and channel.
+        out_features: Stages that a DinatBackbone returns, of stage_names; derived from out_indices if None.
+        out_indices: The same by index, 0 is the stem; derived from out_features if None.
+        num_labels: Number of classes; 2 if None and id2label is None.
+        id2label: Label of each class.
+        label2id: Class of each label; derived from id2label if None.
+        problem_type: regression, single_label_classification, multi_label_classification or None; see classification_loss.
+        output_attentions: Default of the argument of the networks' forward.
+        output_hidden_states: Default of the argument of the networks' forward.
+        return_dict: Default of the argument of the networks' forward.
+        other: Unknown fields, which are stored as attributes.
 
-    Raises ConfigError (a ValueError) where the fields contradict each other.
+    Raises:
+        ConfigError: The fields are invalid or contradict each other.
     """
 
     model_type = "dinat"
@@ -150,37 +170,42 @@ class DinatConfig:
             other.pop(name, None)
         for name, value in other.items():
             if isinstance(getattr(type(self), name, None), property):
-                raise ConfigError(f"{name} follows from depths and num_heads: set those")
+                raise ConfigError(f"{name} is derived from depths and num_heads: set those instead")
             setattr(self, name, value)
         self._check_layers(dilations is None)
         self._out_features, self._out_indices = _align(out_features, out_indices, self.stage_names)
 
     @classmethod
     def preset(cls, name: str, **changes: Any) -> "DinatConfig":
-        """One of the published models by short name (see PRESETS, NAT_PRESETS), 1,000 labels, with `changes` on top."""
+        """Return the configuration of a published model with 1,000 labels.
+
+        Args:
+            name: One of PRESETS or NAT_PRESETS.
+            changes: Fields to replace.
+        """
         presets = PRESETS | NAT_PRESETS
         if name not in presets:
-            raise ConfigError(f"preset {name!r} is not known: take one of {', '.join(presets)}")
+            raise ConfigError(f"preset {name!r} is not known: use one of {', '.join(presets)}")
         return cls(**({"num_labels": 1000} | presets[name] | changes))
 
     @property
     def num_layers(self) -> int:
-        """How many stages (the name is transformers')."""
+        """Number of stages, by the name of transformers."""
         return len(self.depths)
 
     @property
     def num_hidden_layers(self) -> int:
-        """The same as num_layers."""
+        """Alias of num_layers."""
         return len(self.depths)
 
     @property
     def num_attention_heads(self) -> list[int]:
-        """The same as num_heads."""
+        """Alias of num_heads."""
         return self.num_heads
 
     @property
     def hidden_size(self) -> int:
-        """Channels of the last stage. Derived: the 512 that published config.json files carry is wrong for most of them."""
+        """Channels of the last stage. The value in published config.json files, 512, is wrong for most of them and ignored."""
         return self.channels_of(self.num_layers - 1)
 
     @property
@@ -190,17 +215,17 @@ class DinatConfig:
 
     @property
     def feature_names(self) -> list[str]:
-        """What can be asked of a classifier besides logits: stage_names, "pooled", "hidden_states"."""
+        """Features that DinatForImageClassification.classify can return: stage_names, "pooled", "hidden_states"."""
         return [*self.stage_names, "pooled", "hidden_states"]
 
     @property
     def num_labels(self) -> int:
-        """Classes of the classifier; 0 for none."""
+        """Number of classes; 0 for a network without a classifier."""
         return len(self.id2label)
 
     @property
     def out_features(self) -> list[str]:
-        """Stages a backbone returns, by name. Setting it sets out_indices; None means the last stage."""
+        """Names of the stages that a backbone returns. Setting it sets out_indices; None means the last stage."""
         return self._out_features
 
     @out_features.setter
@@ -209,7 +234,7 @@ class DinatConfig:
 
     @property
     def out_indices(self) -> list[int]:
-        """Stages a backbone returns, by index (0 is the stem). Setting it sets out_features; None means the last stage."""
+        """Indices of the stages that a backbone returns, 0 is the stem. Setting it sets out_features; None: the last stage."""
         return self._out_indices
 
     @out_indices.setter
@@ -217,11 +242,11 @@ class DinatConfig:
         self._out_features, self._out_indices = _align(None, indices, self.stage_names)
 
     def channels_of(self, stage: int) -> int:
-        """Channels of a stage, counted from 0."""
+        """Return the channels of a stage, counted from 0."""
         return int(self.embed_dim * 2**stage)
 
     def to_dict(self) -> dict[str, Any]:
-        """Everything config.json holds, as transformers writes it."""
+        """Return the contents of config.json, as transformers writes it."""
         values = {name: value for name, value in vars(self).items() if not name.startswith("_")}
         values |= {name: getattr(self, name) for name in _DERIVED} | {"model_type": self.model_type}
         values |= {"out_features": self.out_features, "out_indices": self.out_indices}
@@ -229,32 +254,45 @@ class DinatConfig:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "DinatConfig":
-        """Read what to_dict, or a config.json of the Hub, holds. NAT's config.json (no dilation anywhere) reads too."""
+        """Create a configuration from to_dict() or from the contents of a config.json, also of a NAT (no dilations).
+
+        Raises:
+            ConfigError: The model type is not supported, or the fields are invalid.
+        """
         values = dict(values)
         model_type = values.pop("model_type", cls.model_type)
         if model_type not in (cls.model_type, "nat"):
-            raise ConfigError(f"config is of model_type {model_type!r}, this project runs dinat and nat")
+            raise ConfigError(f"model_type {model_type!r} is not supported: use dinat or nat")
         if model_type == "nat" and values.get("dilations") is None:
             values["dilations"] = [[1] * depth for depth in values.get("depths", [3, 4, 6, 5])]
         return cls(**values)
 
     @classmethod
-    def from_pretrained(cls, source: str | Path, **where: Any) -> "DinatConfig":
-        """What config.json of a checkpoint says; `source` and `where` as dinat.model.checkpoints.files.find_files takes them.
+    def from_pretrained(cls, source: str | Path, **options: Any) -> "DinatConfig":
+        """Read the config.json of a checkpoint.
 
-        Raises CheckpointError, also for an original file, which has none: use open_checkpoint(file).config.
+        Args:
+            source: See dinat.model.checkpoints.files.find_files.
+            options: Keyword arguments of find_files.
+
+        Raises:
+            CheckpointError: There is no config.json. An original file has none: use open_checkpoint(file).config.
         """
-        files = find_files(source, **where)
+        files = find_files(source, **options)
         if files.original is not None:
-            raise CheckpointError(f"{source} holds only weights: open_checkpoint derives the configuration from them")
+            raise CheckpointError(f"{source} contains only weights: use open_checkpoint, which infers the configuration")
         return cls.from_dict(files.read_config())
 
     def save_pretrained(self, folder: str | Path) -> None:
-        """Write config.json into a folder, which is made where it is missing."""
+        """Write config.json into a folder, which is created if missing.
+
+        Raises:
+            ConfigError: hidden_act is a function, which has no representation in JSON.
+        """
         values = self.to_dict()
         if not isinstance(self.hidden_act, str):
             raise ConfigError(
-                f"hidden_act {self.hidden_act!r} is a function and cannot be written to config.json: give its name"
+                f"hidden_act {self.hidden_act!r} is a function and cannot be written to config.json: use its name"
             )
         Path(folder).mkdir(parents=True, exist_ok=True)
         (Path(folder) / CONFIG).write_text(json.dumps(values, indent=2, sort_keys=True) + "\n")
@@ -269,23 +307,21 @@ class DinatConfig:
         if id2label is not None:
             self.id2label = {int(index): label for index, label in id2label.items()}
             if num_labels is not None and num_labels != len(self.id2label):
-                raise ConfigError(f"num_labels is {num_labels} but id2label names {len(self.id2label)} labels")
+                raise ConfigError(f"num_labels is {num_labels} but id2label has {len(self.id2label)} labels")
         else:
             self.id2label = {index: f"LABEL_{index}" for index in range(2 if num_labels is None else num_labels)}
         if sorted(self.id2label) != list(range(len(self.id2label))):
-            raise ConfigError(f"id2label must name the ids 0 to {len(self.id2label) - 1}, each once")
+            raise ConfigError(f"id2label must contain each of the ids 0 to {len(self.id2label) - 1}")
         self.label2id = label2id or {label: index for index, label in self.id2label.items()}
 
     def _check_layers(self, dilations_are_default: bool) -> None:
         if not self.depths or len(self.num_heads) != len(self.depths):
-            raise ConfigError(f"num_heads {self.num_heads} must name one number for each stage of depths {self.depths}")
+            raise ConfigError(f"num_heads {self.num_heads} must contain one number per stage of depths {self.depths}")
         if [len(stage) for stage in self.dilations] != self.depths:
-            given = "the default dilations are" if dilations_are_default else "got"
-            raise ConfigError(
-                f"dilations must name one number for each layer of depths {self.depths}, {given} {self.dilations}"
-            )
+            origin = "the default dilations are" if dilations_are_default else "got"
+            raise ConfigError(f"dilations must contain one number per layer of depths {self.depths}, {origin} {self.dilations}")
         if any(not isinstance(d, int) or d < 1 for stage in self.dilations for d in stage):
-            raise ConfigError(f"dilations must be whole numbers of at least 1, got {self.dilations}")
+            raise ConfigError(f"dilations must be integers of at least 1, got {self.dilations}")
         if not isinstance(self.kernel_size, int) or self.kernel_size < 3 or self.kernel_size % 2 == 0:
             raise ConfigError(f"kernel_size must be odd and at least 3, got {self.kernel_size}")
 
@@ -294,7 +330,7 @@ _DERIVED = ("hidden_size", "num_layers", "stage_names")
 
 
 def _align(names: list[str] | None, indices: Sequence[int] | None, stages: list[str]) -> tuple[list[str], list[int]]:
-    """Derive whichever of out_features and out_indices is missing, and check both; negative indices are kept."""
+    """Derive whichever of out_features and out_indices is None, and check both; negative indices stay negative."""
     if names is not None and not isinstance(names, list):
         raise ConfigError(f"out_features must be a list, got {type(names).__name__}")
     if indices is not None:
@@ -308,11 +344,11 @@ def _align(names: list[str] | None, indices: Sequence[int] | None, stages: list[
     unknown = [name for name in names if name not in stages]
     if unknown:
         raise ConfigError(f"out_features {unknown} are not among the stages {stages}")
-    places = [stages.index(name) for name in names]
-    if places != sorted(set(places)):
+    positions = [stages.index(name) for name in names]
+    if positions != sorted(set(positions)):
         raise ConfigError(f"out_features and out_indices must name each stage once, in the order of {stages}; got {names}")
     if indices is None:
-        indices = places
-    if [index % len(stages) for index in indices] != places:
+        indices = positions
+    if [index % len(stages) for index in indices] != positions:
         raise ConfigError(f"out_features {names} and out_indices {indices} must name the same stages")
     return names, indices

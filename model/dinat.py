@@ -1,7 +1,7 @@
 """The Dilated Neighborhood Attention Transformer (DiNAT, arXiv 2209.15001).
 
-Behaves as transformers 4.53.3 does, with its module names, so that state_dict keys are those of the published checkpoints.
-Maps are NHWC inside and NCHW at the doors (pixel_values, reshaped_hidden_states, feature_maps).
+Outputs and module names are those of transformers 4.53.3, so the state_dict keys match the published checkpoints.
+Feature maps are NHWC inside the network and NCHW at its interface (pixel_values, reshaped_hidden_states, feature_maps).
 """
 
 from collections.abc import Callable, Collection
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from dinat.model.attention import neighborhood_attention, neighborhood_attention_with_weights
 from dinat.model.checkpoints.pretrained import PreTrainedModel
 from dinat.model.config import DinatConfig
-from dinat.model.cpu.fast_layers import LayerNorm, product
+from dinat.model.cpu.fast_layers import LayerNorm, fused_linear
 from dinat.model.errors import ConfigError, DinatError
 from dinat.model.loss import classification_loss
 from dinat.model.outputs import BackboneOutput, DinatImageClassifierOutput, DinatModelOutput
@@ -30,11 +30,11 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "tanh": torch.tanh,
     "sigmoid": torch.sigmoid,
 }
-"""The functions that config.hidden_act may name; "gelu" is the exact one, by erf."""
+"""Activation functions by the names allowed in config.hidden_act; "gelu" is the exact GELU, by erf."""
 
 
 class DropPath(nn.Module):
-    """Drop a residual branch for a picture with a probability, in training (stochastic depth, arXiv 1603.09382)."""
+    """Drop a residual branch per image with a given probability, in training (stochastic depth, arXiv 1603.09382)."""
 
     def __init__(self, probability: float) -> None:
         super().__init__()
@@ -43,12 +43,12 @@ class DropPath(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if not self.training:
             return x
-        kept = x.new_empty(x.shape[0], *[1] * (x.dim() - 1)).bernoulli_(1 - self.probability)
-        return x * kept / (1 - self.probability)
+        mask = x.new_empty(x.shape[0], *[1] * (x.dim() - 1)).bernoulli_(1 - self.probability)
+        return x * mask / (1 - self.probability)
 
 
 class PatchEmbeddings(nn.Module):
-    """Two overlapping convolutions of stride 2: (B, C, H, W) -> (B, H/4, W/4, embed_dim), sizes rounded up."""
+    """Two overlapping 3x3 convolutions of stride 2: (B, C, H, W) -> (B, H/4, W/4, embed_dim), sizes rounded up."""
 
     def __init__(self, config: DinatConfig) -> None:
         super().__init__()
@@ -84,7 +84,7 @@ class Embeddings(nn.Module):
 
 
 class Downsampler(nn.Module):
-    """Halve height and width (rounded up) and double the channels between two stages, NHWC."""
+    """Halve height and width (rounded up) and double the channels: (B, H, W, C) -> (B, H/2, W/2, 2 * C)."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -96,7 +96,7 @@ class Downsampler(nn.Module):
 
 
 class NeighborhoodSelfAttention(nn.Module):
-    """Query, key and value products, and attention within each position's dilated neighborhood (section 3)."""
+    """QKV projection, and attention within the dilated neighborhood of each position (section 3)."""
 
     def __init__(self, config: DinatConfig, channels: int, heads: int, dilation: int, backend: str) -> None:
         super().__init__()
@@ -110,28 +110,28 @@ class NeighborhoodSelfAttention(nn.Module):
         self.qkv: nn.Linear | None = nn.Linear(channels, 3 * channels, bias=config.qkv_bias)
 
     def forward(self, x: Tensor, with_weights: bool) -> tuple[Tensor, Tensor | None]:
-        """(B, H, W, C) -> the same shape, and (B, heads, H, W, kernel_size**2) if the weights are wanted."""
-        q, k, v = (part.view(*x.shape[:-1], self.heads, -1) for part in self.project(x))
-        settings: dict[str, Any] = {"dropout": self.dropout if self.training else 0.0}
+        """Attend over x (B, H, W, C). Returns (B, H, W, C), and the weights (B, heads, H, W, kernel_size**2) or None."""
+        q, k, v = (y.view(*x.shape[:-1], self.heads, -1) for y in self.project(x))
+        dropout = self.dropout if self.training else 0.0
         weights = None
         if with_weights:
             attended, weights = neighborhood_attention_with_weights(
-                q, k, v, self.rpb, self.kernel_size, self.dilation, **settings
+                q, k, v, self.rpb, self.kernel_size, self.dilation, dropout=dropout
             )
         else:
             attended = neighborhood_attention(
-                q, k, v, self.rpb, self.kernel_size, self.dilation, backend=self.backend, **settings
+                q, k, v, self.rpb, self.kernel_size, self.dilation, backend=self.backend, dropout=dropout
             )
         return attended.flatten(-2), weights
 
     def project(self, x: Tensor) -> tuple[Tensor, ...]:
-        """(B, H, W, C) -> query, key and value, each of the same shape."""
+        """Return the query, key and value of x (B, H, W, C), each of the same shape."""
         if self.qkv is None:
-            return product(x, self.query), product(x, self.key), product(x, self.value)
-        return product(x, self.qkv).chunk(3, dim=-1)
+            return fused_linear(x, self.query), fused_linear(x, self.key), fused_linear(x, self.value)
+        return fused_linear(x, self.qkv).chunk(3, dim=-1)
 
-    def part(self) -> None:
-        """Have query, key and value as modules of their own, as adapters and quantizers look for them, with fresh weights."""
+    def split_qkv(self) -> None:
+        """Replace qkv by separate modules query, key and value, as adapters and quantizers expect, with new weights."""
         if self.qkv is None:
             return
         channels, bias = self.qkv.in_features, self.qkv.bias is not None
@@ -140,7 +140,7 @@ class NeighborhoodSelfAttention(nn.Module):
 
 
 class AttentionOutput(nn.Module):
-    """The projection after attention."""
+    """Output projection of the attention."""
 
     def __init__(self, config: DinatConfig, channels: int) -> None:
         super().__init__()
@@ -148,23 +148,16 @@ class AttentionOutput(nn.Module):
         self.dropout = nn.Dropout(config.attention_probs_dropout_prob)
 
     def forward(self, x: Tensor, add: Tensor | None = None) -> Tensor:
-        return self.dropout(product(x, self.dense, add=add))
+        return self.dropout(fused_linear(x, self.dense, add=add))
 
 
 class Attention(nn.Module):
-    """Neighborhood attention and its projection. A map smaller than kernel_size * dilation is padded first.
+    """Neighborhood attention and its output projection. A feature map smaller than kernel_size * dilation is padded.
 
-    The padding is zeros to the right and below, before the query, key and value products and without a mask, as published.
+    The padding is zeros at the right and bottom, before the QKV projection and without a mask, as in the original network.
     """
 
-    def __init__(
-        self,
-        config: DinatConfig,
-        channels: int,
-        heads: int,
-        dilation: int,
-        backend: str,
-    ) -> None:
+    def __init__(self, config: DinatConfig, channels: int, heads: int, dilation: int, backend: str) -> None:
         super().__init__()
         self.self = NeighborhoodSelfAttention(config, channels, heads, dilation, backend)
         self.output = AttentionOutput(config, channels)
@@ -180,7 +173,7 @@ class Attention(nn.Module):
 
 
 class Intermediate(nn.Module):
-    """The MLP's first product and its activation."""
+    """First linear layer of the MLP, and its activation."""
 
     def __init__(self, config: DinatConfig, channels: int) -> None:
         super().__init__()
@@ -190,16 +183,16 @@ class Intermediate(nn.Module):
         elif config.hidden_act in ACTIVATIONS:
             self.activation = ACTIVATIONS[config.hidden_act]
         else:
-            raise ConfigError(f"hidden_act {config.hidden_act!r} is not known: take one of {', '.join(ACTIVATIONS)}")
+            raise ConfigError(f"hidden_act {config.hidden_act!r} is not known: use one of {', '.join(ACTIVATIONS)}")
 
     def forward(self, x: Tensor) -> Tensor:
         if self.activation is F.gelu:
-            return product(x, self.dense, gelu=True)
-        return self.activation(product(x, self.dense))
+            return fused_linear(x, self.dense, gelu=True)
+        return self.activation(fused_linear(x, self.dense))
 
 
 class Output(nn.Module):
-    """The MLP's second product."""
+    """Second linear layer of the MLP."""
 
     def __init__(self, config: DinatConfig, channels: int) -> None:
         super().__init__()
@@ -207,11 +200,11 @@ class Output(nn.Module):
         self.dropout = nn.Dropout(config.hidden_dropout_prob)
 
     def forward(self, x: Tensor, add: Tensor | None = None) -> Tensor:
-        return self.dropout(product(x, self.dense, add=add))
+        return self.dropout(fused_linear(x, self.dense, add=add))
 
 
 class Layer(nn.Module):
-    """Attention and MLP, each after a layer norm and added to what came in, NHWC."""
+    """Attention and MLP, each with a layer norm before it and a residual connection, NHWC."""
 
     def __init__(self, config: DinatConfig, channels: int, heads: int, dilation: int, drop_path: float, backend: str) -> None:
         super().__init__()
@@ -226,7 +219,7 @@ class Layer(nn.Module):
             self.layer_scale_parameters = nn.Parameter(torch.full((2, channels), float(config.layer_scale_init_value)))
 
     def forward(self, x: Tensor, with_weights: bool = False) -> tuple[Tensor, Tensor | None]:
-        if self.layer_scale_parameters is None and not self.training:  # nothing comes between a branch and its sum
+        if self.layer_scale_parameters is None and not self.training:  # the residual sum can be fused into the projection
             x, weights = self.attention(self.layernorm_before(x), with_weights, add=x)
             return self.output(self.intermediate(self.layernorm_after(x)), add=x), weights
         attended, weights = self.attention(self.layernorm_before(x), with_weights)
@@ -240,7 +233,7 @@ class Layer(nn.Module):
 
 
 class Stage(nn.Module):
-    """Layers of one resolution, and the downsampler to the next."""
+    """The layers of one resolution, and the downsampler to the next stage."""
 
     def __init__(
         self, config: DinatConfig, index: int, drop_paths: list[float], backend: str, layer: type[Layer] = Layer
@@ -254,7 +247,7 @@ class Stage(nn.Module):
         self.downsample = Downsampler(channels) if index < config.num_layers - 1 else None
 
     def forward(self, x: Tensor, with_weights: bool = False) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Returns the map before and after the downsampler, and the last layer's attention weights if wanted."""
+        """Return the feature map before and after the downsampler, and the last layer's attention weights or None."""
         weights = None
         last = len(self.layers) - 1
         for i, layer in enumerate(self.layers):
@@ -263,16 +256,22 @@ class Stage(nn.Module):
 
 
 @dataclass
-class Encoded:
-    """What the encoder passed through. All maps NHWC, the embeddings first; `before` and `after` the downsamplers."""
+class EncoderOutput:
+    """Feature maps of the encoder, NHWC. Both lists start with the embeddings.
 
-    before: list[Tensor]
-    after: list[Tensor]
+    Attributes:
+        before_downsampling: Output of each stage before its downsampler.
+        after_downsampling: Output of each stage after its downsampler; the last stage has none.
+        attentions: Weights of each stage's last layer, or None.
+    """
+
+    before_downsampling: list[Tensor]
+    after_downsampling: list[Tensor]
     attentions: tuple[Tensor, ...] | None
 
 
 class Encoder(nn.Module):
-    """All stages. layer: what their layers are, a kind of Layer."""
+    """All stages. The parameter `layer` is the class of their layers."""
 
     def __init__(self, config: DinatConfig, backend: str, layer: type[Layer] = Layer) -> None:
         super().__init__()
@@ -284,20 +283,20 @@ class Encoder(nn.Module):
             for i, (start, depth) in enumerate(zip(starts, config.depths, strict=True))
         )
 
-    def forward(self, x: Tensor, with_weights: bool = False) -> Encoded:
+    def forward(self, x: Tensor, with_weights: bool = False) -> EncoderOutput:
         before, after, attentions = [x], [x], []
         for stage in self.levels:
-            undivided, x, weights = stage(x, with_weights)
-            before.append(undivided)
+            stage_output, x, weights = stage(x, with_weights)
+            before.append(stage_output)
             after.append(x)
             attentions.append(weights)
-        return Encoded(before, after, tuple(attentions) if with_weights else None)
+        return EncoderOutput(before, after, tuple(attentions) if with_weights else None)
 
 
 class DinatModel(PreTrainedModel):
     """DiNAT without a head: pixel_values (B, num_channels, H, W) -> DinatModelOutput. Any H and W."""
 
-    absent_prefixes = ("classifier.",)
+    ignored_prefixes = ("classifier.",)
 
     def __init__(self, config: DinatConfig, add_pooling_layer: bool = True, attention: str = "auto") -> None:
         super().__init__(config, attention)
@@ -308,7 +307,7 @@ class DinatModel(PreTrainedModel):
         self._initialize()
 
     def get_input_embeddings(self) -> PatchEmbeddings:
-        """The module that takes the pixels."""
+        """Return the patch embeddings."""
         return self.embeddings.patch_embeddings
 
     def forward(
@@ -318,23 +317,23 @@ class DinatModel(PreTrainedModel):
         output_hidden_states: bool | None = None,
         return_dict: bool | None = None,
     ) -> DinatModelOutput | tuple[Any, ...]:
-        """See the class. An argument of None takes the configuration's value; return_dict=False gives a tuple."""
+        """See the class. Arguments default to the configuration's values; return_dict=False returns a tuple."""
         output = self.run(
             pixel_values,
-            _choose(output_attentions, self.config.output_attentions),
-            _choose(output_hidden_states, self.config.output_hidden_states),
+            _or_default(output_attentions, self.config.output_attentions),
+            _or_default(output_hidden_states, self.config.output_hidden_states),
         )
-        return output if _choose(return_dict, self.config.return_dict) else output.to_tuple()
+        return output if _or_default(return_dict, self.config.return_dict) else output.to_tuple()
 
-    def encode(self, pixel_values: Tensor, output_attentions: bool = False) -> Encoded:
-        """Every map of the network, before the final layer norm."""
+    def encode(self, pixel_values: Tensor, output_attentions: bool = False) -> EncoderOutput:
+        """Return all feature maps of the network, before the final layer norm."""
         return self.encoder(self.embeddings(pixel_values), output_attentions)
 
     def run(self, pixel_values: Tensor | None, output_attentions: bool, output_hidden_states: bool) -> DinatModelOutput:
-        """The forward pass with nothing left to choose."""
-        encoded = self.encode(_given(pixel_values), output_attentions)
-        last = self.layernorm(encoded.after[-1])
-        states = tuple(encoded.after) if output_hidden_states else None
+        """Run the forward pass, ignoring the configuration's defaults for outputs."""
+        encoded = self.encode(_require_pixel_values(pixel_values), output_attentions)
+        last = self.layernorm(encoded.after_downsampling[-1])
+        states = tuple(encoded.after_downsampling) if output_hidden_states else None
         return DinatModelOutput(
             last_hidden_state=last,
             pooler_output=last.mean(dim=(1, 2)) if self.add_pooling_layer else None,
@@ -345,7 +344,7 @@ class DinatModel(PreTrainedModel):
 
 
 class DinatForImageClassification(PreTrainedModel):
-    """DiNAT with a linear classifier over the pooled map: pixel_values (B, num_channels, H, W) -> logits (B, num_labels)."""
+    """DiNAT with a linear classifier on pooled features: pixel_values (B, num_channels, H, W) -> logits (B, num_labels)."""
 
     def __init__(self, config: DinatConfig, attention: str = "auto") -> None:
         super().__init__(config, attention)
@@ -356,34 +355,42 @@ class DinatForImageClassification(PreTrainedModel):
 
     @property
     def num_labels(self) -> int:
-        """Classes of the classifier."""
+        """Number of classes."""
         return self.config.num_labels
 
     def get_input_embeddings(self) -> PatchEmbeddings:
-        """The module that takes the pixels."""
+        """Return the patch embeddings."""
         return self.dinat.get_input_embeddings()
 
     def classify(self, pixel_values: Tensor, features: Collection[str] = ()) -> tuple[Tensor, dict[str, Tensor | list[Tensor]]]:
-        """Logits (B, num_labels), and maps by name, those of config.feature_names that are asked for.
+        """Compute logits, and the requested features.
 
-        stem, stageN: (B, C, h, w), what a DinatBackbone with fresh norms returns.  pooled: (B, C), what the classifier sees.
-        hidden_states: a list of (B, C, h, w), the reshaped_hidden_states.
-        After the last stage all is float32: it costs next to nothing, and logits keep digits that bf16 and fp16 have not.
+        Everything after the last stage runs in float32: the cost is negligible, and logits are more precise than in bf16 or
+        fp16.
+
+        Args:
+            pixel_values: (B, num_channels, H, W).
+            features: Names of features to return, from config.feature_names.
+
+        Returns:
+            Logits (B, num_labels), and the features by name. stem and stageN: (B, C, h, w), the output of a DinatBackbone with
+            newly initialized norms. pooled: (B, C), the input of the classifier. hidden_states: a list of (B, C, h, w), the
+            reshaped_hidden_states.
         """
         encoded = self.dinat.encode(pixel_values)
-        pooled = _norm_in_float32(self.dinat.layernorm, encoded.after[-1]).mean(dim=(1, 2))
-        maps: dict[str, Tensor | list[Tensor]] = {}
+        pooled = _norm_in_float32(self.dinat.layernorm, encoded.after_downsampling[-1]).mean(dim=(1, 2))
+        outputs: dict[str, Tensor | list[Tensor]] = {}
         for name in features:
             if name == "pooled":
-                maps[name] = pooled
+                outputs[name] = pooled
             elif name == "hidden_states":
-                maps[name] = [state.permute(0, 3, 1, 2) for state in encoded.after]
+                outputs[name] = [state.permute(0, 3, 1, 2) for state in encoded.after_downsampling]
             else:
-                stage = encoded.before[self.config.stage_names.index(name)]
-                maps[name] = F.layer_norm(stage, stage.shape[-1:]).permute(0, 3, 1, 2)
+                stage = encoded.before_downsampling[self.config.stage_names.index(name)]
+                outputs[name] = F.layer_norm(stage, stage.shape[-1:]).permute(0, 3, 1, 2)
         if isinstance(self.classifier, nn.Identity):
-            return pooled, maps
-        return F.linear(pooled, self.classifier.weight.float(), self.classifier.bias.float()), maps
+            return pooled, outputs
+        return F.linear(pooled, self.classifier.weight.float(), self.classifier.bias.float()), outputs
 
     def forward(
         self,
@@ -395,37 +402,36 @@ class DinatForImageClassification(PreTrainedModel):
     ) -> DinatImageClassifierOutput | tuple[Any, ...]:
         """See the class. labels: (B,) int64 classes, or (B, num_labels) or (B,) float, for a loss by config.problem_type.
 
-        An argument of None takes the configuration's value; return_dict=False gives a tuple.
+        Other arguments default to the configuration's values; return_dict=False returns a tuple.
         """
-        encoded = self.dinat.run(
+        base = self.dinat.run(
             pixel_values,
-            _choose(output_attentions, self.config.output_attentions),
-            _choose(output_hidden_states, self.config.output_hidden_states),
+            _or_default(output_attentions, self.config.output_attentions),
+            _or_default(output_hidden_states, self.config.output_hidden_states),
         )
-        logits = self.classifier(encoded.pooler_output)
+        logits = self.classifier(base.pooler_output)
         output = DinatImageClassifierOutput(
             loss=None if labels is None else classification_loss(logits, labels, self.config),
             logits=logits,
-            hidden_states=encoded.hidden_states,
-            attentions=encoded.attentions,
-            reshaped_hidden_states=encoded.reshaped_hidden_states,
+            hidden_states=base.hidden_states,
+            attentions=base.attentions,
+            reshaped_hidden_states=base.reshaped_hidden_states,
         )
-        return output if _choose(return_dict, self.config.return_dict) else output.to_tuple()
+        return output if _or_default(return_dict, self.config.return_dict) else output.to_tuple()
 
 
 def _norm_in_float32(norm: nn.LayerNorm, x: Tensor) -> Tensor:
-    """norm(x) in float32, whatever its parameters are kept in."""
     return F.layer_norm(x.float(), norm.normalized_shape, norm.weight.float(), norm.bias.float(), norm.eps)
 
 
 class DinatBackbone(PreTrainedModel):
     """Feature maps for a detector or segmenter: pixel_values (B, num_channels, H, W) -> BackboneOutput.
 
-    The stages of config.out_features, each before its downsampler and after a layer norm of its own, as NCHW.
+    The stages of config.out_features, each before its downsampler and after its own layer norm, as NCHW.
     """
 
-    absent_prefixes = ("classifier.", "layernorm.", "hidden_states_norms.")
-    fresh_prefixes = ("hidden_states_norms.",)
+    ignored_prefixes = ("classifier.", "layernorm.", "hidden_states_norms.")
+    optional_prefixes = ("hidden_states_norms.",)
 
     def __init__(self, config: DinatConfig, attention: str = "auto") -> None:
         super().__init__(config, attention)
@@ -438,7 +444,7 @@ class DinatBackbone(PreTrainedModel):
 
     @property
     def out_features(self) -> list[str]:
-        """Names of the stages returned."""
+        """Names of the returned stages."""
         return self.config.out_features
 
     @property
@@ -449,12 +455,12 @@ class DinatBackbone(PreTrainedModel):
 
     @property
     def channels(self) -> list[int]:
-        """Channels of the stages returned."""
+        """Channels of the returned stages."""
         names = self.config.stage_names
         return [self.num_features[names.index(stage)] for stage in self.out_features]
 
     def get_input_embeddings(self) -> PatchEmbeddings:
-        """The module that takes the pixels."""
+        """Return the patch embeddings."""
         return self.embeddings.patch_embeddings
 
     def forward(
@@ -464,27 +470,28 @@ class DinatBackbone(PreTrainedModel):
         output_attentions: bool | None = None,
         return_dict: bool | None = None,
     ) -> BackboneOutput | tuple[Any, ...]:
-        """See the class. An argument of None takes the configuration's value; return_dict=False gives a tuple."""
-        with_weights = _choose(output_attentions, self.config.output_attentions)
-        encoded = self.encoder(self.embeddings(_given(pixel_values)), with_weights)
-        maps = dict(zip(self.config.stage_names, encoded.before, strict=True))
+        """See the class. Arguments default to the configuration's values; return_dict=False returns a tuple."""
+        with_weights = _or_default(output_attentions, self.config.output_attentions)
+        with_states = _or_default(output_hidden_states, self.config.output_hidden_states)
+        encoded = self.encoder(self.embeddings(_require_pixel_values(pixel_values)), with_weights)
+        stages = dict(zip(self.config.stage_names, encoded.before_downsampling, strict=True))
         output = BackboneOutput(
             feature_maps=tuple(
-                norm(maps[stage]).permute(0, 3, 1, 2).contiguous() for stage, norm in self.hidden_states_norms.items()
+                norm(stages[stage]).permute(0, 3, 1, 2).contiguous() for stage, norm in self.hidden_states_norms.items()
             ),
-            hidden_states=tuple(encoded.before) if _choose(output_hidden_states, self.config.output_hidden_states) else None,
+            hidden_states=tuple(encoded.before_downsampling) if with_states else None,
             attentions=encoded.attentions,
         )
-        if _choose(return_dict, self.config.return_dict):
+        if _or_default(return_dict, self.config.return_dict):
             return output
         return (output.feature_maps,) if output.hidden_states is None else (output.feature_maps, output.hidden_states)
 
 
-def _choose(asked: bool | None, default: bool) -> bool:
-    return default if asked is None else asked
+def _or_default(value: bool | None, default: bool) -> bool:
+    return default if value is None else value
 
 
-def _given(pixel_values: Tensor | None) -> Tensor:
+def _require_pixel_values(pixel_values: Tensor | None) -> Tensor:
     if pixel_values is None:
         raise DinatError("You have to specify pixel_values")
     return pixel_values

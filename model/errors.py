@@ -1,25 +1,25 @@
-"""What can go wrong in the network and its files. Every error is also a ValueError."""
+"""Exceptions of the network and its files. Each one is also a ValueError."""
 
 
 class DinatError(ValueError):
-    """Root of this package's errors."""
+    """Base class of this package's exceptions."""
 
 
 class ConfigError(DinatError):
-    """A configuration that names no network."""
+    """The configuration is invalid."""
 
 
 class AttentionError(DinatError):
-    """Neighborhood attention asked of shapes, or of a backend, that cannot do it."""
+    """The attention backend is not available or does not support these inputs."""
 
 
 class CheckpointError(DinatError):
-    """A checkpoint that cannot be found, read or fitted to its network."""
+    """The checkpoint cannot be found or read, or does not match the network."""
 
 
 class ImageError(DinatError):
-    """A picture, or a preprocessor configuration, that cannot be made into pixel values."""
+    """The image or the preprocessor configuration is invalid."""
 
 
 class ExportError(DinatError):
-    """A network that cannot be written as a graph, or a graph that does not compute the same."""
+    """The network cannot be exported, or the exported graph's outputs differ."""

@@ -3,8 +3,9 @@
     import dinat.model.hf
     dinat.model.hf.register()
 
-puts these classes behind transformers' names, whose own want a NATTEN that is no more. `python -m dinat.hf SCRIPT ARGS...` runs
-a script so, and `python -m dinat.hf -m MODULE ARGS...` a module. Needs the extra `hf`.
+registers these classes under transformers' names, because its own DiNAT requires a NATTEN release that current PyTorch cannot
+use. `python -m dinat.hf SCRIPT ARGS...` runs a script with the classes registered, `python -m dinat.hf -m MODULE ARGS...` a
+module. Requires the extra `hf`.
 """
 
 import runpy
@@ -25,19 +26,19 @@ from transformers.modeling_outputs import BackboneOutput
 
 from dinat.model.config import DinatConfig as NetworkConfig
 from dinat.model.cpu.fast_layers import LayerNorm
-from dinat.model.dinat import Embeddings, Encoded, Encoder, Layer, NeighborhoodSelfAttention, PatchEmbeddings
+from dinat.model.dinat import Embeddings, Encoder, EncoderOutput, Layer, NeighborhoodSelfAttention, PatchEmbeddings
 
 try:
     from transformers.backbone_utils import BackboneMixin
 except ImportError:  # transformers 4
     from transformers.utils.backbone_utils import BackboneMixin  # type: ignore[attr-defined]
 
-with patch("transformers.utils.is_natten_available", return_value=False):  # theirs fails at import where a NATTEN of today is
+with patch("transformers.utils.is_natten_available", return_value=False):  # its import fails with a current NATTEN
     from transformers.models.dinat import configuration_dinat, modeling_dinat
 
 DinatConfig = configuration_dinat.DinatConfig
 
-STRUCTURE = (
+NETWORK_FIELDS = (
     "patch_size",
     "num_channels",
     "embed_dim",
@@ -53,11 +54,11 @@ STRUCTURE = (
     "layer_norm_eps",
     "layer_scale_init_value",
 )
-"""Fields that say what the network is made of."""
+"""Configuration fields that define the network, except hidden_act."""
 
 
 class NatConfig(DinatConfig):
-    """The configuration of a NAT (arXiv 2204.07143), which is a DiNAT without dilation."""
+    """Configuration of a NAT (arXiv 2204.07143), which is a DiNAT without dilation."""
 
     model_type = "nat"
 
@@ -68,23 +69,23 @@ class NatConfig(DinatConfig):
 
 
 def network_config(config: Any) -> NetworkConfig:
-    """What the modules here take, from transformers' configuration. Raises ConfigError (a ValueError)."""
-    act = config.hidden_act
-    if isinstance(act, str) and act != "gelu":
-        act = ACT2FN[act]
-    return NetworkConfig(hidden_act=act, **{name: getattr(config, name) for name in STRUCTURE})
+    """Convert a transformers configuration to dinat.model.DinatConfig. Raises ConfigError (a ValueError)."""
+    hidden_act = config.hidden_act
+    if isinstance(hidden_act, str) and hidden_act != "gelu":
+        hidden_act = ACT2FN[hidden_act]
+    return NetworkConfig(hidden_act=hidden_act, **{name: getattr(config, name) for name in NETWORK_FIELDS})
 
 
 class DinatLayer(GradientCheckpointingLayer, Layer):
-    """A layer that transformers can compute again for its gradient, with query, key and value apart."""
+    """A layer with gradient checkpointing by transformers, and separate query, key and value modules."""
 
     def __init__(self, *args: Any) -> None:
         super().__init__(*args)
-        self.attention.self.part()
+        self.attention.self.split_qkv()
 
 
 class DinatPreTrainedModel(transformers.PreTrainedModel):
-    """Loading, saving and initialising, by transformers."""
+    """Base class of all networks: loading, saving and initialization by transformers."""
 
     config_class = DinatConfig
     base_model_prefix = "dinat"
@@ -93,7 +94,7 @@ class DinatPreTrainedModel(transformers.PreTrainedModel):
     supports_gradient_checkpointing = True
     _no_split_modules = ["Embeddings", "DinatLayer", "Downsampler"]  # noqa: RUF012
     attention = "auto"
-    """Backend, as dinat.model.attention.neighborhood_attention takes it; register() sets it."""
+    """Attention backend, see dinat.model.attention.neighborhood_attention; set by register()."""
 
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
@@ -110,23 +111,23 @@ class DinatPreTrainedModel(transformers.PreTrainedModel):
             nn.init.constant_(module.layer_scale_parameters, self.config.layer_scale_init_value)
 
     def get_input_embeddings(self) -> PatchEmbeddings:
-        """The module that takes the pixels."""
+        """Return the patch embeddings."""
         return getattr(self, self.base_model_prefix, self).embeddings.patch_embeddings
 
     def _build(self) -> None:
-        """The embeddings and the encoder."""
+        """Create the embeddings and the encoder."""
         config = network_config(self.config)
         self.embeddings = Embeddings(config)
         self.encoder = Encoder(config, self.attention, DinatLayer)
 
-    def _encode(self, pixel_values: Tensor | None, output_attentions: bool) -> Encoded:
+    def _encode(self, pixel_values: Tensor | None, output_attentions: bool) -> EncoderOutput:
         if pixel_values is None:
             raise ValueError("You have to specify pixel_values")
         return self.encoder(self.embeddings(pixel_values), output_attentions)
 
-    def _choose(self, **asked: bool | None) -> list[bool]:
-        """What was asked for, or else what the configuration says."""
-        return [getattr(self.config, name) if value is None else value for name, value in asked.items()]
+    def _or_defaults(self, **flags: bool | None) -> list[bool]:
+        """Return the values of these flags, with the configuration's for None."""
+        return [getattr(self.config, name) if value is None else value for name, value in flags.items()]
 
 
 class DinatModel(DinatPreTrainedModel):
@@ -148,16 +149,16 @@ class DinatModel(DinatPreTrainedModel):
         output_hidden_states: bool | None = None,
         return_dict: bool | None = None,
     ) -> Any:
-        """See model.DinatModel; a transformers DinatModelOutput, or its tuple without reshaped_hidden_states."""
-        with_weights, with_states, as_dict = self._choose(
+        """Return a transformers DinatModelOutput, or a tuple without reshaped_hidden_states; see dinat.model.DinatModel."""
+        with_weights, with_states, as_dict = self._or_defaults(
             output_attentions=output_attentions, output_hidden_states=output_hidden_states, return_dict=return_dict
         )
         encoded = self._encode(pixel_values, with_weights)
-        last = self.layernorm(encoded.after[-1])
+        last = self.layernorm(encoded.after_downsampling[-1])
         pooled = last.mean(dim=(1, 2)) if self.add_pooling_layer else None
-        states = tuple(encoded.after) if with_states else None
+        states = tuple(encoded.after_downsampling) if with_states else None
         if not as_dict:
-            return (last, pooled, *(part for part in (states, encoded.attentions) if part is not None))
+            return (last, pooled, *(value for value in (states, encoded.attentions) if value is not None))
         return modeling_dinat.DinatModelOutput(
             last_hidden_state=last,
             pooler_output=pooled,
@@ -168,7 +169,7 @@ class DinatModel(DinatPreTrainedModel):
 
 
 class DinatForImageClassification(DinatPreTrainedModel):
-    """DiNAT with a linear classifier over the pooled map: pixel_values (B, num_channels, H, W) -> logits (B, num_labels)."""
+    """DiNAT with a linear classifier on pooled features: pixel_values (B, num_channels, H, W) -> logits (B, num_labels)."""
 
     def __init__(self, config: Any) -> None:
         super().__init__(config)
@@ -186,16 +187,16 @@ class DinatForImageClassification(DinatPreTrainedModel):
         output_hidden_states: bool | None = None,
         return_dict: bool | None = None,
     ) -> Any:
-        """See model.DinatForImageClassification; a transformers DinatImageClassifierOutput, or its tuple."""
-        (as_dict,) = self._choose(return_dict=return_dict)
+        """Return a transformers DinatImageClassifierOutput, or a tuple; see dinat.model.DinatForImageClassification."""
+        (as_dict,) = self._or_defaults(return_dict=return_dict)
         outputs = self.dinat(
             pixel_values, output_attentions=output_attentions, output_hidden_states=output_hidden_states, return_dict=True
         )
         logits = self.classifier(outputs.pooler_output)
         loss = None if labels is None else self.loss_function(labels, logits, self.config)
         if not as_dict:
-            parts = (loss, logits, outputs.hidden_states, outputs.attentions)
-            return tuple(part for part in parts if part is not None)
+            values = (loss, logits, outputs.hidden_states, outputs.attentions)
+            return tuple(value for value in values if value is not None)
         return modeling_dinat.DinatImageClassifierOutput(
             loss=loss,
             logits=logits,
@@ -226,44 +227,47 @@ class DinatBackbone(BackboneMixin, DinatPreTrainedModel):
         output_attentions: bool | None = None,
         return_dict: bool | None = None,
     ) -> Any:
-        """See model.DinatBackbone; a transformers BackboneOutput, or its tuple."""
-        with_weights, with_states, as_dict = self._choose(
+        """Return a transformers BackboneOutput, or a tuple; see dinat.model.DinatBackbone."""
+        with_weights, with_states, as_dict = self._or_defaults(
             output_attentions=output_attentions, output_hidden_states=output_hidden_states, return_dict=return_dict
         )
         encoded = self._encode(pixel_values, with_weights)
-        maps = dict(zip(self.stage_names, encoded.before, strict=True))
+        stages = dict(zip(self.stage_names, encoded.before_downsampling, strict=True))
         feature_maps = tuple(
-            norm(maps[stage]).permute(0, 3, 1, 2).contiguous() for stage, norm in self.hidden_states_norms.items()
+            norm(stages[stage]).permute(0, 3, 1, 2).contiguous() for stage, norm in self.hidden_states_norms.items()
         )
-        states = tuple(encoded.before) if with_states else None
+        states = tuple(encoded.before_downsampling) if with_states else None
         if not as_dict:
             return (feature_maps,) if states is None else (feature_maps, states)
         return BackboneOutput(feature_maps=feature_maps, hidden_states=states, attentions=encoded.attentions)
 
 
 class NatModel(DinatModel):
-    """The same, of a NAT."""
+    """DinatModel for a NAT configuration."""
 
     config_class = NatConfig
 
 
 class NatForImageClassification(DinatForImageClassification):
-    """The same, of a NAT."""
+    """DinatForImageClassification for a NAT configuration."""
 
     config_class = NatConfig
 
 
 class NatBackbone(DinatBackbone):
-    """The same, of a NAT."""
+    """DinatBackbone for a NAT configuration."""
 
     config_class = NatConfig
 
 
 def register(attention: str = "auto") -> None:
-    """Put these classes behind transformers' names for the model types dinat and nat. Once is enough, twice does no harm.
+    """Register these classes under transformers' names for the model types dinat and nat. Idempotent.
 
-    attention: backend, as neighborhood_attention takes it.  AutoImageProcessor then takes Pillow for these
-    model types, which the published numbers stand on: torchvision, its first choice, is up to one level of 255 off.
+    AutoImageProcessor then uses Pillow for these model types, as the published results do. Its default, torchvision, differs by
+    up to 1 of 255.
+
+    Args:
+        attention: Attention backend, see neighborhood_attention.
     """
     DinatPreTrainedModel.attention = attention
     AutoConfig.register("nat", NatConfig, exist_ok=True)
@@ -277,51 +281,51 @@ def register(attention: str = "auto") -> None:
     for name in ("DinatPreTrainedModel", "DinatModel", "DinatForImageClassification", "DinatBackbone"):
         for module in (modeling_dinat, transformers.models.dinat, transformers):
             setattr(module, name, globals()[name])
-    theirs = vars(AutoImageProcessor)["from_pretrained"].__func__
-    if not getattr(theirs, "takes_pillow", False):
-        setattr(AutoImageProcessor, "from_pretrained", classmethod(_by_pillow(theirs)))  # noqa: B010
+    original = vars(AutoImageProcessor)["from_pretrained"].__func__
+    if not getattr(original, "prefers_pillow", False):
+        setattr(AutoImageProcessor, "from_pretrained", classmethod(_prefer_pillow(original)))  # noqa: B010
 
 
-def _by_pillow(from_pretrained: Callable[..., Any]) -> Callable[..., Any]:
-    """AutoImageProcessor.from_pretrained, which takes Pillow for DiNAT unless it is told what to take."""
+def _prefer_pillow(from_pretrained: Callable[..., Any]) -> Callable[..., Any]:
+    """Wrap AutoImageProcessor.from_pretrained to use Pillow for DiNAT unless the caller selects a backend."""
     pillow = {"backend": "pil"} if int(transformers.__version__.split(".")[0]) >= 5 else {"use_fast": False}
 
     @wraps(from_pretrained)
-    def take(cls: type, source: Any, *inputs: Any, **kwargs: Any) -> Any:
+    def wrapper(cls: type, source: Any, *inputs: Any, **kwargs: Any) -> Any:
         if kwargs.get("backend") is None and kwargs.get("use_fast") is None and _model_type(source, kwargs) in ("dinat", "nat"):
             kwargs |= pillow
         return from_pretrained(cls, source, *inputs, **kwargs)
 
-    take.takes_pillow = True  # type: ignore[attr-defined]
-    return take
+    wrapper.prefers_pillow = True  # type: ignore[attr-defined]
+    return wrapper
 
 
 def _model_type(source: Any, kwargs: dict[str, Any]) -> str | None:
     config = kwargs.get("config")
     if config is not None:
         return getattr(config, "model_type", None)
-    where = {
+    options = {
         name: kwargs[name] for name in ("revision", "token", "cache_dir", "local_files_only", "subfolder") if name in kwargs
     }
     try:
-        values, _ = PretrainedConfig.get_config_dict(source, **where)
-    except OSError:  # a processor alone: whose it is cannot be told
+        values, _ = PretrainedConfig.get_config_dict(source, **options)
+    except OSError:  # an image processor without a config.json: its model type is unknown
         return None
-    found = values.get("model_type")
-    return found if isinstance(found, str) else None
+    model_type = values.get("model_type")
+    return model_type if isinstance(model_type, str) else None
 
 
 def main() -> None:
-    """Run a script, or after -m a module, with these classes registered."""
-    words = sys.argv[1:]
-    is_module = words[:1] == ["-m"]
-    words = words[1:] if is_module else words
-    if not words:
+    """Run a script, or a module after -m, with these classes registered."""
+    arguments = sys.argv[1:]
+    is_module = arguments[:1] == ["-m"]
+    arguments = arguments[1:] if is_module else arguments
+    if not arguments:
         sys.exit("usage: python -m dinat.hf SCRIPT ARGS..., or python -m dinat.hf -m MODULE ARGS...")
     register()
-    sys.argv = words
+    sys.argv = arguments
     if is_module:
-        runpy.run_module(words[0], run_name="__main__", alter_sys=True)
+        runpy.run_module(arguments[0], run_name="__main__", alter_sys=True)
     else:
-        sys.path[0] = str(Path(words[0]).resolve().parent)
-        runpy.run_path(words[0], run_name="__main__")
+        sys.path[0] = str(Path(arguments[0]).resolve().parent)
+        runpy.run_path(arguments[0], run_name="__main__")

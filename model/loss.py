@@ -1,4 +1,4 @@
-"""The loss of a classifier, by its configuration."""
+"""Classification losses."""
 
 import torch
 import torch.nn.functional as F
@@ -9,9 +9,21 @@ from dinat.model.errors import ConfigError
 
 
 def classification_loss(logits: Tensor, labels: Tensor, config: DinatConfig) -> Tensor:
-    """Mean squared error, cross entropy (-100 is ignored) or binary cross entropy, by config.problem_type.
+    """Compute the loss for config.problem_type.
 
-    A problem_type of None is decided by the labels, and kept in the configuration, as transformers does.
+    The loss is the mean squared error for regression, cross entropy for single_label_classification, and binary cross entropy
+    for multi_label_classification. As in transformers, a problem_type of None is derived from the labels and stored in config.
+
+    Args:
+        logits: (B, num_labels).
+        labels: Classes (B,) int64, with -100 ignored; or (B, num_labels) or (B,) of a floating dtype.
+        config: Configuration of the network.
+
+    Returns:
+        Scalar loss.
+
+    Raises:
+        ConfigError: problem_type is unknown.
     """
     if config.problem_type is None:
         if config.num_labels == 1:
@@ -27,6 +39,6 @@ def classification_loss(logits: Tensor, labels: Tensor, config: DinatConfig) -> 
     if config.problem_type == "multi_label_classification":
         return F.binary_cross_entropy_with_logits(logits, labels)
     raise ConfigError(
-        f"problem_type {config.problem_type!r} is not known: take one of regression, single_label_classification, "
+        f"problem_type {config.problem_type!r} is not known: use one of regression, single_label_classification, "
         "multi_label_classification"
     )

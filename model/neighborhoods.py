@@ -1,4 +1,4 @@
-"""What the network sees from one point of a picture: in each layer which keys, and with which weights."""
+"""The attention neighborhood of one image point in every layer: its keys and their weights."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -14,11 +14,17 @@ from dinat.model.dinat import Attention, DinatForImageClassification, Neighborho
 
 @dataclass(frozen=True)
 class Neighborhood:
-    """The neighborhood of one query, in one layer.
+    """The neighborhood of one query in one layer.
 
-    stage, layer: from 1.  dilation.  size: (height, width) of the layer's map.  query: (row, column) in it.
-    rows, columns: kernel_size positions each; those from the size on are padding.
-    weights: (heads, kernel_size, kernel_size) float32, of each row and column; they add up to 1 in each head.
+    Attributes:
+        stage: Stage number, from 1.
+        layer: Layer number in the stage, from 1.
+        dilation: Distance between neighboring keys.
+        size: (height, width) of the layer's feature map.
+        query: (row, column) in the feature map.
+        rows: Rows of the kernel_size keys; a row at or beyond the height is padding.
+        columns: Columns of the kernel_size keys; a column at or beyond the width is padding.
+        weights: Attention weights (heads, kernel_size, kernel_size) float32, which sum to 1 in each head.
     """
 
     stage: int
@@ -33,26 +39,31 @@ class Neighborhood:
 
 @torch.inference_mode()
 def neighborhoods(network: DinatForImageClassification, pixel_values: Tensor, y: float, x: float) -> list[Neighborhood]:
-    """The neighborhoods of the point (y, x) of a picture, one for each layer, first to last.
+    """Return the neighborhood of an image point in each layer, in order.
 
-    pixel_values: (1, 3, H, W).  y, x: 0 for the upper and the left edge, up to 1 for the others.  The weights are those of the
-    definition (DiNAT, arXiv 2209.15001, section 3): softmax(scale * q k^T + rpb) over the window.
+    The weights are softmax(scale * q k^T + rpb) over the window (DiNAT, arXiv 2209.15001, section 3).
+
+    Args:
+        network: Classifier in eval mode.
+        pixel_values: (1, 3, H, W).
+        y: Vertical position, 0 at the top edge, 1 at the bottom edge.
+        x: Horizontal position, 0 at the left edge, 1 at the right edge.
     """
-    seen: list[Neighborhood] = []
+    recorded: list[Neighborhood] = []
 
-    def look(stage: int, number: int, module: Attention, given: tuple[Any, ...]) -> None:
-        """Before a layer's attention: its input, not padded yet."""
-        inputs = given[0]
-        height, width = inputs.shape[1], inputs.shape[2]
+    def record(stage: int, layer: int, module: Attention, args: tuple[Any, ...]) -> None:
+        """Record a neighborhood from the input of a layer's attention, which is not padded yet."""
+        features = args[0]
+        height, width = features.shape[1], features.shape[2]
         query = min(int(y * height), height - 1), min(int(x * width), width - 1)
-        padded = nn.functional.pad(inputs, (0, 0, 0, max(0, module.window - width), 0, max(0, module.window - height)))
+        padded = nn.functional.pad(features, (0, 0, 0, max(0, module.window - width), 0, max(0, module.window - height)))
         rows, columns, weights = _weights(module.self, padded[0], query)
         dilation = module.self.dilation
-        seen.append(Neighborhood(stage, number, dilation, (height, width), query, rows.tolist(), columns.tolist(), weights))
+        recorded.append(Neighborhood(stage, layer, dilation, (height, width), query, rows.tolist(), columns.tolist(), weights))
 
     stages: Iterable[Any] = network.dinat.encoder.levels
     hooks = [
-        layer.attention.register_forward_pre_hook(partial(look, i + 1, j + 1))
+        layer.attention.register_forward_pre_hook(partial(record, i + 1, j + 1))
         for i, stage in enumerate(stages)
         for j, layer in enumerate(stage.layers)
     ]
@@ -61,17 +72,17 @@ def neighborhoods(network: DinatForImageClassification, pixel_values: Tensor, y:
     finally:
         for hook in hooks:
             hook.remove()
-    return seen
+    return recorded
 
 
 def _weights(module: NeighborhoodSelfAttention, x: Tensor, query: tuple[int, int]) -> tuple[Tensor, Tensor, Tensor]:
-    """The keys that a query sees, as rows and columns, and the weight of each: (heads, kernel_size, kernel_size).
+    """Return the rows and columns of a query's keys, and their weights (heads, kernel_size, kernel_size).
 
-    x: (H, W, C), padded as the layer pads it.
+    x: Input of the layer (H, W, C), after padding.
     """
     (rows, row_bias), (columns, column_bias) = (
-        [table[place] for table in neighbors(length, module.kernel_size, module.dilation)]
-        for place, length in zip(query, x.shape[:2], strict=True)
+        [table[position] for table in neighbors(length, module.kernel_size, module.dilation)]
+        for position, length in zip(query, x.shape[:2], strict=True)
     )
     q = module.project(x[query])[0].view(module.heads, -1)
     k = module.project(x[rows][:, columns])[1].view(*rows.shape, *columns.shape, module.heads, -1)

@@ -1,4 +1,4 @@
-"""What the networks return, as transformers names it."""
+"""Outputs of the networks, with the names of transformers."""
 
 from dataclasses import dataclass, fields
 from typing import Any
@@ -7,10 +7,10 @@ from torch import Tensor
 
 
 class ModelOutput:
-    """Fields of an answer that were not asked for are None. Also reads as a tuple, or by key, of those that are not."""
+    """Outputs by field, by key, or by index into to_tuple(). Outputs that were not requested are None."""
 
     def to_tuple(self) -> tuple[Any, ...]:
-        """The values that are there, in transformers' order; reshaped_hidden_states has no place in it."""
+        """Return the values that are not None in transformers' order, which does not include reshaped_hidden_states."""
         names = [field.name for field in fields(self) if field.name != "reshaped_hidden_states"]  # type: ignore[arg-type]
         return tuple(value for name in names if (value := getattr(self, name)) is not None)
 
@@ -20,11 +20,14 @@ class ModelOutput:
 
 @dataclass
 class DinatModelOutput(ModelOutput):
-    """What DinatModel returns.
+    """Output of DinatModel.
 
-    last_hidden_state: (B, h, w, C), after the final layer norm.  pooler_output: (B, C), its mean over the map, or None.
-    hidden_states: the embeddings, then each stage after its downsampler, NHWC.  attentions: of each stage's last layer,
-    (B, heads, H, W, kernel_size**2) with the padded H and W.  reshaped_hidden_states: the hidden states as NCHW.
+    Attributes:
+        last_hidden_state: Output of the final layer norm (B, h, w, C).
+        pooler_output: Mean of last_hidden_state over h and w (B, C), or None.
+        hidden_states: The embeddings, then the output of each stage after its downsampler, NHWC.
+        attentions: Weights of each stage's last layer (B, heads, H, W, kernel_size**2), with the padded H and W.
+        reshaped_hidden_states: The hidden states as NCHW.
     """
 
     last_hidden_state: Tensor
@@ -36,7 +39,15 @@ class DinatModelOutput(ModelOutput):
 
 @dataclass
 class DinatImageClassifierOutput(ModelOutput):
-    """What DinatForImageClassification returns: loss () or None, logits (B, num_labels); the rest as in DinatModelOutput."""
+    """Output of DinatForImageClassification.
+
+    Attributes:
+        loss: Scalar, or None without labels.
+        logits: (B, num_labels).
+        hidden_states: See DinatModelOutput.
+        attentions: See DinatModelOutput.
+        reshaped_hidden_states: See DinatModelOutput.
+    """
 
     loss: Tensor | None
     logits: Tensor
@@ -47,9 +58,12 @@ class DinatImageClassifierOutput(ModelOutput):
 
 @dataclass
 class BackboneOutput(ModelOutput):
-    """What DinatBackbone returns: feature_maps, NCHW, one for each of out_features; the rest as in DinatModelOutput.
+    """Output of DinatBackbone.
 
-    Here hidden_states are those before the downsamplers.
+    Attributes:
+        feature_maps: One for each of out_features, NCHW.
+        hidden_states: The embeddings, then the output of each stage before its downsampler, NHWC.
+        attentions: See DinatModelOutput.
     """
 
     feature_maps: tuple[Tensor, ...]

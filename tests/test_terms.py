@@ -50,9 +50,10 @@ ALLOWED = (
         re.compile(r"^(app/training|app/cli/train|tests/app/training|README|docs|examples)"),
         re.compile(r"patience", re.IGNORECASE),
     ),
+    (re.compile(r"^app/batch/sources\.py$"), re.compile(r'"picture"')),
     (re.compile(r""), re.compile(r"connection refused|ECONNREFUSED|ConnectionRefused\w*|model[ _-]cards?|ModelCard\w*")),
 )
-"""Path and text: early stopping's patience, a model card, a connection that is refused."""
+"""Path and text: early stopping's patience, a name of Parquet columns, a model card, a connection that is refused."""
 
 _NAME_PARTS = re.compile(r"(?<=[a-z0-9])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])|_")
 _FOUND = {re.compile(rf"(?<![A-Za-z])(?:{pattern})(?![A-Za-z])", re.IGNORECASE): term for pattern, term in TERMS.items()}

@@ -1,1 +1,1 @@
-"""The doors: one module for each."""
+"""HTTP endpoints, one module for each."""

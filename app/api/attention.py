@@ -1,4 +1,4 @@
-"""POST /attention: what the network sees from one point of a picture."""
+"""POST /attention: the keys and attention weights of one query in every layer."""
 
 from typing import Annotated
 
@@ -8,7 +8,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from dinat.app.api.bodies import OPENAPI_BODY, read_one
 from dinat.app.api.inference import infer_one
 from dinat.app.api.parameters import DEADLINE_PARAMETER, openapi_parameters
-from dinat.app.api.results import in_json
+from dinat.app.api.results import json_response
 from dinat.app.api.schemas import PROBLEMS, AttentionOfPoint
 from dinat.app.engine.engine import Engine
 from dinat.app.engine.runtimes.runtime import InferenceOptions
@@ -17,12 +17,12 @@ router = APIRouter(tags=["attention"], responses=PROBLEMS)
 
 
 class Point(BaseModel):
-    """Where in the picture, as the network gets it."""
+    """A point of the preprocessed image, in relative coordinates."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    y: Annotated[float, Field(ge=0, le=1, description="0 for the upper edge, 1 for the lower one")] = 0.5
-    x: Annotated[float, Field(ge=0, le=1, description="0 for the left edge, 1 for the right one")] = 0.5
+    y: Annotated[float, Field(ge=0, le=1, description="0 at the top edge, 1 at the bottom edge")] = 0.5
+    x: Annotated[float, Field(ge=0, le=1, description="0 at the left edge, 1 at the right edge")] = 0.5
 
 
 @router.post(
@@ -31,22 +31,22 @@ class Point(BaseModel):
     openapi_extra={"parameters": [*openapi_parameters(Point), DEADLINE_PARAMETER], "requestBody": OPENAPI_BODY},
 )
 async def attention(request: Request) -> Response:
-    """For each layer which keys the query at (y, x) of a picture sees, and with which weights, by the definition in float32."""
+    """Return the keys and weights of the query at (y, x) in every layer, computed in float32 by the reference attention."""
     engine: Engine = request.app.state.engine
-    engine.loaded  # noqa: B018  # raises while nothing is
-    picture, point = await read_one(request, Point)
-    answer = await infer_one(request, picture, InferenceOptions(1, point=(point.y, point.x)))
+    engine.loaded  # noqa: B018  # raises Unavailable while no model is loaded
+    image, point = await read_one(request, Point)
+    result = await infer_one(request, image, InferenceOptions(1, point=(point.y, point.x)))
     layers = [
         {
-            "stage": one.stage,
-            "layer": one.layer,
-            "dilation": one.dilation,
-            "size": one.size,
-            "query": one.query,
-            "rows": one.rows,
-            "columns": one.columns,
-            "weights": one.weights.numpy(),
+            "stage": layer.stage,
+            "layer": layer.layer,
+            "dilation": layer.dilation,
+            "size": layer.size,
+            "query": layer.query,
+            "rows": layer.rows,
+            "columns": layer.columns,
+            "weights": layer.weights.numpy(),
         }
-        for one in answer.neighborhoods
+        for layer in result.neighborhoods
     ]
-    return await in_json(request, {"layers": layers, "request_id": request.state.request_id})
+    return await json_response(request, {"layers": layers, "request_id": request.state.request_id})

@@ -1,4 +1,4 @@
-"""Bodies that come compressed (RFC 9110, 8.4)."""
+"""Decompression of request bodies (RFC 9110, section 8.4)."""
 
 import zlib
 
@@ -6,39 +6,46 @@ from starlette.types import Message, Receive
 
 from dinat.app.errors import NoImage, TooLarge, UnsupportedImage
 
-READ = ("gzip", "x-gzip", "deflate")
-"""By zlib, which tells gzip and deflate apart by itself."""
+ENCODINGS = ("gzip", "x-gzip", "deflate")
+"""Supported content encodings. zlib detects whether data is gzip or deflate."""
 
 
 def decompressed(receive: Receive, encoding: str, limit: int) -> Receive:
-    """`receive`, its body decompressed as it comes, to `limit` bytes at most.
+    """Wrap `receive` so that the body is decompressed while it is received.
 
-    The first call raises UnsupportedImage for an encoding that is not read; every one TooLarge, or NoImage where it is broken.
+    Args:
+        receive: ASGI callable to wrap.
+        encoding: Value of the Content-Encoding header.
+        limit: Maximum size of the decompressed body in bytes.
+
+    Returns:
+        A callable that raises UnsupportedImage if the encoding is not supported, TooLarge if the body exceeds the limit, and
+        NoImage if the data is invalid.
     """
     encoding = encoding.strip().lower()
     if encoding in ("", "identity"):
         return receive
     inflater = zlib.decompressobj(zlib.MAX_WBITS | 32)
-    left, complete = limit, False
+    remaining, complete = limit, False
 
     async def inflate() -> Message:
-        nonlocal left, complete
-        if encoding not in READ:
-            detail = f"Content-Encoding {encoding} is not read here, gzip and deflate are"
+        nonlocal remaining, complete
+        if encoding not in ENCODINGS:
+            detail = f"Content-Encoding {encoding} is not supported: use gzip or deflate"
             raise UnsupportedImage(detail, {"Accept-Encoding": "gzip, deflate"})
         message = await receive()
         if complete or message["type"] != "http.request":
             return message
         complete = not message.get("more_body", False)
         try:
-            body = inflater.decompress(message.get("body", b""), left + 1)
+            body = inflater.decompress(message.get("body", b""), remaining + 1)
         except zlib.error as error:
-            raise NoImage(f"the body is said to be {encoding}, and is not: {error}") from None
-        left -= len(body)
-        if left < 0:
-            raise TooLarge(f"the request is larger than {limit:,} bytes when it is decompressed", {"Connection": "close"})
+            raise NoImage(f"the body is not valid {encoding}: {error}") from None
+        remaining -= len(body)
+        if remaining < 0:
+            raise TooLarge(f"the decompressed body is larger than {limit:,} bytes", {"Connection": "close"})
         if complete and not inflater.eof:
-            raise NoImage(f"the body is said to be {encoding}, and ends too soon")
+            raise NoImage(f"the body is not valid {encoding}: it is truncated")
         return {**message, "body": body}
 
     return inflate

@@ -1,4 +1,4 @@
-"""POST /features: the network's maps of a picture, as numbers that programs read without JSON."""
+"""POST /features: feature maps of an image, in JSON or a binary format."""
 
 import asyncio
 import io
@@ -14,7 +14,7 @@ from safetensors.numpy import save
 from dinat.app.api.bodies import OPENAPI_BODY, read_one
 from dinat.app.api.inference import infer_one
 from dinat.app.api.parameters import DEADLINE_PARAMETER, FeatureParameters, openapi_parameters
-from dinat.app.api.results import encoded, features, in_json
+from dinat.app.api.results import features, json_response, record_encode_time
 from dinat.app.api.schemas import PROBLEMS
 from dinat.app.engine.engine import Engine
 from dinat.app.engine.runtimes.runtime import InferenceResult
@@ -22,85 +22,93 @@ from dinat.app.errors import NotAcceptable, Unprocessable
 
 router = APIRouter(tags=["features"], responses=PROBLEMS)
 
-Maps = Mapping[str, npt.NDArray[Any]]
-"""float32 or float16."""
+FeatureMaps = Mapping[str, npt.NDArray[Any]]
+"""Feature maps by name, float32 or float16."""
 
 JSON, NPY, NPZ, SAFETENSORS = "application/json", "application/x-npy", "application/x-npz", "application/vnd.safetensors"
 
 
-def _npy(maps: Maps) -> bytes:
-    if len(maps) != 1:
-        raise Unprocessable(f"{NPY} has one map, {len(maps)} are asked for: take {NPZ}, or one of {', '.join(maps)}")
+def _npy(feature_maps: FeatureMaps) -> bytes:
+    if len(feature_maps) != 1:
+        raise Unprocessable(
+            f"{NPY} holds one feature map, got {len(feature_maps)}: use {NPZ}, or request one of {', '.join(feature_maps)}"
+        )
     buffer = io.BytesIO()
-    np.save(buffer, next(iter(maps.values())))
+    np.save(buffer, next(iter(feature_maps.values())))
     return buffer.getvalue()
 
 
-def _npz(maps: Maps) -> bytes:
+def _npz(feature_maps: FeatureMaps) -> bytes:
     buffer = io.BytesIO()
-    np.savez(buffer, **maps)  # type: ignore[arg-type]
+    np.savez(buffer, **feature_maps)  # type: ignore[arg-type]
     return buffer.getvalue()
 
 
-WRITERS: Mapping[str, Callable[[Maps], bytes]] = {NPY: _npy, NPZ: _npz, SAFETENSORS: lambda maps: save(dict(maps))}
-"""How each binary type is written."""
+WRITERS: Mapping[str, Callable[[FeatureMaps], bytes]] = {
+    NPY: _npy,
+    NPZ: _npz,
+    SAFETENSORS: lambda feature_maps: save(dict(feature_maps)),
+}
+"""Encoder of each binary media type."""
 
-_ANSWERS = {
+_RESPONSES = {
     200: {
-        "description": "The maps, channels first",
+        "description": "The feature maps, channels first",
         "content": {
             JSON: {"schema": {"type": "object"}},
-            **{kind: {"schema": {"type": "string", "format": "binary"}} for kind in WRITERS},
+            **{media_type: {"schema": {"type": "string", "format": "binary"}} for media_type in WRITERS},
         },
     },
-    406: {"description": "None of the types asked for is written here"},
+    406: {"description": "None of the accepted media types is supported"},
 }
 
 
 @router.post(
     "/features",
-    responses=_ANSWERS,  # type: ignore[arg-type]
+    responses=_RESPONSES,  # type: ignore[arg-type]
     openapi_extra={
         "parameters": [*openapi_parameters(FeatureParameters), DEADLINE_PARAMETER],
         "requestBody": OPENAPI_BODY,
     },
 )
 async def extract(request: Request) -> Response:
-    """The maps of one picture, sent as to /classify. `Accept` says how: JSON, NumPy's .npy (one map) or .npz, safetensors."""
+    """Extract feature maps of one image, sent as to /classify.
+
+    The `Accept` header selects the format: JSON, NumPy's .npy (one feature map) or .npz, or safetensors.
+    """
     engine: Engine = request.app.state.engine
     config = engine.loaded.config
-    kind = _accepted(request)
-    picture, parameters = await read_one(request, FeatureParameters)
-    wanted = parameters.wanted(config)
-    answer = await infer_one(request, picture, wanted)
-    if kind == JSON:
-        said = features(answer, parameters.feature_format, parameters.feature_dtype)
-        return await in_json(request, {"features": said, "request_id": request.state.request_id}, large=True)
+    media_type = _accepted_type(request)
+    image, parameters = await read_one(request, FeatureParameters)
+    result = await infer_one(request, image, parameters.options(config))
+    if media_type == JSON:
+        body = features(result, parameters.feature_format, parameters.feature_dtype)
+        return await json_response(request, {"features": body, "request_id": request.state.request_id}, large=True)
 
-    def write() -> bytes:
+    def encode() -> bytes:
         started = time.monotonic()
-        written = WRITERS[kind](flat(answer, parameters.feature_dtype))
-        encoded(request, started)
-        return written
+        encoded = WRITERS[media_type](flatten_features(result, parameters.feature_dtype))
+        record_encode_time(request, started)
+        return encoded
 
-    return Response(await asyncio.to_thread(write), media_type=kind)
-
-
-def flat(answer: InferenceResult, dtype: str) -> Maps:
-    """Maps by name; those of a list by name and place: hidden_states.0, hidden_states.1."""
-    named: dict[str, npt.NDArray[Any]] = {}
-    for name, maps in answer.features.items():
-        several = {f"{name}.{i}": one for i, one in enumerate(maps)} if isinstance(maps, list) else {name: maps}
-        named |= {key: np.ascontiguousarray(one, dtype) for key, one in several.items()}
-    return named
+    return Response(await asyncio.to_thread(encode), media_type=media_type)
 
 
-def _accepted(request: Request) -> str:
-    """The type that the client would have, the first of those it names; JSON if it does not say. Raises NotAcceptable."""
-    asked = [part.partition(";")[0].strip().lower() for part in request.headers.get("accept", "*/*").split(",")]
-    for kind in asked:
-        if kind in WRITERS or kind == JSON:
-            return kind
-        if kind in ("", "*/*", "application/*"):
+def flatten_features(result: InferenceResult, dtype: str) -> FeatureMaps:
+    """Return one array per name; those of a list are named by their index: hidden_states.0, hidden_states.1, ..."""
+    arrays: dict[str, npt.NDArray[Any]] = {}
+    for name, feature in result.features.items():
+        named = {f"{name}.{i}": array for i, array in enumerate(feature)} if isinstance(feature, list) else {name: feature}
+        arrays |= {key: np.ascontiguousarray(array, dtype) for key, array in named.items()}
+    return arrays
+
+
+def _accepted_type(request: Request) -> str:
+    """Return the first supported media type of the Accept header; JSON without the header. Raises NotAcceptable."""
+    accepted = [part.partition(";")[0].strip().lower() for part in request.headers.get("accept", "*/*").split(",")]
+    for media_type in accepted:
+        if media_type in WRITERS or media_type == JSON:
+            return media_type
+        if media_type in ("", "*/*", "application/*"):
             return JSON
-    raise NotAcceptable(f"Accept is {', '.join(asked)}: written are {', '.join([JSON, *WRITERS])}")
+    raise NotAcceptable(f"Accept is {', '.join(accepted)}: supported are {', '.join([JSON, *WRITERS])}")

@@ -13,19 +13,19 @@ from dinat.app.engine.engine import Engine
 
 router = APIRouter(tags=["health"])
 
-_UNHEALTHY = {503: {"model": Health, "description": "Not now; detail says why"}}
+_UNHEALTHY = {503: {"model": Health, "description": "Not ready or failed; detail gives the reason"}}
 
 
 @router.get("/health", responses=_UNHEALTHY, response_model_exclude_none=True)  # type: ignore[arg-type]
 @router.get("/health/ready", responses=_UNHEALTHY, response_model_exclude_none=True)  # type: ignore[arg-type]
 async def ready(request: Request, response: Response) -> Health:
-    """Whether pictures are taken now."""
+    """Readiness: 200 if the service accepts requests."""
     return _health(request, response, request.app.state.engine.state is State.READY)
 
 
 @router.get("/health/live", responses=_UNHEALTHY, response_model_exclude_none=True)  # type: ignore[arg-type]
 async def live(request: Request, response: Response) -> Health:
-    """Whether the process does its work, or is on its way to: if not, start it anew."""
+    """Liveness: 503 if the engine has failed and the process must be restarted."""
     return _health(request, response, request.app.state.engine.state is not State.FAILED)
 
 
@@ -33,24 +33,26 @@ def _health(request: Request, response: Response, healthy: bool) -> Health:
     engine: Engine = request.app.state.engine
     response.status_code = HTTPStatus.OK if healthy else HTTPStatus.SERVICE_UNAVAILABLE
     response.headers["Cache-Control"] = "no-store"
-    read = request.app.state.processes
-    processes = None if read is None else [Process.model_validate(told) for told in read()]
-    return Health(status=engine.state, detail=engine.why_not_ready(), model=engine.settings.served_name, processes=processes)
+    read_processes = request.app.state.processes
+    processes = None if read_processes is None else [Process.model_validate(process) for process in read_processes()]
+    return Health(status=engine.state, detail=engine.status_detail(), model=engine.settings.served_name, processes=processes)
 
 
-NOT_NOW: dict[int | str, dict[str, Any]] = {503: {"description": "Not now; the text says why", "content": {"text/plain": {}}}}
+NOT_READY: dict[int | str, dict[str, Any]] = {
+    503: {"description": "Not ready; the text gives the reason", "content": {"text/plain": {}}}
+}
 
 
-def ready_in_words(request: Request) -> Response:
-    """200 once pictures are taken, and a sentence: for those who want no more."""
+def plain_text_readiness(request: Request) -> Response:
+    """Return the readiness as plain text, with 200 or 503, for platforms that only read the status."""
     engine: Engine = request.app.state.engine
     status = HTTPStatus.OK if engine.state is State.READY else HTTPStatus.SERVICE_UNAVAILABLE
-    return PlainTextResponse(engine.why_not_ready(), status)
+    return PlainTextResponse(engine.status_detail(), status)
 
 
 @router.get("/model", responses={503: PROBLEMS[503]})
 async def model(request: Request) -> ModelCard:
-    """What is being served: labels, configuration, input, precision and who computes."""
+    """Describe the active model: labels, configuration, preprocessing, runtime, device, precision and attention backends."""
     engine: Engine = request.app.state.engine
     loaded = engine.loaded
     config = loaded.config
@@ -63,12 +65,12 @@ async def model(request: Request) -> ModelCard:
         device=loaded.device,
         precision=loaded.precision,
         attention=loaded.attention,
-        disabled=[Disabled(what=left.what, why=left.why) for left in loaded.disabled],
+        disabled=[Disabled(name=disabled.name, reason=disabled.reason) for disabled in loaded.disabled],
         features=config.feature_names,
     )
 
 
 @router.get("/metrics", response_class=PlainTextResponse)
 async def metrics(request: Request) -> Response:
-    """What the service counts, for Prometheus."""
+    """Metrics in the Prometheus text format."""
     return Response(request.app.state.engine.metrics.exposition(), media_type=CONTENT_TYPE_PLAIN_0_0_4)

@@ -1,4 +1,4 @@
-"""How a door asks the engine: for the caller's own time, and not for one who has gone."""
+"""Submission of a request's images to the engine, with deadline and cancellation."""
 
 import asyncio
 from collections.abc import Coroutine, Sequence
@@ -14,71 +14,93 @@ from dinat.app.errors import ServiceError
 
 T = TypeVar("T")
 
-PATIENCE_SECONDS = 0.02
-"""How long after its request a client may be gone unnoticed: most answers are there before, and nobody need watch."""
+DISCONNECT_WATCH_DELAY = 0.02
+"""Seconds until a request starts to watch for a disconnect. Most requests are answered earlier and never need to."""
 
 
-async def ask(
-    request: Request, pictures: Sequence[ImageSource], wanted: InferenceOptions, deadline_ms: int | None = None
+async def infer(
+    request: Request, images: Sequence[ImageSource], options: InferenceOptions, deadline_ms: int | None = None
 ) -> list[InferenceResult | ServiceError]:
-    """Engine.submit, of a request. deadline_ms: that of its header if None.
+    """Submit the images of a request to the engine, see Engine.submit.
 
-    Leaves what each part took in the request's state, for Server-Timing; several pictures at once have no parts of their own.
-    Raises Unprocessable, for that header; ClientDisconnect; and what submit raises.
+    For a single image, the time of each stage is stored in the request's state, for Server-Timing.
+
+    Args:
+        request: The request, whose body has been read.
+        images: The images.
+        options: What to compute.
+        deadline_ms: Maximum time in milliseconds from the arrival of the request. Default: its X-Deadline-Ms header.
+
+    Returns:
+        For each image, in order, a result or an error.
+
+    Raises:
+        Unprocessable: The X-Deadline-Ms header is invalid.
+        ClientDisconnect: The client has disconnected.
+        ServiceError: The engine rejected the request.
     """
     engine: Engine = request.app.state.engine
     deadline_ms = read_deadline(request) if deadline_ms is None else deadline_ms
-    answers = await cancel_on_disconnect(request, engine.submit(pictures, wanted, deadline_ms, request.state.arrived))
-    if len(answers) == 1 and isinstance(answers[0], InferenceResult):
-        request.state.seconds = dict(answers[0].seconds)
-    return answers
+    results = await cancel_on_disconnect(request, engine.submit(images, options, deadline_ms, request.state.arrived))
+    if len(results) == 1 and isinstance(results[0], InferenceResult):
+        request.state.seconds = dict(results[0].seconds)
+    return results
 
 
-async def infer_one(request: Request, picture: ImageSource, wanted: InferenceOptions) -> InferenceResult:
-    """The same of one picture. Raises what is wrong with it, too."""
-    (answer,) = await ask(request, [picture], wanted)
-    if isinstance(answer, ServiceError):
-        raise answer
-    return answer
+async def infer_one(request: Request, image: ImageSource, options: InferenceOptions) -> InferenceResult:
+    """Submit one image and return its result. Raises the image's error, and as `infer`."""
+    (result,) = await infer(request, [image], options)
+    if isinstance(result, ServiceError):
+        raise result
+    return result
 
 
 async def infer_all(
-    request: Request, pictures: Sequence[ImageSource], wanted: InferenceOptions, called: str, deadline_ms: int | None = None
+    request: Request, images: Sequence[ImageSource], options: InferenceOptions, label: str, deadline_ms: int | None = None
 ) -> list[InferenceResult]:
-    """The same of several, where one that is wrong fails all. called: what the error calls a picture there."""
-    answers = []
-    for i, answer in enumerate(await ask(request, pictures, wanted, deadline_ms)):
-        if isinstance(answer, ServiceError):
-            raise type(answer)(f"{called} {i + 1} of {len(pictures)}: {answer.detail}", answer.headers)
-        answers.append(answer)
-    return answers
+    """Submit several images and return their results. Raises the error of the first image that has one, and as `infer`.
+
+    Args:
+        request: The request, whose body has been read.
+        images: The images.
+        options: What to compute.
+        label: What an error message calls an image: "instance" for "instance 2 of 3: ...".
+        deadline_ms: As for `infer`.
+    """
+    results = []
+    for i, result in enumerate(await infer(request, images, options, deadline_ms)):
+        if isinstance(result, ServiceError):
+            raise type(result)(f"{label} {i + 1} of {len(images)}: {result.detail}", result.headers)
+        results.append(result)
+    return results
 
 
 async def cancel_on_disconnect(request: Request, work: Coroutine[Any, Any, T]) -> T:
-    """The result of `work`, which is cancelled if the client hangs up first. The body must have been read.
+    """Await `work`, and cancel it if the client disconnects. The request's body must have been read.
 
-    Raises ClientDisconnect then.
+    Raises:
+        ClientDisconnect: The client has disconnected.
     """
-    task, gone = asyncio.current_task(), False
+    task, disconnected = asyncio.current_task(), False
     assert task is not None
 
     async def watch() -> None:
-        nonlocal gone
+        nonlocal disconnected
         while (await request.receive())["type"] != "http.disconnect":
             pass
-        gone = True
+        disconnected = True
         task.cancel()
 
-    watching: list[asyncio.Task[None]] = []
+    watchers: list[asyncio.Task[None]] = []
     loop = asyncio.get_running_loop()
-    timer = loop.call_later(PATIENCE_SECONDS, lambda: watching.append(loop.create_task(watch())))
+    timer = loop.call_later(DISCONNECT_WATCH_DELAY, lambda: watchers.append(loop.create_task(watch())))
     try:
         return await work
     except asyncio.CancelledError:
-        if gone and task.uncancel() == 0:
+        if disconnected and task.uncancel() == 0:
             raise ClientDisconnect from None
         raise
     finally:
         timer.cancel()
-        for watcher in watching:
+        for watcher in watchers:
             watcher.cancel()

@@ -1,4 +1,4 @@
-"""GET /: a page that shows what the network says of a picture, and what it sees in it."""
+"""GET /: a web page that shows the labels, feature maps and attention of an image."""
 
 from pathlib import Path
 
@@ -23,17 +23,17 @@ HEADERS = {
         ]
     ),
     "Permissions-Policy": "camera=(self), microphone=(), geolocation=()",
-    "Cache-Control": "no-cache",  # a new version's files all at once: their ETags say what is old
+    "Cache-Control": "no-cache",  # browsers revalidate by ETag, so that all files come from one version
 }
 
 router = APIRouter()
 
 
 class _Files(StaticFiles):
-    """The page's files, each with the page's headers."""
+    """Static files of the page, served with the page's headers."""
 
     async def get_response(self, path: str, scope: Scope) -> Response:
-        """See StaticFiles."""
+        """Serve a file, see StaticFiles."""
         response = await super().get_response(path, scope)
         response.headers.update(HEADERS)
         return response
@@ -42,7 +42,7 @@ class _Files(StaticFiles):
 files = _Files(directory=Path(__file__).parents[1] / "web")
 
 
-@router.get(PAGE, response_class=HTMLResponse, summary="The page that shows all this")
+@router.get(PAGE, response_class=HTMLResponse, summary="Web page")
 async def page(request: Request) -> Response:
-    """The page."""
+    """Serve the web page."""
     return await files.get_response("index.html", request.scope)

@@ -1,4 +1,4 @@
-"""What a request may say beside its picture."""
+"""Request parameters beside the image."""
 
 from collections.abc import Iterable
 from difflib import get_close_matches
@@ -14,130 +14,142 @@ from dinat.model.config import DinatConfig
 FeatureFormat = Literal["json", "base64"]
 
 
-def _number(value: object) -> object:
+def _reject_bool(value: object) -> object:
     if isinstance(value, bool):
-        raise ValueError("a whole number is wanted")
+        raise ValueError("an integer is required")
     return value
 
 
-def _list(value: object) -> object:
-    return ",".join(value) if isinstance(value, list) and all(isinstance(one, str) for one in value) else value
+def _join_list(value: object) -> object:
+    return ",".join(value) if isinstance(value, list) and all(isinstance(name, str) for name in value) else value
 
 
-class _Asked(BaseModel):
-    """What every door that gives maps has."""
+class _FeatureSelection(BaseModel):
+    """Parameters of every endpoint that returns feature maps."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     features: Annotated[
         str,
-        BeforeValidator(_list),
-        Field(description="maps to return, by comma: stem, stage1, ..., pooled, hidden_states", examples=["stage4,pooled"]),
+        BeforeValidator(_join_list),
+        Field(
+            description="comma-separated feature maps to return: stem, stage1, ..., pooled, hidden_states",
+            examples=["stage4,pooled"],
+        ),
     ] = ""
-    feature_format: Annotated[FeatureFormat, Field(description="how the maps' values are written in JSON")] = "json"
+    feature_format: Annotated[FeatureFormat, Field(description="encoding of the feature maps' values in JSON")] = "json"
 
-    def names(self, config: DinatConfig) -> frozenset[str]:
-        """The maps that are asked for, checked against what the network has. Raises Unprocessable."""
+    def feature_names(self, config: DinatConfig) -> frozenset[str]:
+        """Return the names of the requested feature maps. Raises Unprocessable for a name that the network does not have."""
         names = frozenset(name.strip() for name in self.features.split(",") if name.strip())
         unknown = sorted(names - set(config.feature_names))
         if unknown:
-            raise Unprocessable(f"features names {', '.join(unknown)}, allowed are {', '.join(config.feature_names)}")
+            raise Unprocessable(f"features must be among {', '.join(config.feature_names)}, got {', '.join(unknown)}")
         return names
 
 
-class Parameters(_Asked):
-    """Those of /classify and /classify/batch."""
+class Parameters(_FeatureSelection):
+    """Parameters of /classify and /classify/batch."""
 
     top_k: Annotated[
         int | None,
-        BeforeValidator(_number),
-        Field(description="how many labels, 1 to the number of labels; 5, or all if fewer"),
+        BeforeValidator(_reject_bool),
+        Field(description="number of labels to return, from 1 to the number of classes; default 5, or all if there are fewer"),
     ] = None
 
-    def wanted(self, config: DinatConfig) -> InferenceOptions:
-        """What is asked for, checked against what the network has. Raises Unprocessable."""
+    def options(self, config: DinatConfig) -> InferenceOptions:
+        """Return the inference options for a network with this configuration. Raises Unprocessable."""
         top_k = min(5, config.num_labels) if self.top_k is None else self.top_k
         if not 1 <= top_k <= config.num_labels:
-            raise Unprocessable(f"top_k is {top_k}, allowed are 1 to {config.num_labels}")
-        return InferenceOptions(top_k, self.names(config))
+            raise Unprocessable(f"top_k must be between 1 and {config.num_labels}, got {top_k}")
+        return InferenceOptions(top_k, self.feature_names(config))
 
 
-class FeatureParameters(_Asked):
-    """Those of /features. Without `features`, every stage's map."""
+class FeatureParameters(_FeatureSelection):
+    """Parameters of /features. Without `features`, the feature maps of all stages are returned."""
 
-    feature_dtype: Annotated[Literal["float32", "float16"], Field(description="the maps' numbers")] = "float32"
+    feature_dtype: Annotated[Literal["float32", "float16"], Field(description="dtype of the feature maps")] = "float32"
 
-    def wanted(self, config: DinatConfig) -> InferenceOptions:
-        """What is asked for, checked against what the network has. Raises Unprocessable."""
-        return InferenceOptions(1, self.names(config) or frozenset(config.stage_names[1:]))
+    def options(self, config: DinatConfig) -> InferenceOptions:
+        """Return the inference options for a network with this configuration. Raises Unprocessable."""
+        return InferenceOptions(1, self.feature_names(config) or frozenset(config.stage_names[1:]))
 
 
 DEADLINE = "X-Deadline-Ms"
 
-Given = tuple[str, Any]
-Kind = TypeVar("Kind", bound=BaseModel)
+NamedValue = tuple[str, Any]
+ParametersT = TypeVar("ParametersT", bound=BaseModel)
 
 
-def read_parameters(request: Request, kind: type[Kind], place: str = "the body", beside: Iterable[Given] = ()) -> Kind:
-    """The parameters in a request's query, and those beside its picture, in `place`.
+def read_parameters(
+    request: Request, model: type[ParametersT], source: str = "the body", fields: Iterable[NamedValue] = ()
+) -> ParametersT:
+    """Read the parameters from the query and from the fields beside the image.
 
-    Raises Unprocessable for one that is unknown or wrong, that is given twice in one place, or differently in both.
-    FastAPI's own reading takes a third of the time that it spends on a request, for parameters that most do not have.
+    FastAPI's own parameter parsing would take a third of the time that it spends on a request, even without parameters.
+
+    Args:
+        request: The request.
+        model: Model that the parameters are validated against.
+        source: Where `fields` come from, for error messages: "the form" or "the JSON".
+        fields: Names and values of the fields beside the image.
+
+    Raises:
+        Unprocessable: A parameter is unknown or invalid, occurs twice in one place, or differs between query and fields.
     """
-    query = _once("the query", request.query_params.multi_items()) if request.scope["query_string"] else {}
-    body = _once(place, beside)
+    query = _unique("the query", request.query_params.multi_items()) if request.scope["query_string"] else {}
+    body = _unique(source, fields)
     for name in query.keys() & body.keys():
         if query[name] != str(body[name]):
-            raise Unprocessable(f"{name} is {query[name]!r} in the query and {str(body[name])!r} in {place}: say it once")
-    given = query | body
-    if not given:
-        return kind()
-    known = kind.model_fields
-    for name in given:
+            raise Unprocessable(f"{name} is {query[name]!r} in the query and {str(body[name])!r} in {source}: send it once")
+    values = query | body
+    if not values:
+        return model()
+    known = model.model_fields
+    for name in values:
         if name not in known:
-            raise Unprocessable(f"{name} is no parameter here{_meant(name, known)}, allowed are {', '.join(known)}")
+            raise Unprocessable(f"unknown parameter {name}{_suggestion(name, known)}, supported are {', '.join(known)}")
     try:
-        return kind.model_validate(given)
+        return model.model_validate(values)
     except ValidationError as error:
-        raise Unprocessable(faults(error)) from None
+        raise Unprocessable(describe_errors(error)) from None
 
 
-def faults(error: ValidationError) -> str:
-    """Everything that is wrong, in one sentence: where, what was given, what is wanted."""
+def describe_errors(error: ValidationError) -> str:
+    """Describe all validation errors in one sentence: location, value and message of each."""
     return "; ".join(f"{'.'.join(map(str, one['loc']))} is {one['input']!r}: {one['msg']}"[:500] for one in error.errors())
 
 
-def _once(place: str, given: Iterable[Given]) -> dict[str, Any]:
-    found: dict[str, Any] = {}
-    for name, value in given:
-        if name in found:
-            raise Unprocessable(f"{name} is given twice in {place}: say it once")
-        found[name] = value
-    return found
+def _unique(source: str, items: Iterable[NamedValue]) -> dict[str, Any]:
+    values: dict[str, Any] = {}
+    for name, value in items:
+        if name in values:
+            raise Unprocessable(f"{name} occurs twice in {source}: send it once")
+        values[name] = value
+    return values
 
 
-def _meant(name: str, known: Iterable[str]) -> str:
-    """What was perhaps meant."""
-    plain = {one.replace("_", ""): one for one in known}
-    close = get_close_matches(name.lower().replace("_", "").replace("-", ""), plain, 1)
-    return f": did you mean {plain[close[0]]}?" if close else ""
+def _suggestion(name: str, known: Iterable[str]) -> str:
+    normalized = {one.replace("_", ""): one for one in known}
+    matches = get_close_matches(name.lower().replace("_", "").replace("-", ""), normalized, 1)
+    return f" (did you mean {normalized[matches[0]]}?)" if matches else ""
 
 
 def read_deadline(request: Request) -> int | None:
-    """How long the caller waits, in milliseconds, if it says so. Raises Unprocessable."""
-    given = request.headers.get(DEADLINE)
-    if given is None:
+    """Return the value of X-Deadline-Ms in milliseconds, or None if the header is missing. Raises Unprocessable."""
+    value = request.headers.get(DEADLINE)
+    if value is None:
         return None
-    if not given.isdecimal() or int(given) < 1:
-        raise Unprocessable(f"{DEADLINE} is {given!r}: milliseconds, a whole number from 1 on")
-    return int(given)
+    if not value.isdecimal() or int(value) < 1:
+        raise Unprocessable(f"{DEADLINE} must be a positive integer (milliseconds), got {value!r}")
+    return int(value)
 
 
-def openapi_parameters(kind: type[BaseModel]) -> list[dict[str, Any]]:
-    """How OpenAPI describes parameters in the query."""
+def openapi_parameters(model: type[BaseModel]) -> list[dict[str, Any]]:
+    """Describe the fields of a model as query parameters for OpenAPI."""
     return [
         {"name": name, "in": "query", "required": False, "description": field.pop("description"), "schema": field}
-        for name, field in kind.model_json_schema()["properties"].items()
+        for name, field in model.model_json_schema()["properties"].items()
     ]
 
 
@@ -145,7 +157,7 @@ DEADLINE_PARAMETER: dict[str, Any] = {
     "name": DEADLINE,
     "in": "header",
     "required": False,
-    "description": "how long the caller waits; the service's own limit caps it",
+    "description": "maximum time in milliseconds to wait for the answer, capped by the service's own limit",
     "schema": {"type": "integer", "minimum": 1},
 }
 OPENAPI_PARAMETERS = [*openapi_parameters(Parameters), DEADLINE_PARAMETER]

@@ -1,4 +1,4 @@
-"""What the service answers when it cannot answer: application/problem+json (RFC 9457), never a stack trace."""
+"""Error responses as application/problem+json (RFC 9457), without stack traces."""
 
 from collections.abc import Mapping
 from http import HTTPStatus
@@ -17,16 +17,19 @@ from dinat.app.errors import ServiceError
 log = structlog.get_logger("dinat")
 
 PROBLEM = "application/problem+json"
-CLIENT_GONE = 499
-"""What the log and the metrics say of a request whose client hung up; nobody receives it."""
+CLIENT_DISCONNECTED = 499
+"""Status in the log and metrics of a request whose client has disconnected. It is never received."""
 
 
-OWN = ("classify", "features", "attention", "health", "model", "metrics")
-"""How the paths of our own doors begin. Clients of others look for a member `error`, which RFC 9457 lets a problem have."""
+NATIVE = ("classify", "features", "attention", "health", "model", "metrics")
+"""First path segments of the service's own endpoints.
+
+Problems of all other endpoints have an extension member `error`, which clients of other protocols read.
+"""
 
 
 def _allowed(request: Request) -> str:
-    """The methods that a path takes; Starlette names those of the first of its routes alone."""
+    """Return the methods of all routes that match the path; Starlette only returns those of the first."""
     scopes = {method: {**request.scope, "method": method} for method in ("GET", "POST", "PUT", "PATCH", "DELETE")}
     routes = request.app.routes
     return ", ".join(
@@ -35,21 +38,28 @@ def _allowed(request: Request) -> str:
 
 
 def problem_fields(request_id: str, status: int, detail: str, path: str = "") -> dict[str, str | int]:
-    """What RFC 9457 has a problem say. The type is about:blank: the status says it all."""
+    """Return the members of a problem (RFC 9457). The type is about:blank, since the status identifies the problem.
+
+    Args:
+        request_id: Id of the request.
+        status: HTTP status.
+        detail: Description of the error, for people.
+        path: Path of the request. The member `error` is added if it is not one of the service's own endpoints.
+    """
     title = HTTPStatus(status).phrase
-    error = {} if not path or path.split("/")[1] in OWN else {"error": detail}
+    error = {} if not path or path.split("/")[1] in NATIVE else {"error": detail}
     return {"type": "about:blank", "title": title, "status": int(status), "detail": detail, "request_id": request_id, **error}
 
 
 def problem_body(error: ServiceError, request_id: str, path: str) -> tuple[bytes, list[tuple[bytes, bytes]]]:
-    """The body of an answer to a request that failed, and its headers as ASGI has them."""
+    """Return the body and the ASGI headers of an error response."""
     body = orjson.dumps(problem_fields(request_id, error.status, error.detail, path))
     headers = {"content-type": PROBLEM, "content-length": str(len(body)), **(error.headers or {})}
     return body, [(name.lower().encode(), value.encode()) for name, value in headers.items()]
 
 
 def add_error_handlers(app: FastAPI) -> None:
-    """Answer every exception that leaves a route with a problem."""
+    """Respond to every exception that a route raises with a problem."""
 
     def problem(request: Request, status: int, detail: str, headers: Mapping[str, str] | None = None) -> Response:
         fields = problem_fields(request.state.request_id, status, detail, request.url.path)
@@ -59,25 +69,25 @@ def add_error_handlers(app: FastAPI) -> None:
         return problem(request, error.status, error.detail, error.headers)
 
     async def on_invalid_request(request: Request, error: Any) -> Response:
-        faults = [f"{'.'.join(map(str, fault['loc'][1:])) or fault['loc'][0]}: {fault['msg']}" for fault in error.errors()]
-        return problem(request, HTTPStatus.UNPROCESSABLE_ENTITY, "; ".join(faults))
+        details = [f"{'.'.join(map(str, one['loc'][1:])) or one['loc'][0]}: {one['msg']}" for one in error.errors()]
+        return problem(request, HTTPStatus.UNPROCESSABLE_ENTITY, "; ".join(details))
 
     async def on_http_exception(request: Request, error: Any) -> Response:
         detail = f"{request.method} {request.url.path}: {error.detail}"
         headers = {"Allow": _allowed(request)} if error.status_code == HTTPStatus.METHOD_NOT_ALLOWED else error.headers
         return problem(request, error.status_code, detail, headers)
 
-    async def on_anything_else(request: Request, error: Exception) -> Response:
-        log.error("a request failed", path=request.url.path, exc_info=error)
-        detail = "something went wrong on this side; the log has it under this request_id"
-        headers = {"X-Request-ID": request.state.request_id}  # Starlette answers this one outside of all middleware
+    async def on_unexpected_error(request: Request, error: Exception) -> Response:
+        log.error("request failed", path=request.url.path, exc_info=error)
+        detail = "internal error: see the log of the service for this request_id"
+        headers = {"X-Request-ID": request.state.request_id}  # Starlette sends this response outside of all middleware
         return problem(request, HTTPStatus.INTERNAL_SERVER_ERROR, detail, headers)
 
-    async def on_client_gone(request: Request, error: Any) -> Response:
-        return Response(status_code=CLIENT_GONE)
+    async def on_client_disconnected(request: Request, error: Any) -> Response:
+        return Response(status_code=CLIENT_DISCONNECTED)
 
-    app.add_exception_handler(ClientDisconnect, on_client_gone)
+    app.add_exception_handler(ClientDisconnect, on_client_disconnected)
     app.add_exception_handler(ServiceError, on_service_error)
     app.add_exception_handler(RequestValidationError, on_invalid_request)
     app.add_exception_handler(HTTPException, on_http_exception)
-    app.add_exception_handler(Exception, on_anything_else)
+    app.add_exception_handler(Exception, on_unexpected_error)

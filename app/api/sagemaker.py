@@ -1,4 +1,4 @@
-"""Amazon SageMaker's contract for a container: GET /ping and POST /invocations, on port 8080.
+"""The container interface of Amazon SageMaker: GET /ping and POST /invocations, on port 8080.
 
 https://docs.aws.amazon.com/sagemaker/latest/dg/your-algorithms-inference-code.html
 """
@@ -8,17 +8,17 @@ from fastapi.responses import PlainTextResponse
 
 from dinat.app.api.bodies import OPENAPI_BODY
 from dinat.app.api.classify import classify
-from dinat.app.api.health import NOT_NOW, ready_in_words
+from dinat.app.api.health import NOT_READY, plain_text_readiness
 from dinat.app.api.parameters import OPENAPI_PARAMETERS
 from dinat.app.api.schemas import PROBLEMS, Classification
 
 router = APIRouter(tags=["SageMaker"], responses=PROBLEMS)
 
 
-@router.get("/ping", response_class=PlainTextResponse, responses=NOT_NOW)
+@router.get("/ping", response_class=PlainTextResponse, responses=NOT_READY)
 async def ping(request: Request) -> Response:
-    """200 once pictures are taken."""
-    return ready_in_words(request)
+    """Readiness: 200 if the service accepts requests."""
+    return plain_text_readiness(request)
 
 
 @router.post(
@@ -27,5 +27,5 @@ async def ping(request: Request) -> Response:
     openapi_extra={"parameters": OPENAPI_PARAMETERS, "requestBody": OPENAPI_BODY},
 )
 async def invocations(request: Request) -> Response:
-    """What POST /classify takes and gives."""
+    """Classify one image, as POST /classify."""
     return await classify(request)

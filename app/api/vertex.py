@@ -1,4 +1,4 @@
-"""Google Vertex AI's contract for a container: a health route and a predict route, which its AIP_* variables name.
+"""The container interface of Google Vertex AI: a health route and a prediction route, set by AIP_* variables.
 
 https://cloud.google.com/vertex-ai/docs/predictions/custom-container-requirements
 """
@@ -10,30 +10,30 @@ from fastapi.responses import PlainTextResponse
 from pydantic import BaseModel, ConfigDict, Field
 
 from dinat.app.api.bodies import read_json
-from dinat.app.api.health import NOT_NOW, ready_in_words
+from dinat.app.api.health import NOT_READY, plain_text_readiness
 from dinat.app.api.inference import infer_all
 from dinat.app.api.parameters import Parameters
-from dinat.app.api.results import in_json, result
+from dinat.app.api.results import classification, json_response
 from dinat.app.api.schemas import PROBLEMS
 from dinat.app.engine.engine import Engine
 from dinat.app.images import decode_base64
 from dinat.app.settings import Settings
 
 
-class Encoded(BaseModel):
-    """Bytes, as JSON has them there."""
+class Instance(BaseModel):
+    """An image, encoded as Vertex AI encodes bytes in JSON."""
 
     model_config = ConfigDict(extra="forbid")
 
-    b64: str = Field(description="base64 of the picture's file")
+    b64: str = Field(description="image file in base64")
 
 
-class Instances(BaseModel):
-    """A request for predictions. parameters: those of /classify."""
+class PredictRequest(BaseModel):
+    """A prediction request; `parameters` are those of /classify."""
 
     model_config = ConfigDict(extra="forbid")
 
-    instances: list[Encoded] = Field(min_length=1)
+    instances: list[Instance] = Field(min_length=1)
     parameters: Parameters = Parameters()
 
 
@@ -60,28 +60,28 @@ _BODY: dict[str, Any] = {
 
 
 def router(settings: Settings) -> APIRouter:
-    """The doors where the settings have them."""
-    routes = APIRouter(tags=["Vertex AI"], responses=PROBLEMS)
-    routes.add_api_route(settings.aip_predict_route, predict, methods=["POST"], openapi_extra={"requestBody": _BODY})
+    """Create the endpoints at the paths given by the settings."""
+    vertex_router = APIRouter(tags=["Vertex AI"], responses=PROBLEMS)
+    vertex_router.add_api_route(settings.aip_predict_route, predict, methods=["POST"], openapi_extra={"requestBody": _BODY})
     if settings.aip_health_route is not None:
-        routes.add_api_route(
-            settings.aip_health_route, health, methods=["GET"], response_class=PlainTextResponse, responses=NOT_NOW
+        vertex_router.add_api_route(
+            settings.aip_health_route, health, methods=["GET"], response_class=PlainTextResponse, responses=NOT_READY
         )
-    return routes
+    return vertex_router
 
 
 async def health(request: Request) -> Response:
-    """200 once pictures are taken."""
-    return ready_in_words(request)
+    """Readiness: 200 if the service accepts requests."""
+    return plain_text_readiness(request)
 
 
 async def predict(request: Request) -> Response:
-    """Classify the instances; one prediction for each, in order, as /classify/batch has them. One bad picture fails all."""
+    """Classify the instances. Predictions are in order, as from /classify/batch; one invalid image fails the request."""
     engine: Engine = request.app.state.engine
     config = engine.loaded.config
-    asked = await read_json(request, Instances)
-    wanted = asked.parameters.wanted(config)
-    pictures = [decode_base64(one.b64) for one in asked.instances]
-    answers = await infer_all(request, pictures, wanted, called="instance")
-    predictions = [result(answer, config, asked.parameters.feature_format) for answer in answers]
-    return await in_json(request, {"predictions": predictions}, bool(wanted.features))
+    body = await read_json(request, PredictRequest)
+    options = body.parameters.options(config)
+    images = [decode_base64(instance.b64) for instance in body.instances]
+    results = await infer_all(request, images, options, label="instance")
+    predictions = [classification(result, config, body.parameters.feature_format) for result in results]
+    return await json_response(request, {"predictions": predictions}, bool(options.features))

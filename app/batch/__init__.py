@@ -1,1 +1,1 @@
-"""Millions of pictures, shard by shard: from folders, Parquet and WebDataset to Parquet, on one machine or on Ray."""
+"""Classify millions of images, shard by shard: from folders, Parquet and WebDataset to Parquet, on one machine or on Ray."""

@@ -1,4 +1,4 @@
-"""The work of a batch: shards through an engine, in this process or in Ray's actors."""
+"""Run shards of a batch through an engine, in this process or in Ray actors."""
 
 import asyncio
 import logging
@@ -12,26 +12,37 @@ from typing import Any
 from pyarrow import ArrowException
 
 from dinat.app.api.parameters import Parameters
-from dinat.app.batch.results import Results, Rows, map_names
+from dinat.app.batch.results import Results, Rows, feature_columns
 from dinat.app.batch.sources import Item, Shard, Source, open_source
 from dinat.app.batch.storage import BatchError
 from dinat.app.engine.engine import Engine, ImageSource
 from dinat.app.engine.runtimes.runtime import InferenceOptions
-from dinat.app.engine.stream import answers, started
+from dinat.app.engine.stream import running_engine, stream_results
 from dinat.app.errors import NoImage, ServiceError
 from dinat.app.settings import Settings
 from dinat.model import DinatConfig
 
-SHARDS_AT_ONCE = 2
-"""How many an engine has under way: while one ends, the next has begun."""
+CONCURRENT_SHARDS = 2
+"""Shards in flight per engine: while one finishes, the next is already running."""
 
-READ_AT_ONCE = 16
-"""Pictures that a thread reads before it hands them over."""
+READ_CHUNK = 16
+"""Images that a thread reads before it passes them on."""
 
 
 @dataclass(frozen=True)
-class Job:
-    """What a batch is: the same for all who take part in it."""
+class BatchSpec:
+    """What to classify, and how. All workers of a batch share it.
+
+    Attributes:
+        settings: Settings of the engine.
+        source: Path or URL of the images.
+        dest: Path or URL of the output folder.
+        column: Parquet column with the images; detected if None.
+        keep: Parquet columns to copy to the results.
+        top_k: Labels per image; 5, or all if there are fewer, if None.
+        features: Comma-separated names of feature maps.
+        feature_dtype: Data type of feature maps, "float32" or "float16".
+    """
 
     settings: Settings
     source: str
@@ -42,141 +53,149 @@ class Job:
     features: str = ""
     feature_dtype: str = "float32"
 
-    def wanted(self, config: DinatConfig) -> InferenceOptions:
-        """What is asked of each picture, checked against what the network has. Raises BatchError."""
+    def inference_options(self, config: DinatConfig) -> InferenceOptions:
+        """Return the options for each image. Raises BatchError if the network does not support them."""
         try:
-            return Parameters(top_k=self.top_k, features=self.features).wanted(config)
+            return Parameters(top_k=self.top_k, features=self.features).options(config)
         except ServiceError as error:
             raise BatchError(error.detail) from None
 
     def rows(self, config: DinatConfig, source: Source) -> Rows:
-        """An empty table of answers. Raises BatchError, also where it would have two columns of one name."""
-        return Rows(config, map_names(config, self.wanted(config).features), self.feature_dtype, source.kept_fields())
+        """Return an empty buffer of results. Raises BatchError if an option is invalid or two columns have the same name."""
+        columns = feature_columns(config, self.inference_options(config).features)
+        return Rows(config, columns, self.feature_dtype, source.copied_fields())
 
 
 @dataclass(frozen=True)
-class Done:
-    """What became of a shard. why: it is not done, if it is not."""
+class ShardResult:
+    """The outcome of a shard.
+
+    Attributes:
+        shard: Number of the shard.
+        num_images: Rows written.
+        num_errors: Rows with an error.
+        error: Why the shard failed, or None.
+    """
 
     shard: int
-    pictures: int
-    failed: int
-    why: str | None = None
+    num_images: int
+    num_errors: int
+    error: str | None = None
 
 
 class Worker:
-    """Computes shards of a batch, by an engine that has loaded its checkpoint."""
+    """Runs shards on an engine that has loaded its checkpoint."""
 
-    def __init__(self, job: Job, engine: Engine) -> None:
-        self._job, self._engine = job, engine
-        self._source = open_source(job.source, job.column, job.keep)
-        self._results = Results(job.dest)
-        self._wanted = job.wanted(engine.loaded.config)
+    def __init__(self, spec: BatchSpec, engine: Engine) -> None:
+        self._spec, self._engine = spec, engine
+        self._source = open_source(spec.source, spec.column, spec.keep)
+        self._results = Results(spec.dest)
+        self._options = spec.inference_options(engine.loaded.config)
 
-    async def compute(self, shards: Iterable[Shard]) -> AsyncIterator[Done]:
-        """Compute shards and write their results, some at a time. One that fails does not keep the others from being done."""
-        left = iter(shards)
-        in_flight = {asyncio.create_task(self._shard(shard)) for shard in islice(left, SHARDS_AT_ONCE)}
+    async def run(self, shards: Iterable[Shard]) -> AsyncIterator[ShardResult]:
+        """Run shards and write their results, several concurrently. A failed shard does not stop the others."""
+        remaining = iter(shards)
+        in_flight = {asyncio.create_task(self._run_shard(shard)) for shard in islice(remaining, CONCURRENT_SHARDS)}
         try:
             while in_flight:
-                over, in_flight = await asyncio.wait(in_flight, return_when=asyncio.FIRST_COMPLETED)
-                in_flight |= {asyncio.create_task(self._shard(shard)) for shard in islice(left, len(over))}
-                for task in over:
+                done, in_flight = await asyncio.wait(in_flight, return_when=asyncio.FIRST_COMPLETED)
+                in_flight |= {asyncio.create_task(self._run_shard(shard)) for shard in islice(remaining, len(done))}
+                for task in done:
                     yield task.result()
         finally:
             for task in in_flight:
                 task.cancel()
 
-    async def _shard(self, shard: Shard) -> Done:
-        rows = self._job.rows(self._engine.loaded.config, self._source)
-        at_once = max(1, self._engine.settings.queue_limit // SHARDS_AT_ONCE)
+    async def _run_shard(self, shard: Shard) -> ShardResult:
+        rows = self._spec.rows(self._engine.loaded.config, self._source)
+        max_in_flight = max(1, self._engine.settings.queue_limit // CONCURRENT_SHARDS)
         try:
             with self._results.shard(shard, rows.schema) as writer:
-                answered = answers(self._engine, self._items(shard), self._wanted, _read, at_once)
-                async with aclosing(answered):
-                    async for item, answer in answered:
-                        rows.add(item, answer)
-                        if rows.full:
+                results = stream_results(self._engine, self._items(shard), self._options, _read, max_in_flight)
+                async with aclosing(results):
+                    async for item, result in results:
+                        rows.add(item, result)
+                        if rows.is_full:
                             await asyncio.to_thread(writer.write_table, rows.take())
                 writer.write_table(rows.take())
         except (OSError, BatchError, ArrowException) as error:
-            return Done(shard.number, 0, 0, str(error))
-        return Done(shard.number, rows.pictures, rows.failed)
+            return ShardResult(shard.number, 0, 0, str(error))
+        return ShardResult(shard.number, rows.num_images, rows.num_errors)
 
     async def _items(self, shard: Shard) -> AsyncIterator[Item]:
-        """The pictures of a shard, read in a thread."""
+        """Yield the images of a shard, read in a thread."""
         items = self._source.items(shard)
-        while several := await asyncio.to_thread(lambda: list(islice(items, READ_AT_ONCE))):
-            for item in several:
+        while chunk := await asyncio.to_thread(lambda: list(islice(items, READ_CHUNK))):
+            for item in chunk:
                 yield item
 
 
 async def _read(item: Item) -> ImageSource:
     if item.data is None:
-        raise NoImage("there is no picture: its place in the row is empty")
+        raise NoImage("there is no image: the value is null")
     if isinstance(item.data, bytes | Path):
         return item.data
     try:
         return await asyncio.to_thread(item.data)
     except FileNotFoundError:
         raise
-    except OSError as error:  # of the network, not of the picture
+    except OSError as error:  # a storage error fails the shard; a bad image would be a row with an error
         raise BatchError(f"{item.path} could not be read: {error}") from error
 
 
-async def compute(job: Job, shards: Sequence[Shard], workers: int) -> AsyncIterator[Done]:
-    """Compute shards, in whatever order: in this process, or with several workers on Ray."""
+async def run_shards(spec: BatchSpec, shards: Sequence[Shard], workers: int) -> AsyncIterator[ShardResult]:
+    """Run shards, in any order: with one worker in this process, with several on Ray."""
     if workers > 1:
-        by_ray = _by_ray(job, shards, workers)
-        while (done := await asyncio.to_thread(next, by_ray, None)) is not None:
-            yield done
+        on_ray = _run_on_ray(spec, shards, workers)
+        while (result := await asyncio.to_thread(next, on_ray, None)) is not None:
+            yield result
         return
-    async with started(job.settings) as engine:
-        async for done in Worker(job, engine).compute(shards):
-            yield done
+    async with running_engine(spec.settings) as engine:
+        async for result in Worker(spec, engine).run(shards):
+            yield result
 
 
-def _by_ray(job: Job, shards: Sequence[Shard], workers: int) -> Iterator[Done]:
-    """Compute shards in as many actors of Ray Data: of the cluster that RAY_ADDRESS names, or of this machine.
+def _run_on_ray(spec: BatchSpec, shards: Sequence[Shard], workers: int) -> Iterator[ShardResult]:
+    """Run shards in Ray Data actors, on the cluster at RAY_ADDRESS or on this machine.
 
-    Each has a card, or its share of the processors. An actor that dies is replaced, and what it had not written computed again.
+    Each actor has a GPU or a share of the CPU cores. If an actor crashes, Ray replaces it and retries its shards.
     """
     import ray.data
 
     from dinat.app.ray.resources import actor_resources
 
     ray.init(log_to_driver=False, logging_level=logging.ERROR)
-    logging.getLogger("ray.data").setLevel(logging.CRITICAL)  # what is an error is raised
+    logging.getLogger("ray.data").setLevel(logging.CRITICAL)  # errors are raised instead
     ray.data.DataContext.get_current().enable_progress_bars = False
-    blocks = -(-len(shards) // SHARDS_AT_ONCE)
+    blocks = -(-len(shards) // CONCURRENT_SHARDS)
     workers = min(workers, blocks)
     try:
-        waiting = ray.data.from_items([{"shard": shard} for shard in shards], override_num_blocks=blocks).map_batches(
+        results = ray.data.from_items([{"shard": shard} for shard in shards], override_num_blocks=blocks).map_batches(
             _Actor,
-            fn_constructor_args=(job,),
+            fn_constructor_args=(spec,),
             compute=ray.data.ActorPoolStrategy(size=workers),
-            batch_size=SHARDS_AT_ONCE,
-            **actor_resources(job.settings, workers),
+            batch_size=CONCURRENT_SHARDS,
+            **actor_resources(spec.settings, workers),
         )
-        for row in waiting.iter_rows():
-            yield row["done"]
-    except ray.exceptions.RayError as error:  # its last line is that of the worker
+        for row in results.iter_rows():
+            yield row["result"]
+    except ray.exceptions.RayError as error:  # the last line is the worker's own error
         _, _, last = str(error).rstrip().rpartition("\n")
-        raise BatchError(f"a worker on Ray: {last}") from None
+        raise BatchError(f"a worker on Ray failed: {last}") from None
     finally:
         ray.shutdown()
 
 
 class _Actor:
-    """A worker as Ray Data calls it, with a loop of its own that lasts from call to call."""
+    """A worker for Ray Data, with an event loop that persists between calls."""
 
-    def __init__(self, job: Job) -> None:
+    def __init__(self, spec: BatchSpec) -> None:
         self._runner = asyncio.Runner()
-        self._started = started(job.settings)
-        self._worker = Worker(job, self._runner.run(self._started.__aenter__()))
+        self._started = running_engine(spec.settings)
+        self._worker = Worker(spec, self._runner.run(self._started.__aenter__()))
 
-    def __call__(self, batch: dict[str, Any]) -> dict[str, list[Done]]:
-        return {"done": self._runner.run(self._compute(list(batch["shard"])))}
+    def __call__(self, batch: dict[str, Any]) -> dict[str, list[ShardResult]]:
+        return {"result": self._runner.run(self._run(list(batch["shard"])))}
 
-    async def _compute(self, shards: Sequence[Shard]) -> list[Done]:
-        return [done async for done in self._worker.compute(shards)]
+    async def _run(self, shards: Sequence[Shard]) -> list[ShardResult]:
+        return [result async for result in self._worker.run(shards)]

@@ -1,4 +1,4 @@
-"""Folders and files, wherever they are: on disk, or behind a URL (s3://, gs://, and whatever fsspec knows)."""
+"""Files and folders on disk or behind a URL: s3://, gs:// and every scheme of fsspec."""
 
 import fnmatch
 from pathlib import Path
@@ -9,47 +9,58 @@ from pyarrow import fs
 
 from dinat.model import DinatError
 
-NATIVE = ("file", "s3", "gs", "gcs", "abfs", "abfss", "hdfs")
-"""What pyarrow reads by itself; fsspec is asked for all else, hf:// among it."""
+NATIVE_SCHEMES = ("file", "s3", "gs", "gcs", "abfs", "abfss", "hdfs")
+"""URL schemes that pyarrow reads by itself; fsspec reads all others, such as hf://."""
 
 
 class BatchError(DinatError):
-    """A batch that cannot be computed as it was asked for."""
+    """A batch that cannot run, or a shard that failed."""
 
 
-def open_place(where: str) -> tuple[Any, str]:
-    """A pyarrow file system, and a path in it. Raises BatchError."""
-    scheme, separator, _ = where.partition("://")
+def open_filesystem(url: str) -> tuple[Any, str]:
+    """Open a file system.
+
+    Args:
+        url: A local path or a URL.
+
+    Returns:
+        A pyarrow file system, and the path in it.
+
+    Raises:
+        BatchError: The URL cannot be opened.
+    """
+    scheme, separator, _ = url.partition("://")
     if not separator:
-        return fs.LocalFileSystem(), str(Path(where).absolute())
+        return fs.LocalFileSystem(), str(Path(url).absolute())
     try:
-        if scheme in NATIVE:
-            system, path = fs.FileSystem.from_uri(where)
+        if scheme in NATIVE_SCHEMES:
+            filesystem, path = fs.FileSystem.from_uri(url)
         else:
             import fsspec
 
-            other, path = fsspec.core.url_to_fs(where)
-            system = fs.PyFileSystem(fs.FSSpecHandler(other))
+            fsspec_filesystem, path = fsspec.core.url_to_fs(url)
+            filesystem = fs.PyFileSystem(fs.FSSpecHandler(fsspec_filesystem))
     except (pa.ArrowException, ValueError, ImportError, OSError) as error:
-        raise BatchError(f"{where} cannot be opened: {error}") from None
-    return system, path.rstrip("/")
+        raise BatchError(f"{url} cannot be opened: {error}") from None
+    return filesystem, path.rstrip("/")
 
 
-def files_in(system: Any, path: str) -> tuple[str, list[Any]]:
-    """A folder and files in it: the file of that path; all in the folder of that path; or those that it matches, as a pattern.
+def list_files(filesystem: Any, path: str) -> tuple[str, list[Any]]:
+    """List files: the file at this path, all files in the folder at this path, or the matches of a glob pattern.
 
-    pyarrow's FileInfo, sorted by path; of a folder at any depth, without what has a name, or is in a folder, that begins with a
-    dot.
+    Returns:
+        The folder, and pyarrow FileInfo objects sorted by path. A folder is searched at any depth, except for files and folders
+        whose names begin with a dot.
     """
     folder, _, last = path.rpartition("/")
     if any(mark in last for mark in "*?["):
-        there = system.get_file_info(fs.FileSelector(folder, allow_not_found=True))
-        found = [info for info in there if fnmatch.fnmatch(info.base_name, last)]
+        entries = filesystem.get_file_info(fs.FileSelector(folder, allow_not_found=True))
+        found = [info for info in entries if fnmatch.fnmatch(info.base_name, last)]
     else:
-        (info,) = system.get_file_info([path])
+        (info,) = filesystem.get_file_info([path])
         if info.type == fs.FileType.File:
             return folder, [info]
         folder = path
-        there = system.get_file_info(fs.FileSelector(folder, allow_not_found=True, recursive=True))
-        found = [info for info in there if "/." not in info.path[len(folder) :]]
+        entries = filesystem.get_file_info(fs.FileSelector(folder, allow_not_found=True, recursive=True))
+        found = [info for info in entries if "/." not in info.path[len(folder) :]]
     return folder, sorted((info for info in found if info.type == fs.FileType.File), key=lambda info: info.path)

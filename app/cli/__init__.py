@@ -1,4 +1,4 @@
-"""The command `dinat`: one module for each thing it does, imported when it is asked for."""
+"""The `dinat` command. Each subcommand is a module, imported only when it runs."""
 
 import os
 import sys
@@ -7,34 +7,41 @@ from importlib import import_module
 import typer
 
 COMMANDS = {
-    "serve": "InferenceResult HTTP requests.",
-    "classify": "Say what is on pictures on disk.",
-    "batch": "Classify millions of pictures, shard by shard.",
-    "evaluate": "Say how good a checkpoint is on labelled pictures.",
-    "train": "Train a classifier on labelled pictures.",
-    "doctor": "See what this machine has, whether it computes rightly, and how fast.",
-    "convert": "Write a checkpoint in the Hub's layout.",
-    "export": "Write a graph for ONNX Runtime, OpenVINO or torch.export.",
-    "quantize": "Write a checkpoint with an 8-bit graph for a CPU.",
-    "info": "Say what is in a checkpoint.",
+    "serve": "Start the HTTP server.",
+    "classify": "Classify images on disk.",
+    "batch": "Classify millions of images, shard by shard.",
+    "evaluate": "Evaluate a checkpoint on labelled images.",
+    "train": "Train a classifier on labelled images.",
+    "doctor": "Check this machine's hardware, correctness and speed.",
+    "convert": "Convert a checkpoint to the Hugging Face Hub layout.",
+    "export": "Export a checkpoint to ONNX, OpenVINO or torch.export.",
+    "quantize": "Quantize a checkpoint to 8 bits for a CPU.",
+    "info": "Print a checkpoint's configuration and size as JSON.",
 }
 
 
-class Refused(Exception):
-    """What the user got wrong, in one line."""
+class CommandError(Exception):
+    """A user error, printed as one line."""
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run the command line; returns the exit status. What the user got wrong ends in one line on standard error."""
-    given = sys.argv[1:] if arguments is None else arguments
+    """Run the command line.
+
+    Args:
+        arguments: Arguments without the program name; those of the process if None.
+
+    Returns:
+        The exit status. A user error is printed as one line on standard error and returns 1.
+    """
+    arguments = sys.argv[1:] if arguments is None else arguments
     try:
-        _application(_asked(given))(given, prog_name="dinat")
+        _application(_command_name(arguments))(arguments, prog_name="dinat")
     except SystemExit as end:
         return end.code if isinstance(end.code, int) else 0
     except Exception as error:
-        from dinat.model import DinatError  # with which PyTorch comes: two seconds that `dinat --help` need not take
+        from dinat.model import DinatError  # imports PyTorch, which takes two seconds that `dinat --help` saves
 
-        if not isinstance(error, Refused | DinatError | OSError):
+        if not isinstance(error, CommandError | DinatError | OSError):
             raise
         print(f"dinat: {error}", file=sys.stderr)
         return 1
@@ -42,26 +49,26 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def run() -> None:
-    """Entry point of the console command."""
+    """Console script entry point."""
     sys.exit(main())
 
 
-def _asked(given: list[str]) -> str | None:
-    """The command that is asked for, also by a shell that wants its flags completed."""
-    words = os.environ.get("_TYPER_COMPLETE_ARGS", "").split()[1:] or given
+def _command_name(arguments: list[str]) -> str | None:
+    """Return the subcommand's name, also when a shell completes its flags."""
+    words = os.environ.get("_TYPER_COMPLETE_ARGS", "").split()[1:] or arguments
     return words[0] if words else None
 
 
-def _application(asked: str | None) -> typer.Typer:
-    """All commands, of which one is imported."""
+def _application(selected: str | None) -> typer.Typer:
+    """Register all subcommands, and import only the selected one."""
     application = typer.Typer(
-        help="Serve, convert and inspect DiNAT image classifiers.",
+        help="Serve, train, convert and inspect DiNAT image classifiers.",
         no_args_is_help=True,
         rich_markup_mode=None,
         pretty_exceptions_enable=False,
     )
-    application.callback()(lambda: None)  # commands have names, also were there but one
-    for name, about in COMMANDS.items():
-        command = getattr(import_module(f"dinat.app.cli.{name}"), name) if name == asked else lambda: None
-        application.command(name, short_help=about)(command)
+    application.callback()(lambda: None)  # makes Typer require the subcommand's name
+    for name, summary in COMMANDS.items():
+        command = getattr(import_module(f"dinat.app.cli.{name}"), name) if name == selected else lambda: None
+        application.command(name, short_help=summary)(command)
     return application

@@ -1,4 +1,4 @@
-"""`dinat classify`: the best labels of pictures on disk, by the service's own engine and batches."""
+"""`dinat classify`: classify images on disk with the service's own engine and batching."""
 
 import asyncio
 import csv
@@ -19,128 +19,155 @@ from rich.console import Console
 from rich.table import Table
 from safetensors.numpy import save_file
 
-from dinat.app.api.features import flat
+from dinat.app.api.features import flatten_features
 from dinat.app.api.parameters import Parameters
 from dinat.app.api.results import predictions
-from dinat.app.cli import Refused
+from dinat.app.cli import CommandError
 from dinat.app.cli.flags import ENGINE, settings_flags
-from dinat.app.cli.progress import with_bar
+from dinat.app.cli.progress import progress_bar
 from dinat.app.engine.engine import ImageSource
 from dinat.app.engine.runtimes.runtime import InferenceResult
-from dinat.app.engine.stream import NO_DEADLINE_MS, answers, started
+from dinat.app.engine.stream import NO_DEADLINE_MS, running_engine, stream_results
 from dinat.app.images import SUFFIXES
 from dinat.app.logs import configure_logs
 from dinat.app.settings import Settings
 
 STDIN = "-"
+FLUSH_SECONDS = 0.1
 
-Output = Literal["table", "jsonl", "csv"]
+OutputFormat = Literal["table", "jsonl", "csv"]
 MapsFormat = Literal["npz", "safetensors"]
 
 
 @dataclass(frozen=True)
-class Maps:
-    """Which maps to keep, by comma, and where and how."""
+class FeatureMapOutput:
+    """Feature maps to write.
+
+    Attributes:
+        names: Comma-separated names of feature maps.
+        folder: Output folder.
+        file_format: "npz" or "safetensors".
+    """
 
     names: str
     folder: Path
-    kind: str
+    file_format: str
 
 
 @settings_flags(ENGINE, deadline_ms=NO_DEADLINE_MS, drain_seconds=0)
 def classify(
     paths: Annotated[
-        list[str], typer.Argument(metavar="PATH", help="Files, folders, patterns, or - for one picture on standard input.")
+        list[str],
+        typer.Argument(metavar="PATH", help="Files, folders or glob patterns; - reads one image from standard input."),
     ],
     *,
-    top_k: Annotated[int | None, typer.Option(help="How many labels; 5, or all if fewer, if not given.")] = None,
-    output: Annotated[Output, typer.Option(help="How to write the labels.")] = "table",
+    top_k: Annotated[
+        int | None, typer.Option(help="Number of labels per image. Default: 5, or all if there are fewer.")
+    ] = None,
+    output: Annotated[OutputFormat, typer.Option(help="Output format.")] = "table",
     to: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Write jsonl or csv there, and go on where it stops already.")
+        Path | None,
+        typer.Option(metavar="FILE", help="Write jsonl or csv to a file. An incomplete file is resumed after its last line."),
     ] = None,
     features: Annotated[
-        str, typer.Option(metavar="NAMES", help="Maps to keep, by comma: stem, stage1, ..., pooled, hidden_states, logits.")
+        str,
+        typer.Option(
+            metavar="NAMES",
+            help="Comma-separated feature maps to write: stem, stage1, ..., pooled, hidden_states, logits.",
+        ),
     ] = "",
-    maps: Annotated[Path | None, typer.Option(metavar="FOLDER", help="Where the maps go, a file for each picture.")] = None,
-    maps_format: Annotated[MapsFormat, typer.Option(help="How to write the maps.")] = "npz",
+    maps: Annotated[
+        Path | None, typer.Option(metavar="FOLDER", help="Output folder for feature maps, one file per image.")
+    ] = None,
+    maps_format: Annotated[MapsFormat, typer.Option(help="File format of feature maps.")] = "npz",
     settings: Settings,
 ) -> None:
-    """Say what is on pictures on disk. Exit status 1 where a picture could not be classified; those are listed at the end."""
+    """Classify images on disk.
+
+    The exit status is 1 if an image could not be classified. Such images are listed at the end.
+    """
     if to is not None and output == "table":
-        raise Refused("--to keeps jsonl or csv: say --output jsonl")
+        raise CommandError("--to writes jsonl or csv: add --output jsonl or --output csv")
     if bool(features) != bool(maps):
-        raise Refused("--features says which maps, --maps where they go: one wants the other")
-    files = list(found(paths))
+        raise CommandError("--features (names of feature maps) and --maps (output folder) require each other")
+    files = list(find_images(paths))
     if not files:
-        raise Refused(f"no picture in {', '.join(paths)}: read are {', '.join(SUFFIXES)}")
+        raise CommandError(f"no image in {', '.join(paths)}: supported are {', '.join(SUFFIXES)}")
     configure_logs("auto", logging.WARNING)
-    with writer(output, to) as out:
-        left = [path for path in files if path not in out.done]
-        if not asyncio.run(_classify(left, settings, top_k, Maps(features, maps, maps_format) if maps else None, out)):
+    with open_writer(output, to) as writer:
+        remaining = [path for path in files if path not in writer.done]
+        feature_maps = FeatureMapOutput(features, maps, maps_format) if maps else None
+        if not asyncio.run(_classify(remaining, settings, top_k, feature_maps, writer)):
             raise typer.Exit(1)
 
 
-def found(paths: Sequence[str]) -> Iterator[str]:
-    """Files named, those in folders, at any depth, and those that patterns match; each once, in order."""
+def find_images(paths: Sequence[str]) -> Iterator[str]:
+    """Yield each image once, in order: files, images in folders at any depth, and matches of glob patterns."""
     seen: set[str] = set()
-    for given in paths:
-        path = Path(given)
-        if given == STDIN or path.is_file():
-            several = [given]
+    for argument in paths:
+        path = Path(argument)
+        if argument == STDIN or path.is_file():
+            matches = [argument]
         elif path.is_dir():
-            several = sorted(str(one) for one in path.rglob("*") if one.suffix.lower() in SUFFIXES and one.is_file())
+            matches = sorted(str(file) for file in path.rglob("*") if file.suffix.lower() in SUFFIXES and file.is_file())
         else:
-            several = sorted(one for one in glob.glob(given, recursive=True) if Path(one).is_file())
-            if not several:
-                raise Refused(f"{given} is not there")
-        for one in several:
-            if one not in seen:
-                seen.add(one)
-                yield one
+            matches = sorted(match for match in glob.glob(argument, recursive=True) if Path(match).is_file())
+            if not matches:
+                raise CommandError(f"{argument} does not exist")
+        for match in matches:
+            if match not in seen:
+                seen.add(match)
+                yield match
 
 
-async def _classify(paths: Sequence[str], settings: Settings, top_k: int | None, maps: Maps | None, out: "Writer") -> bool:
-    """Whether every picture was."""
-    failed: dict[str, str] = {}
-    async with started(settings) as engine:
+async def _classify(
+    paths: Sequence[str], settings: Settings, top_k: int | None, feature_maps: FeatureMapOutput | None, writer: "Writer"
+) -> bool:
+    """Classify images and write the results. Returns whether all of them succeeded."""
+    errors: dict[str, str] = {}
+    async with running_engine(settings) as engine:
         config = engine.loaded.config
-        wanted = Parameters(top_k=top_k, features=maps.names if maps else "").wanted(config)
-        async with with_bar(answers(engine, paths, wanted, _read), len(paths), "classifying") as done:
-            async for path, answer in done:
-                if isinstance(answer, str):
-                    failed[path] = answer
-                    out.write(path, {"error": answer})
+        options = Parameters(top_k=top_k, features=feature_maps.names if feature_maps else "").options(config)
+        async with progress_bar(stream_results(engine, paths, options, _read), len(paths), "classifying") as results:
+            async for path, result in results:
+                if isinstance(result, str):
+                    errors[path] = result
+                    writer.write(path, {"error": result})
                 else:
-                    out.write(path, {"predictions": predictions(answer, config)})
-                    if maps is not None:
-                        await asyncio.to_thread(_save_maps, answer, maps, path)
-        out.close()
-    for path, why in failed.items():
-        print(f"dinat: {path}: {why}", file=sys.stderr)
-    if failed:
-        print(f"dinat: {len(failed)} of {len(paths)} pictures could not be classified", file=sys.stderr)
-    return not failed
+                    writer.write(path, {"predictions": predictions(result, config)})
+                    if feature_maps is not None:
+                        await asyncio.to_thread(_save_feature_maps, result, feature_maps, path)
+        writer.close()
+    for path, error in errors.items():
+        print(f"dinat: {path}: {error}", file=sys.stderr)
+    if errors:
+        print(f"dinat: {len(errors)} of {len(paths)} images could not be classified", file=sys.stderr)
+    return not errors
 
 
 async def _read(path: str) -> ImageSource:
     return sys.stdin.buffer.read() if path == STDIN else Path(path)
 
 
-def _save_maps(answer: InferenceResult, maps: Maps, path: str) -> None:
-    """A picture's maps under its own name."""
-    arrays = dict(flat(answer, "float32"))
+def _save_feature_maps(result: InferenceResult, output: FeatureMapOutput, path: str) -> None:
+    """Write an image's feature maps to a file with the image's path, below the output folder."""
+    arrays = dict(flatten_features(result, "float32"))
     name = "stdin" if path == STDIN else path
-    place = maps.folder.joinpath(*(part for part in Path(name).parts if part not in ("..", Path(name).anchor)))
-    place = place.with_name(f"{place.name}.{maps.kind}")
-    place.parent.mkdir(parents=True, exist_ok=True)
-    if maps.kind == "npz":
-        np.savez(place, **arrays)  # type: ignore[arg-type]
+    file = output.folder.joinpath(*(part for part in Path(name).parts if part not in ("..", Path(name).anchor)))
+    file = file.with_name(f"{file.name}.{output.file_format}")
+    file.parent.mkdir(parents=True, exist_ok=True)
+    if output.file_format == "npz":
+        np.savez(file, **arrays)  # type: ignore[arg-type]
     else:
-        save_file(arrays, place)
+        save_file(arrays, file)
 
 
 class Writer:
-    """Writes what became of each picture. done: the pictures that are written already."""
+    """Writes one result per image.
+
+    Attributes:
+        done: Paths of images whose results an earlier run wrote.
+    """
 
     def __init__(self, stream: TextIO, done: frozenset[str] = frozenset()) -> None:
         self.stream, self.done = stream, done
@@ -153,81 +180,93 @@ class Writer:
         if self.stream is not sys.stdout:
             self.stream.close()
 
-    def write(self, path: str, said: Mapping[str, Any]) -> None:
-        """A line."""
+    def write(self, path: str, result: Mapping[str, Any]) -> None:
+        """Write the result of an image: {"predictions": [...]} or {"error": ...}."""
         raise NotImplementedError
 
     def flush(self) -> None:
-        """Let go of what is written, ten times a second: what stops later keeps it."""
-        if time.monotonic() > self._flushed + 0.1:
+        """Flush at most every FLUSH_SECONDS, so that an interrupted run can be resumed."""
+        if time.monotonic() > self._flushed + FLUSH_SECONDS:
             self.stream.flush()
             self._flushed = time.monotonic()
 
     def close(self) -> None:
-        """All is written."""
+        """Finish the output after the last result."""
         self.stream.flush()
 
 
-class JsonLines(Writer):
-    """{"path": ..., "predictions": [...]} or {"path": ..., "error": ...}."""
+class JsonLinesWriter(Writer):
+    """Writes {"path": ..., "predictions": [...]} or {"path": ..., "error": ...} per line."""
 
-    def write(self, path: str, said: Mapping[str, Any]) -> None:
+    def write(self, path: str, result: Mapping[str, Any]) -> None:
         """See Writer."""
-        plain = (
-            {"predictions": [{**one, "score": float(one["score"])} for one in said["predictions"]]}
-            if "error" not in said
-            else said
+        row = (
+            {"predictions": [{**prediction, "score": float(prediction["score"])} for prediction in result["predictions"]]}
+            if "error" not in result
+            else result
         )
-        self.stream.write(json.dumps({"path": path, **plain}) + "\n")
+        self.stream.write(json.dumps({"path": path, **row}) + "\n")
         self.flush()
 
 
-class Rows(Writer):
-    """path, error, then label and score of each prediction."""
+class CsvWriter(Writer):
+    """Writes path, error, then label and score of each prediction."""
 
-    def write(self, path: str, said: Mapping[str, Any]) -> None:
+    def write(self, path: str, result: Mapping[str, Any]) -> None:
         """See Writer."""
-        best = [value for one in said.get("predictions", ()) for value in (one["label"], f"{one['score']:.6g}")]
-        csv.writer(self.stream, lineterminator="\n").writerow([path, said.get("error", ""), *best])
+        columns = [
+            value
+            for prediction in result.get("predictions", ())
+            for value in (prediction["label"], f"{prediction['score']:.6g}")
+        ]
+        csv.writer(self.stream, lineterminator="\n").writerow([path, result.get("error", ""), *columns])
         self.flush()
 
 
-class InATable(Writer):
-    """For people, once all is known."""
+class TableWriter(Writer):
+    """Prints a table after the last result."""
 
     def __init__(self, stream: TextIO) -> None:
         super().__init__(stream)
-        self._table = Table("picture", "labels")
+        self._table = Table("image", "labels")
 
-    def write(self, path: str, said: Mapping[str, Any]) -> None:
+    def write(self, path: str, result: Mapping[str, Any]) -> None:
         """See Writer."""
-        best = (f"{one['label']} {one['score']:.3f}" for one in said.get("predictions", ()))
-        self._table.add_row(path, said.get("error") or ", ".join(best))
+        labels = (f"{prediction['label']} {prediction['score']:.3f}" for prediction in result.get("predictions", ()))
+        self._table.add_row(path, result.get("error") or ", ".join(labels))
 
     def close(self) -> None:
         """See Writer."""
         Console(file=self.stream, width=None if self.stream.isatty() else 200).print(self._table)
 
 
-def writer(output: str, to: Path | None) -> Writer:
-    """Where results go. A file that is there is gone on with, after its last whole line."""
+def open_writer(output: str, to: Path | None) -> Writer:
+    """Open the output. An existing file is resumed after its last complete line.
+
+    Args:
+        output: "table", "jsonl" or "csv".
+        to: File to write; standard output if None.
+
+    Raises:
+        CommandError: The file exists and has other content.
+    """
     if output == "table":
-        return InATable(sys.stdout)
-    kind = JsonLines if output == "jsonl" else Rows
+        return TableWriter(sys.stdout)
+    writer_type = JsonLinesWriter if output == "jsonl" else CsvWriter
     if to is None:
-        return kind(sys.stdout)
-    whole = ""
+        return writer_type(sys.stdout)
+    complete = ""
     if to.exists():
         text = to.read_text()
-        whole = text[: text.rfind("\n") + 1]
+        complete = text[: text.rfind("\n") + 1]
     try:
         if output == "jsonl":
-            done = frozenset(json.loads(line)["path"] for line in whole.splitlines())
+            done = frozenset(json.loads(line)["path"] for line in complete.splitlines())
         else:
-            done = frozenset(row[0] for row in csv.reader(io.StringIO(whole)) if row)
+            done = frozenset(row[0] for row in csv.reader(io.StringIO(complete)) if row)
     except (ValueError, KeyError, TypeError):
-        raise Refused(f"{to} is there and holds something else than this command's {output}: name another file") from None
+        raise CommandError(f"{to} exists and is not {output} output of dinat classify: use another file") from None
     stream = to.open("r+" if to.exists() else "w")
-    stream.seek(len(whole.encode()))
+    stream.seek(len(complete.encode()))
     stream.truncate()
-    return kind(stream, done)
+    return writer_type(stream, done)

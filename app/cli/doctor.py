@@ -1,4 +1,4 @@
-"""`dinat doctor`: what a user with a new machine runs first. Exit status 1 where something is wrong."""
+"""`dinat doctor`: check a machine before it is used. The exit status is 1 if there is a problem."""
 
 import json
 import os
@@ -19,60 +19,61 @@ from dinat.model.native import default_cache
 
 def doctor(
     *,
-    preset: Annotated[str, typer.Option(metavar="|".join(PRESETS), help="Published network to measure with.")] = "mini",
+    preset: Annotated[str, typer.Option(metavar="|".join(PRESETS), help="Published network to measure.")] = "mini",
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
-    as_json: Annotated[bool, typer.Option("--json", help="All that was found, as JSON on standard output.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the full report as JSON on standard output.")] = False,
 ) -> None:
-    """See what this machine has, whether it computes rightly, and how fast. Exit status 1 where something is wrong."""
+    """Check this machine's hardware, correctness and speed. The exit status is 1 if there is a problem."""
     warnings.simplefilter("ignore")
     keep_freed_memory()
-    with suppress(ModuleNotFoundError):  # nor does the log want what is not there
+    with suppress(ModuleNotFoundError):  # logging is optional here
         from dinat.app.logs import configure_logs
 
         configure_logs("console")
     cache = Path(os.environ.get("DINAT_CACHE_DIR") or default_cache())
-    report = examine(preset, device, cache, lambda what: print(f"measuring {what} ...", file=sys.stderr))
+    report = examine(preset, device, cache, lambda step: print(f"measuring {step} ...", file=sys.stderr))
     if as_json:
         print(json.dumps(asdict(report), indent=2))
     else:
-        _show(report)
-    if report.wrong:
+        _print_report(report)
+    if report.problems:
         raise typer.Exit(1)
 
 
-def _show(report: Report) -> None:
-    """The report as tables."""
+def _print_report(report: Report) -> None:
+    """Print the report as tables."""
     from rich.console import Console
     from rich.table import Table
 
     console = Console(highlight=False)
     console.width = max(console.width, 100)
 
-    def table(title: str, rows: list[Row], about: str = "") -> None:
+    def print_table(title: str, rows: list[Row], caption: str = "") -> None:
         if not rows:
             return
         columns = list(dict.fromkeys(key for row in rows for key in row))
-        drawn = Table(title=title, caption=about or None, title_justify="left", caption_justify="left")
+        table = Table(title=title, caption=caption or None, title_justify="left", caption_justify="left")
         for column in columns:
-            numbers = any(isinstance(row.get(column), int | float) for row in rows)
-            drawn.add_column(column, justify="right" if numbers else "left", overflow="fold")
+            is_numeric = any(isinstance(row.get(column), int | float) for row in rows)
+            table.add_column(column, justify="right" if is_numeric else "left", overflow="fold")
         for row in rows:
-            drawn.add_row(*(_text(row.get(column)) for column in columns))
-        console.print(drawn)
+            table.add_row(*(_text(row.get(column)) for column in columns))
+        console.print(table)
 
     console.print(", ".join(f"{name} {value}" for name, value in report.machine.items()))
     console.print(", ".join(f"{name} {value}" for name, value in report.versions.items()))
-    table("Cards", report.devices)
-    table("Ceilings", report.ceilings)
+    print_table("GPUs", report.devices)
+    print_table("Ceilings", report.ceilings)
     batch = report.attention[0]["batch"]
     rows = [{key: value for key, value in row.items() if key != "batch"} for row in report.attention]
-    table("Attention", rows, f"us for a batch of {batch}; error as a share of the definition's norm; * is what serves")
-    table("Pictures a second", report.rates)
-    table("Missing", report.missing)
-    for fault in report.wrong:
-        console.print(f"[bold red]wrong:[/] {fault}")
-    if not report.wrong:
-        console.print("[bold green]Nothing is wrong.[/]")
+    caption = f"us per batch of {batch}; error relative to the norm of the reference; * marks the selected backend"
+    print_table("Attention", rows, caption)
+    print_table("Throughput", report.rates)
+    print_table("Missing", report.missing)
+    for problem in report.problems:
+        console.print(f"[bold red]problem:[/] {problem}")
+    if not report.problems:
+        console.print("[bold green]No problems found.[/]")
 
 
 def _text(value: Any) -> str:

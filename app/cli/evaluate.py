@@ -1,4 +1,4 @@
-"""`dinat evaluate`: how good a checkpoint is on labelled pictures."""
+"""`dinat evaluate`: evaluate a checkpoint on labelled images."""
 
 import asyncio
 import json
@@ -15,14 +15,14 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from dinat.app.cli import Refused
-from dinat.app.cli.flags import ENGINE, Source, settings_flags
-from dinat.app.cli.progress import with_bar
+from dinat.app.cli import CommandError
+from dinat.app.cli.flags import ENGINE, LabelledData, Source, settings_flags
+from dinat.app.cli.progress import progress_bar
 from dinat.app.engine.engine import Engine, ImageSource
 from dinat.app.engine.runtimes.runtime import InferenceOptions
-from dinat.app.engine.stream import NO_DEADLINE_MS, answers, started
-from dinat.app.evaluation.labelled_images import Data, class_ids, read_data
-from dinat.app.evaluation.scores import MOST_SHOWN, Evaluation
+from dinat.app.engine.stream import NO_DEADLINE_MS, running_engine, stream_results
+from dinat.app.evaluation.labelled_images import LabelledImages, class_ids, read_labelled_images
+from dinat.app.evaluation.scores import MAX_CLASSES_SHOWN, Evaluation
 from dinat.app.images import decode
 from dinat.app.logs import configure_logs
 from dinat.app.settings import Settings
@@ -34,80 +34,85 @@ Preprocessing = Literal["checkpoint", "original", "both"]
 @settings_flags([name for name in ENGINE if name != "model"], deadline_ms=NO_DEADLINE_MS, drain_seconds=0)
 def evaluate(
     source: Source,
-    data: Annotated[
-        Path, typer.Argument(metavar="DATA", help="A folder of folders, or a .csv or .jsonl file with path and label.")
-    ],
+    data: LabelledData,
     *,
     preprocessing: Annotated[
         Preprocessing,
-        typer.Option(help="The checkpoint's own; or that of the published accuracies (short side, then centre crop)."),
+        typer.Option(
+            help="checkpoint: the checkpoint's own; original: that of the published accuracies (resize the short side, then "
+            "centre crop)."
+        ),
     ] = "checkpoint",
     classes: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="The data's labels in the order of the network's classes, one a line.")
+        Path | None, typer.Option(metavar="FILE", help="The data's labels in the order of the network's classes, one per line.")
     ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="All that was measured, as JSON on standard output.")] = False,
-    report: Annotated[Path | None, typer.Option(metavar="FILE", help="Write a page of HTML there, pictures inside.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the full results as JSON on standard output.")] = False,
+    report: Annotated[Path | None, typer.Option(metavar="FILE", help="Write a self-contained HTML report with plots.")] = None,
     settings: Settings,
 ) -> None:
-    """Say how good a checkpoint is on labelled pictures. Exit status 1 where a picture could not be read."""
+    """Evaluate a checkpoint on labelled images. The exit status is 1 if an image could not be read."""
     if report is not None and find_spec("matplotlib") is None:
-        raise Refused("--report draws with matplotlib, which is not installed: pip install 'dinat-serve[evaluate]'")
+        raise CommandError("--report requires matplotlib: pip install 'dinat-serve[evaluate]'")
     configure_logs("auto", logging.WARNING)
-    pictures = read_data(data)
-    for label in pictures.empty:
-        print(f"dinat: {data / label} has no picture: the class is left out", file=sys.stderr)
-    names = classes.read_text().splitlines() if classes else None
-    found = asyncio.run(_evaluate(pictures, names, preprocessing, settings.model_copy(update={"model": source})))
+    dataset = read_labelled_images(data)
+    for label in dataset.empty_labels:
+        print(f"dinat: {data / label} has no image: the class is skipped", file=sys.stderr)
+    class_names = classes.read_text().splitlines() if classes else None
+    settings = settings.model_copy(update={"model": source})
+    evaluations = asyncio.run(_evaluate(dataset, class_names, preprocessing, settings))
     if as_json:
-        print(json.dumps({"source": source, "data": str(data), "results": [one.to_dict() for one in found]}, indent=2))
+        results = [evaluation.to_dict() for evaluation in evaluations]
+        print(json.dumps({"source": source, "data": str(data), "results": results}, indent=2))
     else:
-        _show(found)
+        _print_tables(evaluations)
     if report is not None:
-        from dinat.app.evaluation.report import page
+        from dinat.app.evaluation.report import html_report
 
-        report.write_text(page(found, f"{source} on {data}"), encoding="utf-8")
-        print(f"dinat: the report is in {report}", file=sys.stderr)
-    if found[0].unreadable:
-        for path, why in found[0].unreadable.items():
-            print(f"dinat: {path}: {why}", file=sys.stderr)
+        report.write_text(html_report(evaluations, f"{source} on {data}"), encoding="utf-8")
+        print(f"dinat: report written to {report}", file=sys.stderr)
+    if evaluations[0].unreadable:
+        for path, error in evaluations[0].unreadable.items():
+            print(f"dinat: {path}: {error}", file=sys.stderr)
         raise typer.Exit(1)
 
 
 async def _evaluate(
-    data: Data, classes: list[str] | None, preprocessing: Preprocessing, settings: Settings
+    dataset: LabelledImages, class_names: list[str] | None, preprocessing: Preprocessing, settings: Settings
 ) -> list[Evaluation]:
     kinds = ["checkpoint", "original"] if preprocessing == "both" else [preprocessing]
-    async with started(settings) as engine:
-        class_of = class_ids(data.labels, engine.loaded.config, classes)
-        return [await _one(engine, data, class_of, kind, settings) for kind in kinds]
+    async with running_engine(settings) as engine:
+        class_of = class_ids(dataset.labels, engine.loaded.config, class_names)
+        return [await _evaluate_one(engine, dataset, class_of, kind, settings) for kind in kinds]
 
 
-async def _one(engine: Engine, data: Data, class_of: dict[str, int], kind: str, settings: Settings) -> Evaluation:
-    """An evaluation with one preprocessing."""
+async def _evaluate_one(
+    engine: Engine, dataset: LabelledImages, class_of: dict[str, int], preprocessing: str, settings: Settings
+) -> Evaluation:
+    """Evaluate with one kind of preprocessing."""
     loaded = engine.loaded
     config = loaded.config
-    read = _read if kind == "checkpoint" else _read_as_original(loaded.processor, settings.max_pixels)
+    read = _read if preprocessing == "checkpoint" else _original_preprocessing(loaded.processor, settings.max_pixels)
     truth, best, in_top5, scores = [], [], [], []
     unreadable: dict[str, str] = {}
-    wanted = InferenceOptions(top_k=min(5, config.num_labels))
-    began = time.perf_counter()
-    labels = iter(picture.label for picture in data.pictures)
-    answered = answers(engine, [str(one.path) for one in data.pictures], wanted, read)
-    async with with_bar(answered, len(data.pictures), "evaluating") as done:
-        async for path, answer in done:
-            true = class_of[next(labels)]
-            if isinstance(answer, str):
-                unreadable[path] = answer
+    options = InferenceOptions(top_k=min(5, config.num_labels))
+    start = time.perf_counter()
+    labels = iter(image.label for image in dataset.images)
+    stream = stream_results(engine, [str(image.path) for image in dataset.images], options, read)
+    async with progress_bar(stream, len(dataset.images), "evaluating") as results:
+        async for path, result in results:
+            true_class = class_of[next(labels)]
+            if isinstance(result, str):
+                unreadable[path] = result
                 continue
-            truth.append(true)
-            best.append(int(answer.class_ids[0]))
-            in_top5.append(true in answer.class_ids)
-            scores.append(float(answer.scores[0]))
-    seconds = time.perf_counter() - began
+            truth.append(true_class)
+            best.append(int(result.class_ids[0]))
+            in_top5.append(true_class in result.class_ids)
+            scores.append(float(result.scores[0]))
+    seconds = time.perf_counter() - start
     if not truth:
-        raise Refused(f"none of {len(unreadable)} pictures can be read; the first: {next(iter(unreadable.values()))}")
+        raise CommandError(f"none of the {len(unreadable)} images can be read; the first: {next(iter(unreadable.values()))}")
     setting = {
-        "preprocessing": kind,
+        "preprocessing": preprocessing,
         "runtime": loaded.runtime,
         "precision": loaded.precision,
         "device": loaded.device,
@@ -128,11 +133,11 @@ async def _read(path: str) -> ImageSource:
     return Path(path)
 
 
-def _read_as_original(processor: DinatImageProcessor, max_pixels: int) -> Callable[[str], Awaitable[ImageSource]]:
-    """Pictures resized and cropped as the original evaluation did; normalised as the checkpoint says."""
+def _original_preprocessing(processor: DinatImageProcessor, max_pixels: int) -> Callable[[str], Awaitable[ImageSource]]:
+    """Return a reader that resizes and crops as the original evaluation did. Normalization is the checkpoint's."""
     size = processor.output_size
     if size is None or size[0] != size[1]:
-        raise Refused("--preprocessing original is for networks that take squares; this one keeps the pictures' aspect")
+        raise CommandError("--preprocessing original requires a network with square input; this one keeps the aspect ratio")
     original = DinatImageProcessor.original(size[0], crop_pct=1.0 if size[0] >= 384 else 0.875)
 
     async def read(path: str) -> ImageSource:
@@ -141,20 +146,22 @@ def _read_as_original(processor: DinatImageProcessor, max_pixels: int) -> Callab
     return read
 
 
-def _show(found: list[Evaluation]) -> None:
-    """The tables, on standard output."""
+def _print_tables(evaluations: list[Evaluation]) -> None:
     console = Console(highlight=False)
     console.width = max(console.width, 120)
-    table = Table(*found[0].setting, "pictures", "top-1", "top-5", "calibration error", "per second")
-    for one in found:
-        shares = (f"{share:.2%}" for share in (one.top1, one.top5, one.calibration_error))
-        table.add_row(*one.setting.values(), str(one.pictures), *shares, f"{one.pictures_per_second:.1f}")
+    table = Table(*evaluations[0].setting, "images", "top-1", "top-5", "calibration error", "images/s")
+    for evaluation in evaluations:
+        percentages = (f"{value:.2%}" for value in (evaluation.top1, evaluation.top5, evaluation.calibration_error))
+        table.add_row(
+            *evaluation.setting.values(), str(evaluation.num_images), *percentages, f"{evaluation.images_per_second:.1f}"
+        )
     console.print(table)
-    for one in found:
-        rows = one.shown_classes
-        if rows is not one.by_class:
-            console.print(f"The {MOST_SHOWN} classes of lowest recall")
-        table = Table(*rows[0], title=", ".join(one.setting.values()) if len(found) > 1 else None, title_justify="left")
+    for evaluation in evaluations:
+        rows = evaluation.shown_classes
+        if rows is not evaluation.by_class:
+            console.print(f"The {MAX_CLASSES_SHOWN} classes with the lowest recall")
+        title = ", ".join(evaluation.setting.values()) if len(evaluations) > 1 else None
+        table = Table(*rows[0], title=title, title_justify="left")
         for row in rows:
             table.add_row(*(f"{value:.1%}" if isinstance(value, float) else str(value or "") for value in row.values()))
         console.print(table)

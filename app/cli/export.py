@@ -1,4 +1,4 @@
-"""`dinat export`: write a checkpoint as a graph."""
+"""`dinat export`: export a checkpoint to ONNX, OpenVINO or torch.export."""
 
 from pathlib import Path
 from typing import Annotated, Literal
@@ -14,44 +14,45 @@ from dinat.model.export import format_of
 Format = Literal["onnx", "openvino", "torch-export"]
 
 
-def _size(text: str) -> tuple[int, int]:
+def _parse_size(text: str) -> tuple[int, int]:
     height, x, width = text.partition("x")
     try:
-        sides = int(height), int(width if x else height)
+        size = int(height), int(width if x else height)
     except ValueError:
-        raise typer.BadParameter(f"{text!r} is no size: give HEIGHTxWIDTH, such as 224x224") from None
-    if min(sides) < 1:
-        raise typer.BadParameter(f"{text!r} is no size: both sides must be at least 1")
-    return sides
+        raise typer.BadParameter(f"{text!r} is not a size: use HEIGHTxWIDTH, such as 224x224") from None
+    if min(size) < 1:
+        raise typer.BadParameter(f"{text!r} is not a size: both sides must be at least 1")
+    return size
 
 
-def _batch(text: str) -> int | None:
+def _parse_batch(text: str) -> int | None:
     if text == "dynamic":
         return None
     if not text.isdecimal() or int(text) < 1:
-        raise typer.BadParameter(f"{text!r} is no batch: give dynamic, or a number of at least 1")
+        raise typer.BadParameter(f"{text!r} is not a batch size: use dynamic or an integer of at least 1")
     return int(text)
 
 
 def export(
     source: Source,
-    file: Annotated[Path, typer.Argument(metavar="FILE", help="File to write: *.onnx, *.xml (and *.bin beside it) or *.pt2.")],
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="Output file: *.onnx, *.xml (with *.bin beside it) or *.pt2.")],
     *,
-    file_format: Annotated[Format | None, typer.Option("--format", help="Of the file; by its name if not given.")] = None,
-    batch: Annotated[str, typer.Option(metavar="dynamic|N", help="Pictures per call; dynamic for any number.")] = "dynamic",
-    size: Annotated[
-        str | None, typer.Option(metavar="HxW", help="Of the input, in pixels; the checkpoint's if not given.")
-    ] = None,
+    file_format: Annotated[Format | None, typer.Option("--format", help="File format. Default: from the name of FILE.")] = None,
+    batch: Annotated[str, typer.Option(metavar="dynamic|N", help="Images per call; dynamic accepts any number.")] = "dynamic",
+    size: Annotated[str | None, typer.Option(metavar="HxW", help="Input size in pixels. Default: the checkpoint's.")] = None,
     features: Annotated[
-        str, typer.Option(metavar="NAMES", help="Maps to give besides logits, by comma: stem, stage1, ..., pooled.")
+        str,
+        typer.Option(metavar="NAMES", help="Comma-separated feature maps to output besides logits: stem, stage1, ..., pooled."),
     ] = "",
     revision: Revision = None,
 ) -> None:
-    """Write a checkpoint as a graph that its runtime opens without this project."""
-    count, sides = _batch(batch), None if size is None else _size(size)
+    """Export a checkpoint as a graph that ONNX Runtime, OpenVINO or PyTorch runs without this package."""
+    batch_size, input_size = _parse_batch(batch), None if size is None else _parse_size(size)
     checkpoint = open_checkpoint(source, revision=revision)
     network = DinatForImageClassification.from_pretrained(checkpoint)
     processor = DinatImageProcessor.from_pretrained(checkpoint)
     names = tuple(name.strip() for name in features.split(",") if name.strip())
-    difference = write(network, processor, file, file_format or format_of(file), batch=count, size=sides, features=names)
-    print(f"{source} written to {file}; its outputs are within {difference:.1e} of PyTorch's")
+    difference = write(
+        network, processor, file, file_format or format_of(file), batch=batch_size, size=input_size, features=names
+    )
+    print(f"{source} written to {file}; largest relative difference from PyTorch's outputs: {difference:.1e}")

@@ -1,21 +1,31 @@
-"""What several commands take: checkpoints, and settings as flags."""
+"""Arguments and flags that several commands share: checkpoints, settings and recipe fields."""
 
 import inspect
 from collections.abc import Callable, Iterable
 from functools import wraps
+from pathlib import Path
 from typing import Annotated, Any, Literal, get_args, get_origin
 
 import typer
 from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
 
-from dinat.app.cli import Refused
+from dinat.app.cli import CommandError
 from dinat.app.settings import Settings, explain
 from dinat.app.training.recipe import Recipe
 
-Source = Annotated[str, typer.Argument(metavar="SOURCE", help='Folder, Hub id, original .pth file, or "digits".')]
+Source = Annotated[
+    str, typer.Argument(metavar="SOURCE", help='Checkpoint: a folder, a Hub id, an original .pth file, or "digits".')
+]
+LabelledData = Annotated[
+    Path,
+    typer.Argument(
+        metavar="DATA", help="Folder with one subfolder of images per label, or a .csv or .jsonl file with path and label."
+    ),
+]
 Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit of a Hub id.")]
 
+Command = Callable[..., None]
 
 ENGINE = (
     "model",
@@ -29,55 +39,64 @@ ENGINE = (
     "decode",
     "max_pixels",
 )
-"""The settings that are the engine's, not the service's."""
+"""Settings of the engine, as opposed to the HTTP service."""
 
 
-def settings_flags(names: Iterable[str], **fixed: Any) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """A flag for each of these settings; the command is called with `settings`: the flags, else the environment, else .env.
+def settings_flags(names: Iterable[str], **fixed: Any) -> Callable[[Command], Command]:
+    """Add a flag for each of these settings. A flag overrides the environment, which overrides .env.
 
-    fixed: settings that this command decides itself.  A wrong value ends the command, as Refused.
+    Args:
+        names: Fields of Settings.
+        fixed: Settings whose value the command fixes.
+
+    Returns:
+        A decorator. The command receives `settings`. Raises CommandError for an invalid value.
     """
-    return _flags(Settings, "settings", names, explain, fixed, shown=False)
+    return _flags(Settings, "settings", names, explain, fixed, show_defaults=False)
 
 
-def recipe_flags() -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """A flag for each field of a training's recipe; the command is called with `recipe`. A wrong value ends it, as Refused."""
-    return _flags(Recipe, "recipe", Recipe.model_fields, _explain_flags, {}, shown=True)
+def recipe_flags() -> Callable[[Command], Command]:
+    """Add a flag for each field of a training recipe.
+
+    Returns:
+        A decorator. The command receives `recipe`. Raises CommandError for an invalid value.
+    """
+    return _flags(Recipe, "recipe", Recipe.model_fields, _explain_flags, {}, show_defaults=True)
 
 
 def _flags(
-    kind: type[BaseModel],
-    to: str,
+    model: type[BaseModel],
+    parameter: str,
     names: Iterable[str],
     explain: Callable[[ValidationError], str],
     fixed: dict[str, Any],
-    shown: bool,
-) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Flags for fields of a model, which the command then gets whole, under the name `to`. shown: whether help has defaults."""
+    show_defaults: bool,
+) -> Callable[[Command], Command]:
+    """Add a flag for each named field of a model, and pass the command the model instance as `parameter`."""
 
-    def decorate(command: Callable[..., None]) -> Callable[..., None]:
+    def decorate(command: Command) -> Command:
         @wraps(command)
-        def run(**given: Any) -> None:
-            flags = {name: value for name in names if (value := given.pop(name)) is not None}
+        def run(**arguments: Any) -> None:
+            flags = {name: value for name in names if (value := arguments.pop(name)) is not None}
             try:
-                values = kind(**flags, **fixed)
+                values = model(**flags, **fixed)
             except ValidationError as error:
-                raise Refused(explain(error)) from None
-            command(**{to: values}, **given)
+                raise CommandError(explain(error)) from None
+            command(**{parameter: values}, **arguments)
 
-        own = [parameter for name, parameter in inspect.signature(command).parameters.items() if name != to]
-        parameters = [*own, *(_flag(kind.model_fields[name], name, shown) for name in names)]
-        run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]  # what Typer reads
-        run.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+        own = [value for name, value in inspect.signature(command).parameters.items() if name != parameter]
+        parameters = [*own, *(_flag(model.model_fields[name], name, show_defaults) for name in names)]
+        run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]  # read by Typer
+        run.__annotations__ = {value.name: value.annotation for value in parameters}
         return run
 
     return decorate
 
 
-def _flag(field: FieldInfo, name: str, shown: bool) -> inspect.Parameter:
-    choices = "|".join(get_args(field.annotation)) if get_origin(field.annotation) is Literal else name.upper()
-    default = str(field.default) if shown and field.default is not None else False
-    option = typer.Option(f"--{name.replace('_', '-')}", metavar=choices, help=field.description, show_default=default)
+def _flag(field: FieldInfo, name: str, show_default: bool) -> inspect.Parameter:
+    metavar = "|".join(get_args(field.annotation)) if get_origin(field.annotation) is Literal else name.upper()
+    default = str(field.default) if show_default and field.default is not None else False
+    option = typer.Option(f"--{name.replace('_', '-')}", metavar=metavar, help=field.description, show_default=default)
     return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Annotated[str | None, option])
 
 

@@ -1,4 +1,4 @@
-"""`dinat info`: say what is in a checkpoint."""
+"""`dinat info`: print a checkpoint's configuration and size."""
 
 import json
 from typing import Any
@@ -9,7 +9,7 @@ from dinat.model.checkpoints.checkpoint import open_checkpoint
 
 
 def info(source: Source, *, revision: Revision = None) -> None:
-    """Print what a checkpoint is, as JSON."""
+    """Print a checkpoint's configuration, number of parameters and image processor as JSON."""
     checkpoint = open_checkpoint(source, revision=revision)
     config = checkpoint.config
     weights = checkpoint.state_dict()

@@ -1,4 +1,4 @@
-"""How far a command is, for who looks on."""
+"""A progress bar for asynchronous results."""
 
 import sys
 from collections.abc import AsyncGenerator, AsyncIterator
@@ -12,15 +12,15 @@ T = TypeVar("T")
 
 
 @asynccontextmanager
-async def with_bar(done: AsyncGenerator[T], total: int, doing: str) -> AsyncIterator[AsyncIterator[T]]:
-    """The same, one by one; on a terminal a bar on standard error says how many of them there were. Closes it at the end."""
+async def progress_bar(results: AsyncGenerator[T], total: int, description: str) -> AsyncIterator[AsyncIterator[T]]:
+    """Iterate over results with a progress bar on standard error if that is a terminal. Closes the generator on exit."""
     with Progress(console=Console(stderr=True), disable=not sys.stderr.isatty(), transient=True) as progress:
-        task = progress.add_task(doing, total=total)
+        task = progress.add_task(description, total=total)
 
-        async def each() -> AsyncIterator[T]:
-            async for one in done:
-                yield one
+        async def advance() -> AsyncIterator[T]:
+            async for result in results:
+                yield result
                 progress.advance(task)
 
-        async with aclosing(done):
-            yield each()
+        async with aclosing(results):
+            yield advance()

@@ -1,4 +1,4 @@
-"""`dinat quantize`: write a checkpoint with an 8-bit graph beside its weights."""
+"""`dinat quantize`: quantize a checkpoint to 8 bits for a CPU."""
 
 import sys
 from pathlib import Path
@@ -16,26 +16,29 @@ from dinat.model import DinatForImageClassification, DinatImageProcessor
 from dinat.model.checkpoints.checkpoint import open_checkpoint
 from dinat.model.export import quantize as calibrate
 
-WORTH_IT = 1.1
-"""How many times as fast it must be."""
+MIN_SPEEDUP = 1.1
+"""Speedup over the unquantized network from which quantization is recommended."""
 
 
 def quantize(
     source: Source,
-    pictures: Annotated[
-        Path, typer.Argument(metavar="PICTURES", help="Folder of pictures to calibrate with, a few hundred like those to come.")
+    images: Annotated[
+        Path,
+        typer.Argument(
+            metavar="IMAGES", help="Folder of calibration images: a few hundred, similar to those to be classified."
+        ),
     ],
-    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="Folder to write.")],
+    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="Output folder.")],
     *,
     revision: Revision = None,
 ) -> None:
-    """Write a checkpoint with an 8-bit graph beside its weights, and say what it costs and what it gains on this processor."""
+    """Write a checkpoint with an 8-bit graph beside its weights. Prints the change in accuracy and speed on this CPU."""
     examples = []
-    for path in sorted(path for path in pictures.rglob("*") if path.is_file()):
+    for path in sorted(path for path in images.rglob("*") if path.is_file()):
         try:
             examples.append(decode(path.read_bytes(), Settings.model_fields["max_pixels"].default))
         except ServiceError as error:
-            print(f"dinat: {path} is left out: {error.detail}", file=sys.stderr)
+            print(f"dinat: {path} is skipped: {error.detail}", file=sys.stderr)
     checkpoint = open_checkpoint(source, revision=revision)
     network = DinatForImageClassification.from_pretrained(checkpoint)
     processor = DinatImageProcessor.from_pretrained(checkpoint)
@@ -43,14 +46,15 @@ def quantize(
     network.save_pretrained(folder)
     processor.save_pretrained(folder)
     print(
-        f"{source} written to {folder}. On its {cost.pictures} pictures the 8-bit graph has the same best "
-        f"class for {cost.same_top1:.1%}, and logits within {cost.difference:.3g}, where the largest is {cost.largest:.3g}.\n"
+        f"{source} written to {folder}. On {cost.images} calibration images, the 8-bit graph predicts the same top class for "
+        f"{cost.top1_agreement:.1%}; its logits differ by at most {cost.max_difference:.3g}, the largest is {cost.max_logit:.3g}.\n"
         f"Serve it with: dinat serve --model {folder} --precision int8"
     )
-    small, usual = (load_runtimes(Settings(model=str(folder), device="cpu", precision=kind))[0] for kind in ("int8", "auto"))
-    rates = [float(forward_rate(runtime)["pictures/s"] or 0) for runtime in (small, usual)]
-    gain = rates[0] / rates[1]
+    int8, default = (load_runtimes(Settings(model=str(folder), device="cpu", precision=kind))[0] for kind in ("int8", "auto"))
+    rates = [float(forward_rate(runtime)["images/s"] or 0) for runtime in (int8, default)]
+    speedup = rates[0] / rates[1]
+    verdict = "recommended" if speedup >= MIN_SPEEDUP else "not recommended on this CPU"
     print(
-        f"Here it computes {rates[0]:.1f} pictures a second, {gain:.2f} times as many as without it "
-        f"({usual.name}, {usual.precision}): {'worth it' if gain >= WORTH_IT else 'not worth it on this processor'}."
+        f"On this CPU it processes {rates[0]:.1f} images/s, {speedup:.2f} times as many as "
+        f"{default.name} in {default.precision}: {verdict}."
     )

@@ -1,11 +1,11 @@
-"""`dinat serve`: answer HTTP requests until a signal says stop."""
+"""`dinat serve`: start the HTTP server."""
 
 import typer
 
-from dinat.app.cli import Refused
+from dinat.app.cli import CommandError
 from dinat.app.cli.flags import settings_flags
 from dinat.app.engine.engine import Engine
-from dinat.app.host import allow_descriptors
+from dinat.app.host import raise_descriptor_limit
 from dinat.app.logs import configure_logs
 from dinat.app.main import create_app
 from dinat.app.server.heap import keep_freed_memory, reduce_gc
@@ -16,22 +16,25 @@ from dinat.app.settings import Settings
 
 @settings_flags(Settings.model_fields)
 def serve(*, settings: Settings) -> None:
-    """Answer HTTP requests until a signal says stop. Every flag can also be set as DINAT_..., in capitals."""
+    """Start the HTTP server. It stops on SIGTERM or SIGINT.
+
+    Each flag can also be set as an environment variable DINAT_<NAME>, such as DINAT_MAX_BATCH.
+    """
     configure_logs(settings.log_format)
     keep_freed_memory()
-    allow_descriptors()
+    raise_descriptor_limit()
     frontends = resolve_frontends(settings)
     if frontends > 1:
         try:
             Supervisor(settings, frontends).run()
-        except ServiceFailed as reason:
-            raise Refused(str(reason)) from None
+        except ServiceFailed as failure:
+            raise CommandError(str(failure)) from None
         return
     reduce_gc()
     engine = Engine(settings)
     server = Server(create_app(settings, engine), engine)
     server.run()
     if engine.failure is not None:
-        raise Refused(f"{settings.model} cannot be served: {engine.failure}")
+        raise CommandError(f"{settings.model} cannot be served: {engine.failure}")
     if not server.started:
         raise typer.Exit(1)

@@ -1,4 +1,4 @@
-"""`dinat train`: fine-tune a checkpoint, or train a network of its kind from the start, on labelled pictures."""
+"""`dinat train`: fine-tune a checkpoint, or train its network from random weights, on labelled images."""
 
 import os
 import sys
@@ -11,70 +11,73 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
-from dinat.app.cli import Refused
-from dinat.app.cli.flags import Revision, recipe_flags
+from dinat.app.cli import CommandError
+from dinat.app.cli.flags import LabelledData, Revision, recipe_flags
 from dinat.app.settings import Settings
 from dinat.app.training.recipe import Recipe
 
-NEEDED = ("accelerate", "matplotlib", "sklearn", "transformers")
+REQUIRED_PACKAGES = ("accelerate", "matplotlib", "sklearn", "transformers")
 
 
 @recipe_flags()
 def train(
-    data: Annotated[
-        Path, typer.Argument(metavar="DATA", help="A folder of folders, or a .csv or .jsonl file with path and label.")
-    ],
-    out: Annotated[
-        Path, typer.Argument(metavar="OUT", help="Folder to write; one that a stopped training left is gone on with.")
-    ],
+    data: LabelledData,
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="Output folder. An interrupted training in it is resumed.")],
     *,
-    source: Annotated[str, typer.Option("--from", metavar="SOURCE", help='Folder, Hub id, original .pth file, or "digits".')],
+    source: Annotated[
+        str,
+        typer.Option(
+            "--from", metavar="SOURCE", help='Checkpoint to start from: a folder, a Hub id, an original .pth file, or "digits".'
+        ),
+    ],
     revision: Revision = None,
     validate_on: Annotated[
-        Path | None, typer.Option(metavar="DATA", help="Labelled pictures to validate on, rather than a share of DATA.")
+        Path | None, typer.Option(metavar="DATA", help="Validation data. Default: a share of DATA (see --validation).")
     ] = None,
     device: Annotated[
-        str, typer.Option(metavar="auto|cpu", help="auto: the first card, or those of accelerate's processes.")
+        str, typer.Option(metavar="auto|cpu", help="auto: the first GPU, or one GPU per process of accelerate.")
     ] = "auto",
     workers: Annotated[
-        int | None, typer.Option(min=0, help="Processes that prepare pictures; one a core beside a card, else none.")
+        int | None, typer.Option(min=0, help="Data loading processes. Default: one per CPU core on a GPU, else 0.")
     ] = None,
-    max_pixels: Annotated[int, typer.Option(min=1, help="Largest picture, width times height.")] = Settings.model_fields[
+    max_pixels: Annotated[int, typer.Option(min=1, help="Largest image, width times height.")] = Settings.model_fields[
         "max_pixels"
     ].default,
     recipe: Recipe,
 ) -> None:
-    """Train a classifier on labelled pictures. OUT is a checkpoint in the Hub's layout, with a model card.
+    """Train a classifier on labelled images.
 
-    The best weights so far are always whole in OUT. Said again after it was stopped, it goes on, to the same weights.
-    On several cards: accelerate launch -m dinat train ...
+    OUT is a checkpoint in the Hugging Face Hub layout with a model card. It always contains the best weights so far. To resume
+    an interrupted training, run the same command again: the resulting weights are the same as without the interruption.
+
+    To train on several GPUs: accelerate launch -m dinat train ...
     """
-    missing = [name for name in NEEDED if find_spec(name) is None]
+    missing = [name for name in REQUIRED_PACKAGES if find_spec(name) is None]
     if missing:
-        raise Refused(f"training wants {', '.join(missing)}, not installed: pip install 'dinat-serve[train]'")
+        raise CommandError(f"dinat train requires {', '.join(missing)}: pip install 'dinat-serve[train]'")
     if device not in ("auto", "cpu"):
-        raise Refused(f"--device is auto or cpu, got {device!r}; CUDA_VISIBLE_DEVICES says which cards are seen")
-    from dinat.app.training.run import train as run
-    from dinat.app.training.task import Task
+        raise CommandError(f"--device must be auto or cpu, got {device!r}; CUDA_VISIBLE_DEVICES selects GPUs")
+    from dinat.app.training.spec import TrainingSpec
+    from dinat.app.training.train import train as run
 
-    speaks = os.environ.get("RANK", "0") == "0"  # of accelerate's processes the first one
-    with Progress(console=Console(stderr=True), disable=not sys.stderr.isatty(), transient=True) as bar:
-        trained = run(
-            Task(source, revision, data, validate_on, out, recipe, max_pixels),
+    is_main = os.environ.get("RANK", "0") == "0"  # the first of accelerate's processes
+    with Progress(console=Console(stderr=True), disable=not sys.stderr.isatty(), transient=True) as progress:
+        result = run(
+            TrainingSpec(source, revision, data, validate_on, out, recipe, max_pixels),
             device=device,
             workers=workers,
-            say=lambda line: print(f"dinat: {line}", file=sys.stderr, flush=True) if speaks else None,
-            bar=bar,
+            report=lambda line: print(f"dinat: {line}", file=sys.stderr, flush=True) if is_main else None,
+            progress=progress,
         )
-    kept = trained.kept
-    table = Table("kept epoch", "top-1", "top-5", "loss", "pictures/s", "folder")
+    saved = result.saved_epoch
+    table = Table("saved epoch", "top-1", "top-5", "loss", "images/s", "folder")
     table.add_row(
-        f"{kept.epoch} of {len(trained.progress.epochs)}",
-        f"{kept.top1:.2%}",
-        f"{kept.top5:.2%}",
-        f"{kept.loss:.4f}",
-        f"{trained.pictures_per_second:.1f}",
+        f"{saved.epoch} of {len(result.history.epochs)}",
+        f"{saved.top1:.2%}",
+        f"{saved.top5:.2%}",
+        f"{saved.loss:.4f}",
+        f"{result.images_per_second:.1f}",
         str(out),
     )
-    if speaks:
+    if is_main:
         Console().print(table)

@@ -1,1 +1,1 @@
-"""From pictures ready for the network to answers: batching, and the runtimes that compute."""
+"""The inference engine: batching, runtimes, and the processes that run them."""

@@ -1,15 +1,15 @@
-"""What executes jobs, as the engine sees it: in this process or in another one."""
+"""The interface between the engine and what runs its jobs: this process or the engine process."""
 
 from collections.abc import Sequence
 from enum import StrEnum
 from typing import Protocol
 
-from dinat.app.engine.batcher import Job
+from dinat.app.engine.job import Job
 from dinat.app.engine.runtimes.runtime import LoadedModel
 
 
 class State(StrEnum):
-    """Where the engine is in its life."""
+    """Engine state."""
 
     LOADING = "loading"
     READY = "ready"
@@ -18,32 +18,35 @@ class State(StrEnum):
 
 
 class Backend(Protocol):
-    """Whoever runs jobs in batches: this process, or another. Its methods are for the event loop's thread, `put` for all."""
+    """Runs jobs in batches, in this process or in another one.
+
+    `put` is safe from any thread; all other methods run on the event loop's thread.
+    """
 
     state: State
-    """Never DRAINING: that is for who fills it to know."""
+    """LOADING, READY or FAILED. DRAINING is a state of the Engine only."""
     failure: BaseException | None
     loaded: LoadedModel | None
 
     @property
     def waiting(self) -> int:
-        """Pictures taken, of all that fill it, and not yet running."""
+        """Number of queued images, of all processes: accepted and not running yet."""
 
     @property
     def rate(self) -> float | None:
-        """Pictures per second of the last batches, None before the first."""
+        """Images per second over the last batches; None before the first batch."""
 
     async def start(self) -> None:
-        """Load; over when that is done. A failure is kept in `failure`, not raised."""
+        """Load the model and wait until that ends. An error is stored in `failure`, not raised."""
 
-    def take(self, jobs: Sequence[Job]) -> bool:
-        """Count jobs as waiting, if there is room for all of them."""
+    def reserve(self, jobs: Sequence[Job]) -> bool:
+        """Reserve places in the queue. Return False if there are not enough for all jobs."""
 
     def put(self, job: Job) -> None:
-        """Run a job that was taken and has its pixels."""
+        """Queue a job that has a place and its pixels."""
 
-    def withdraw(self, job: Job) -> None:
-        """Nobody waits for a job any more, answered or not."""
+    def release(self, job: Job) -> None:
+        """Release a job's place and cancel the job unless it has ended."""
 
     async def stop(self) -> None:
-        """Answer what still waits with an error, and end."""
+        """Fail the jobs that still wait, and stop."""

@@ -1,76 +1,41 @@
-"""Puts pictures together into batches and runs them, in threads of their own: one for each lane of each runtime.
+"""Dynamic batching: collects jobs into batches and runs them in one thread for each lane of each runtime.
 
-While batches run, the next one gathers. A picture never waits while a runtime is idle (unless max_wait says so); beside a
-batch that it runs already, a runtime is given only full ones.
+The next batch fills while others run. An idle runtime starts a batch at once, unless max_wait is set. A runtime that is busy
+starts a further batch only if that batch is full.
 """
 
 import bisect
 import threading
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
+from dinat.app.engine.events import BatcherEvents
+from dinat.app.engine.job import Job
 from dinat.app.engine.runtimes.runtime import Array, InferenceOptions, InferenceResult, Runtime
 from dinat.model.cpu.resize import Pixels
 
 RATE_BATCHES = 32
-"""Batches over which the rate of pictures is measured."""
-
-
-@dataclass(eq=False)
-class Job:
-    """One picture on its way through the engine.
-
-    arrived, deadline, decoded, started, computed: seconds of time.monotonic, which all processes of a machine share.
-    pixels: (H, W, 3), as Runtime.run takes them, until they are copied into their batch.
-    dropped: set when nobody waits any more; a dropped job is not computed.
-    """
-
-    wanted: InferenceOptions
-    arrived: float
-    deadline: float
-    pixels: Pixels | Array | None = None
-    decoded: float = 0.0
-    started: float = 0.0
-    computed: float = 0.0
-    dropped: bool = False
-
-    @property
-    def alive(self) -> bool:
-        """Whether somebody still waits for the answer."""
-        return not self.dropped and time.monotonic() < self.deadline
-
-
-ResultCallback = Callable[[Sequence[Job], Sequence[InferenceResult | Exception]], object]
-"""Told of jobs and what became of each. Called from any thread."""
+"""Number of batches over which the rate is measured."""
 
 
 class Batcher:
-    """The engine's threads and the pictures that wait for them.
+    """A queue of jobs and the threads that run them.
 
-    answered: told of every job that was put.  on_start: called in a thread with the jobs of each batch before they run, when
-    their pixels are copied.  on_batch: then with their number and the seconds they took.  on_crash: called in the thread, as it
-    ends, with what ended it, its runtime and the jobs that it had under way.
+    Args:
+        runtimes: Each runs in as many threads as it has lanes.
+        max_batch: Largest batch, in images. It is halved when a batch runs out of memory.
+        max_wait: Longest time, in seconds, that an idle runtime waits for a batch to fill.
+        events: Receives results, batches and crashes.
     """
 
-    def __init__(
-        self,
-        runtimes: Sequence[Runtime],
-        max_batch: int,
-        max_wait: float,
-        answered: ResultCallback,
-        on_start: Callable[[list[Job]], object],
-        on_batch: Callable[[int, float], object],
-        on_crash: Callable[[BaseException, Runtime, list[Job]], object],
-    ) -> None:
+    def __init__(self, runtimes: Sequence[Runtime], max_batch: int, max_wait: float, events: BatcherEvents) -> None:
         self.max_batch = max_batch
         self._max_wait = max_wait
-        self._answered = answered
-        self._on_start, self._on_batch, self._on_death = on_start, on_batch, on_crash
+        self._events = events
         self._waiting: list[Job] = []
         self._changed = threading.Condition()
         self._stopping = False
@@ -81,30 +46,30 @@ class Batcher:
         self._running: Counter[Runtime] = Counter()
 
     def start(self) -> None:
-        """Start the threads, or new ones in the place of those that have died. What waits is kept."""
+        """Start the threads, or restart those that crashed. Queued jobs stay queued."""
         for lane, thread in enumerate(self._threads):
             if thread is None:
-                self._threads[lane] = thread = threading.Thread(target=self._live, args=[lane], name="engine", daemon=True)
+                self._threads[lane] = thread = threading.Thread(target=self._run_lane, args=[lane], name="engine", daemon=True)
                 thread.start()
 
     def put(self, job: Job) -> None:
-        """Let a job with its pixels wait, before all that arrived after it. Safe from every thread."""
+        """Queue a job that has its pixels, in order of arrival. Safe from any thread."""
         with self._changed:
             if self._closed is None:
                 bisect.insort(self._waiting, job, key=lambda waiting: waiting.arrived)
                 self._changed.notify_all()
                 return
-        self._answered([job], [self._closed])
+        self._events.on_results([job], [self._closed])
 
     def close(self, error: Exception) -> None:
-        """Answer every job that waits, and those that will be put from now on, with an error."""
+        """Fail all queued jobs, and all jobs that are put later, with an error."""
         with self._changed:
             self._closed = error
             jobs, self._waiting = self._waiting, []
-        self._answered(jobs, [error] * len(jobs))
+        self._events.on_results(jobs, [error] * len(jobs))
 
     def stop(self) -> None:
-        """End the threads once nothing waits, and wait for them."""
+        """Stop the threads once the queue is empty, and join them."""
         with self._changed:
             self._stopping = True
             self._changed.notify_all()
@@ -113,12 +78,12 @@ class Batcher:
                 thread.join()
 
     def rate(self) -> float | None:
-        """Pictures per second of the last batches, None before the first."""
+        """Images per second over the last batches; None before the first batch."""
         batches = list(self._rate)
         seconds = sum(taken for _, taken in batches)
         return len(self._lanes) * sum(count for count, _ in batches) / seconds if seconds > 0 else None
 
-    def _live(self, lane: int) -> None:
+    def _run_lane(self, lane: int) -> None:
         runtime = self._lanes[lane]
         batch: list[Job] = []
         try:
@@ -128,12 +93,12 @@ class Batcher:
                 finally:
                     self._end_batch(runtime)
                 batch = []
-        except BaseException as death:
+        except BaseException as error:
             self._threads[lane] = None
-            self._on_death(death, runtime, batch)
+            self._events.on_crash(error, runtime, batch)
 
     def _next_batch(self, runtime: Runtime) -> list[Job]:
-        """Wait for jobs and take the oldest, those whose pictures are of one kind. Empty when the thread is to end."""
+        """Wait for the oldest jobs whose images have one shape. An empty batch means that the thread must end."""
 
         def may_start() -> bool:
             return bool(self._waiting) and (not self._running[runtime] or len(self._waiting) >= self.max_batch)
@@ -146,9 +111,9 @@ class Batcher:
                 batch: list[Job] = []
                 rest: list[Job] = []
                 for job in self._waiting:
-                    if len(batch) == self.max_batch or (batch and _kind(job) != _kind(batch[0])):
+                    if len(batch) == self.max_batch or (batch and _shape(job) != _shape(batch[0])):
                         rest.append(job)
-                    elif job.alive:
+                    elif job.active:
                         batch.append(job)
                 self._waiting = rest
                 if batch or (self._stopping and not rest):
@@ -165,47 +130,47 @@ class Batcher:
             pixels: Any = np.stack([job.pixels for job in batch if job.pixels is not None])
         except MemoryError as error:
             if len(batch) == 1:
-                self._answered(batch, [error])
+                self._events.on_results(batch, [error])
                 return
-            self._shrink(len(batch))
+            self._reduce_max_batch(len(batch))
             self._run_batch(runtime, batch[: self.max_batch])
             self._run_batch(runtime, batch[self.max_batch :])
             return
         started = time.monotonic()
         for job in batch:
             job.started, job.pixels = started, None
-        self._on_start(batch)
-        answers = self._answers(runtime, pixels, [job.wanted for job in batch])
+        self._events.on_batch_start(batch)
+        results = self._infer(runtime, pixels, [job.options for job in batch])
         computed = time.monotonic()
         for job in batch:
             job.computed = computed
-        taken = computed - started
-        self._rate.append((len(batch), taken))
-        self._on_batch(len(batch), taken)
-        self._answered(batch, answers)
+        seconds = computed - started
+        self._rate.append((len(batch), seconds))
+        self._events.on_batch_end(len(batch), seconds)
+        self._events.on_results(batch, results)
 
-    def _answers(
-        self, runtime: Runtime, pixels: Pixels | Array, wanted: Sequence[InferenceOptions]
+    def _infer(
+        self, runtime: Runtime, pixels: Pixels | Array, options: Sequence[InferenceOptions]
     ) -> Sequence[InferenceResult | Exception]:
-        """Run a batch. One that fails is halved, down to the pictures that are the cause: the others are answered.
+        """Run a batch; split it in half on an error, until only the images that cause the error fail.
 
-        One that needs too much memory is halved too, and the size that fits is kept as the largest from then on.
+        Out of memory also reduces max_batch for the batches that follow.
         """
         try:
-            return runtime.run(pixels, wanted)
+            return runtime.run(pixels, options)
         except Exception as error:
-            if len(wanted) == 1:
+            if len(options) == 1:
                 return [error]
-            half = (len(wanted) + 1) // 2
+            half = (len(options) + 1) // 2
             if runtime.is_out_of_memory(error):
-                self._shrink(len(wanted))
-        return [*self._answers(runtime, pixels[:half], wanted[:half]), *self._answers(runtime, pixels[half:], wanted[half:])]
+                self._reduce_max_batch(len(options))
+        return [*self._infer(runtime, pixels[:half], options[:half]), *self._infer(runtime, pixels[half:], options[half:])]
 
-    def _shrink(self, size: int) -> None:
-        """No batch as large as that from now on, but half of it."""
+    def _reduce_max_batch(self, size: int) -> None:
+        """Limit batches to half of a size that did not fit into memory."""
         self.max_batch = min(self.max_batch, (size + 1) // 2)
 
 
-def _kind(job: Job) -> object:
-    """What pictures of one batch have in common."""
+def _shape(job: Job) -> object:
+    """Shape and dtype, which all images of a batch share."""
     return None if job.pixels is None else (job.pixels.shape, job.pixels.dtype)

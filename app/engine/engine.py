@@ -1,4 +1,4 @@
-"""The one call through which every door reaches the network."""
+"""The inference engine: the one interface through which endpoints and commands classify images."""
 
 import asyncio
 import math
@@ -12,7 +12,8 @@ import numpy as np
 import structlog
 
 from dinat.app.engine.backend import Backend, State
-from dinat.app.engine.batcher import Job, ResultCallback
+from dinat.app.engine.events import BackendEvents
+from dinat.app.engine.job import Job
 from dinat.app.engine.local_backend import LocalBackend
 from dinat.app.engine.runtimes.runtime import Array, InferenceOptions, InferenceResult, LoadedModel
 from dinat.app.errors import DeadlinePassed, NoImage, ServiceError, TooLarge, Unavailable
@@ -27,22 +28,32 @@ log = structlog.get_logger("dinat")
 
 ImageSource = bytes | Path | Pixels | Array
 
-BackendFactory = Callable[[Settings, Metrics, ResultCallback], Backend]
+BackendFactory = Callable[[Settings, Metrics, BackendEvents], Backend]
 
 
 @dataclass(eq=False, kw_only=True)
 class ImageJob(Job):
-    """A job and who waits for it. data: what was submitted, until it is pixels."""
+    """A job of this process.
 
-    data: ImageSource
-    answer: "asyncio.Future[InferenceResult | Exception]"
-    seconds_to_decode: float = 0.0
+    Attributes:
+        source: What was submitted; empty once it is decoded.
+        result: Receives the result.
+        decode_seconds: Time that decoding took.
+    """
+
+    source: ImageSource
+    result: "asyncio.Future[InferenceResult | Exception]"
+    decode_seconds: float = 0.0
 
 
-class Engine:
-    """Decodes pictures in threads, has them computed, and answers. Every method is for the event loop's thread.
+class Engine(BackendEvents):
+    """Decodes images in threads, runs inference on a backend, and returns results.
 
-    create_backend: whoever computes; this process, if nothing is said.
+    All methods run on the event loop's thread, except the events of the backend.
+
+    Args:
+        create_backend: Creates the backend; by default the model runs in this process.
+        metrics: Where to count; a registry of its own if None.
     """
 
     def __init__(
@@ -50,14 +61,14 @@ class Engine:
     ) -> None:
         self.settings = settings
         self.metrics = metrics or Metrics()
-        self.backend = create_backend(settings, self.metrics, self._answered)
-        self.metrics.show(settings.served_name, lambda: self.backend.waiting, lambda: self.backend.loaded)
+        self.backend = create_backend(settings, self.metrics, self)
+        self.metrics.add_engine(settings.served_name, lambda: self.backend.waiting, lambda: self.backend.loaded)
         self.on_started: Callable[[], object] = lambda: None
         self._draining = False
-        self._closes = math.inf
+        self._closes_at = math.inf
         self._closed = False
         self._drain_until = math.inf
-        self._under_way = 0
+        self._in_flight = 0
         self._idle = asyncio.Event()
         self._idle.set()
         self._decoders = ThreadPoolExecutor(settings.decode_threads, thread_name_prefix="decode")
@@ -65,196 +76,227 @@ class Engine:
 
     @property
     def state(self) -> State:
-        """Where the service is in its life. It may take work while it is draining: see drain."""
+        """State of the service. While it is DRAINING the engine may still accept work: see drain."""
         draining = self._draining and self.backend.state is not State.FAILED
         return State.DRAINING if draining else self.backend.state
 
     @property
     def failure(self) -> BaseException | None:
-        """Why it has failed, if it has."""
+        """The error that the backend failed with, if it failed."""
         return self.backend.failure
 
     @property
     def loaded(self) -> LoadedModel:
-        """What serves. Raises Unavailable, saying why, when nothing can be taken."""
-        if self.backend.loaded is None or not self._takes_work:
-            raise Unavailable(self.why_not_ready(), headers={"Retry-After": "1"})
+        """The loaded model.
+
+        Raises:
+            Unavailable: The engine does not accept work now; the message says why.
+        """
+        if self.backend.loaded is None or not self._accepts_work:
+            raise Unavailable(self.status_detail(), headers={"Retry-After": "1"})
         return self.backend.loaded
 
     @property
     def waiting(self) -> int:
-        """Pictures taken and not yet running; those being decoded count."""
+        """Number of queued images: accepted and not running yet, including those being decoded."""
         return self.backend.waiting
 
     @property
-    def _takes_work(self) -> bool:
+    def _accepts_work(self) -> bool:
         return self.backend.state is State.READY and not self._closed
 
-    def why_not_ready(self) -> str:
-        """One sentence."""
+    def status_detail(self) -> str:
+        """One sentence about the state, for clients."""
         if self.backend.failure is not None:
             return str(self.backend.failure)
         return {
-            State.LOADING: f"the model {self.settings.served_name} is loading: try again soon",
-            State.DRAINING: "the service is stopping: ask another instance",
+            State.LOADING: f"the model {self.settings.served_name} is loading: retry later",
+            State.DRAINING: "the service is stopping: retry on another instance",
             State.READY: "the service is ready",
         }[self.state]
 
     async def start(self) -> None:
-        """Load the network and warm it up. A failure is kept in `failure`, not raised.
-
-        Calls on_started when it is over, either way.
-        """
+        """Load the model and warm it up, then call on_started. An error is stored in `failure`, not raised."""
         self._loop = asyncio.get_running_loop()
-        await asyncio.to_thread(library)  # by which pictures are resized: if it must be compiled, then before they come
+        await asyncio.to_thread(library)  # compile the resize kernels, if needed, before images arrive
         await self.backend.start()
         self.on_started()
 
     async def drain(self, lame_duck_seconds: float = 0) -> None:
-        """Take work for so many seconds more, then none, and wait until all that was taken is answered, DRAIN_SECONDS at most.
+        """Stop accepting work after a delay, and wait until all accepted work has ended, DRAIN_SECONDS at most.
 
-        From the first moment on `state` is DRAINING, so that a load balancer sends its requests elsewhere.
+        `state` is DRAINING from the start, so that load balancers send requests elsewhere.
+
+        Args:
+            lame_duck_seconds: How long work is still accepted.
         """
         now = time.monotonic()
         self._draining = True
-        self._closes = min(self._closes, now + lame_duck_seconds)
-        self._drain_until = min(self._drain_until, self._closes + self.settings.drain_seconds)
-        await asyncio.sleep(self._closes - now)
-        self._closed = True  # by the loop, not by the clock: what reached it in time is taken, however late its turn comes
+        self._closes_at = min(self._closes_at, now + lame_duck_seconds)
+        self._drain_until = min(self._drain_until, self._closes_at + self.settings.drain_seconds)
+        await asyncio.sleep(self._closes_at - now)
+        self._closed = True  # set by the loop, not by the clock: requests that arrived in time are handled before this
         try:
             async with asyncio.timeout(self._drain_until - time.monotonic()):
                 await self._idle.wait()
         except TimeoutError:
-            if self._under_way:
-                log.warning("stopping with work undone", requests=self._under_way)
+            if self._in_flight:
+                log.warning("drain timed out", requests=self._in_flight)
 
     async def stop(self) -> None:
-        """Drain, answer what is left with an error, and end the threads."""
+        """Drain, fail the remaining jobs, and stop the threads."""
         await self.drain()
         await self.backend.stop()
         self._decoders.shutdown(cancel_futures=True)
 
-    def check_capacity(self, pictures: int = 1) -> None:
-        """Raise Unavailable, saying when to come back, unless that many more pictures may wait."""
-        if not self._takes_work:
-            raise Unavailable(self.why_not_ready(), headers={"Retry-After": "1"})
+    def check_capacity(self, count: int = 1) -> None:
+        """Check that `count` more images can be queued.
+
+        Raises:
+            Unavailable: The engine does not accept work now, or the queue is full; Retry-After says when to retry.
+            TooLarge: `count` exceeds the queue limit.
+        """
+        if not self._accepts_work:
+            raise Unavailable(self.status_detail(), headers={"Retry-After": "1"})
         limit = self.settings.queue_limit
-        if pictures > limit:
-            raise TooLarge(f"the request has {pictures} pictures, at most {limit} can wait at once: send fewer")
+        if count > limit:
+            raise TooLarge(f"the request has {count} images, at most {limit} can be queued: send fewer images per request")
         waiting = self.waiting
-        if waiting + pictures > limit:
+        if waiting + count > limit:
             raise Unavailable(
-                f"{waiting} pictures wait already, at most {limit} may: come back later",
-                headers={"Retry-After": str(self._seconds_to_wait(waiting))},
+                f"{waiting} images are queued, the limit is {limit}: retry later",
+                headers={"Retry-After": str(self._retry_after(waiting))},
             )
 
-    def late(self, arrived: float) -> DeadlinePassed | None:
-        """What to answer to a request that came at that time, by time.monotonic, if its deadline has passed already."""
-        return _late() if time.monotonic() > arrived + self.settings.deadline_ms / 1000 else None
+    def deadline_error(self, arrived: float) -> DeadlinePassed | None:
+        """The error for a request whose deadline has passed, or None.
+
+        Args:
+            arrived: When the request arrived, in seconds of time.monotonic.
+        """
+        return _deadline_passed() if time.monotonic() > arrived + self.settings.deadline_ms / 1000 else None
 
     async def submit(
         self,
-        pictures: Sequence[ImageSource],
-        wanted: InferenceOptions,
+        images: Sequence[ImageSource],
+        options: InferenceOptions,
         deadline_ms: int | None = None,
         arrived: float | None = None,
     ) -> list[InferenceResult | ServiceError]:
-        """Classify pictures; in order, an error in the place of a picture that has one.
+        """Classify images. Cancelling the call cancels the images that do not run yet.
 
-        pictures: the bytes of each file, or where it is; or (H, W, 3), uint8 of any size, or float32 that is resized and
-        normalised already.
-        deadline_ms: how long the caller waits, DEADLINE_MS at most and if None.  arrived: since when, by time.monotonic; now if
-        None.  Raises Unavailable and TooLarge when not even one can be taken. Cancelling the call drops what has not run yet.
+        Args:
+            images: Each the bytes of a file, its path, or (H, W, 3): uint8 of any size, or float32, resized and normalized.
+            options: What to compute, for all images.
+            deadline_ms: How long the caller waits; DEADLINE_MS if None, and at most.
+            arrived: Start of the deadline, in seconds of time.monotonic; now if None.
+
+        Returns:
+            For each image, in order, its result or its error.
+
+        Raises:
+            Unavailable: The engine does not accept work now, or the queue is full.
+            TooLarge: There are more images than the queue holds.
         """
-        self.check_capacity(len(pictures))
+        self.check_capacity(len(images))
         arrived = time.monotonic() if arrived is None else arrived
-        allowed = self.settings.deadline_ms
-        deadline = arrived + min(allowed, allowed if deadline_ms is None else deadline_ms) / 1000
+        limit_ms = self.settings.deadline_ms
+        deadline = arrived + min(limit_ms, limit_ms if deadline_ms is None else deadline_ms) / 1000
         loop = asyncio.get_running_loop()
-        jobs = [ImageJob(wanted, arrived, deadline, data=data, answer=loop.create_future()) for data in pictures]
+        jobs = [ImageJob(options, arrived, deadline, source=source, result=loop.create_future()) for source in images]
         if not jobs:
             return []
-        if not self.backend.take(jobs):
-            raise Unavailable("others were faster to take the last places in the queue: come back later", {"Retry-After": "1"})
-        self._under_way += 1
+        if not self.backend.reserve(jobs):
+            raise Unavailable("the queue is full: retry later", {"Retry-After": "1"})  # filled by another frontend process
+        self._in_flight += 1
         self._idle.clear()
         decoding = [self._decoders.submit(self._decode, job) for job in jobs]
         try:
-            return await self._answers(jobs, decoding)
+            return await self._wait_for_results(jobs, decoding)
         finally:
-            self._under_way -= 1
-            if self._under_way == 0:
+            self._in_flight -= 1
+            if self._in_flight == 0:
                 self._idle.set()
 
-    async def _answers(self, jobs: list[ImageJob], decoding: "list[Future[None]]") -> list[InferenceResult | ServiceError]:
-        """What became of each job, by its deadline, which is one for all."""
-        over = asyncio.get_running_loop().call_later(jobs[0].deadline - time.monotonic(), _deliver, jobs, [_late()] * len(jobs))
+    def on_batch_start(self, batch: Sequence[Job]) -> None:
+        """See BackendEvents."""
+
+    def on_results(self, jobs: Sequence[Job], results: Sequence[InferenceResult | Exception]) -> None:
+        """See BackendEvents."""
+        assert self._loop is not None
+        self._loop.call_soon_threadsafe(_set_results, jobs, results)
+
+    async def on_state_change(self) -> None:
+        """See BackendEvents."""
+
+    async def _wait_for_results(
+        self, jobs: list[ImageJob], decoding: "list[Future[None]]"
+    ) -> list[InferenceResult | ServiceError]:
+        """Wait for all results until the deadline, which all jobs share."""
+        timer = asyncio.get_running_loop().call_later(
+            jobs[0].deadline - time.monotonic(), _set_results, jobs, [_deadline_passed()] * len(jobs)
+        )
         try:
-            answers = [_checked(await job.answer, job) for job in jobs]
+            results = [_public_result(await job.result, job) for job in jobs]
         finally:
-            over.cancel()
-            for job, running in zip(jobs, decoding, strict=True):
-                running.cancel()
-                self.backend.withdraw(job)
-        for one in answers:
-            self.metrics.image(one)
-        return answers
+            timer.cancel()
+            for job, future in zip(jobs, decoding, strict=True):
+                future.cancel()
+                self.backend.release(job)
+        for result in results:
+            self.metrics.count_image(result)
+        return results
 
     def _decode(self, job: ImageJob) -> None:
-        """In a decoding thread: bytes to pixels, then to whoever computes."""
-        if not job.alive or self.backend.loaded is None:
+        """Decode and resize an image, and put its job; runs in a decoding thread."""
+        if not job.active or self.backend.loaded is None:
             return
         started = time.monotonic()
         try:
-            job.pixels, job.data = self._pixels(job.data, self.backend.loaded.processor), b""
+            job.pixels, job.source = self._pixels(job.source, self.backend.loaded.processor), b""
         except Exception as error:
-            self._answered([job], [error])
+            self.on_results([job], [error])
             return
         job.decoded = time.monotonic()
-        job.seconds_to_decode = job.decoded - started
-        self.metrics.observe_stage("decode", job.seconds_to_decode)
+        job.decode_seconds = job.decoded - started
+        self.metrics.observe_part("decode", job.decode_seconds)
         self.backend.put(job)
 
-    def _pixels(self, data: ImageSource, processor: DinatImageProcessor) -> Pixels | Array:
-        if isinstance(data, Path):
+    def _pixels(self, source: ImageSource, processor: DinatImageProcessor) -> Pixels | Array:
+        if isinstance(source, Path):
             try:
-                data = data.read_bytes()
+                source = source.read_bytes()
             except OSError as error:
-                raise NoImage(f"it cannot be read: {error.strerror}") from None
-        if not isinstance(data, bytes):
-            return data if data.dtype == np.float32 else processor.resize(data.astype(np.uint8, copy=False))
-        size, enough = processor.output_size, None
+                raise NoImage(f"the file cannot be read: {error.strerror}") from None
+        if not isinstance(source, bytes):
+            return source if source.dtype == np.float32 else processor.resize(source.astype(np.uint8, copy=False))
+        size, draft = processor.output_size, None
         if self.settings.decode == "draft" and size is not None:
-            enough = 2 * size[1], 2 * size[0]  # never below twice what is wanted: the resize still smooths
-        return processor.resize(decode(data, self.settings.max_pixels, enough))
+            draft = 2 * size[1], 2 * size[0]  # at least twice the output size, so that the resize still smooths
+        return processor.resize(decode(source, self.settings.max_pixels, draft))
 
-    def _answered(self, jobs: Sequence[Job], answers: Sequence[InferenceResult | Exception]) -> None:
-        """Give answers to who waits for them. From any thread."""
-        assert self._loop is not None
-        self._loop.call_soon_threadsafe(_deliver, jobs, answers)
-
-    def _seconds_to_wait(self, waiting: int) -> int:
-        """When half of what waits will have run, at the rate of the last batches."""
+    def _retry_after(self, waiting: int) -> int:
+        """Seconds until half of the queue has run, at the current rate: 1 to 60."""
         rate = self.backend.rate
         return 1 if rate is None else min(60, max(1, math.ceil(waiting / 2 / rate)))
 
 
-def _deliver(jobs: Sequence[Job], answers: Sequence[InferenceResult | Exception]) -> None:
-    for job, answer in zip(jobs, answers, strict=True):
-        if isinstance(job, ImageJob) and not job.answer.done():
-            job.answer.set_result(answer)
+def _set_results(jobs: Sequence[Job], results: Sequence[InferenceResult | Exception]) -> None:
+    for job, result in zip(jobs, results, strict=True):
+        if isinstance(job, ImageJob) and not job.result.done():
+            job.result.set_result(result)
 
 
-def _late() -> DeadlinePassed:
-    return DeadlinePassed("the answer did not come within the deadline: send fewer pictures at once, or allow more time")
+def _deadline_passed() -> DeadlinePassed:
+    return DeadlinePassed("no result within the deadline: send fewer images per request, or set a longer deadline")
 
 
-def _checked(answer: InferenceResult | Exception, job: ImageJob) -> InferenceResult | ServiceError:
-    """An answer as a door may give it, with its times: what went wrong on this side is for the log alone."""
-    if isinstance(answer, Exception) and not isinstance(answer, ServiceError):
-        log.error("a picture could not be computed", exc_info=answer)
-        return ServiceError("something went wrong on this side; the log has it under this request_id")
-    if isinstance(answer, InferenceResult):
+def _public_result(result: InferenceResult | Exception, job: ImageJob) -> InferenceResult | ServiceError:
+    """A result with its times, or an error without internal details, which are logged instead."""
+    if isinstance(result, Exception) and not isinstance(result, ServiceError):
+        log.error("inference failed", exc_info=result)
+        return ServiceError("internal error: see the log of the service for this request_id")
+    if isinstance(result, InferenceResult):
         queue, compute = job.started - job.decoded, job.computed - job.started
-        return replace(answer, seconds={"decode": job.seconds_to_decode, "queue": queue, "compute": compute})
-    return answer
+        return replace(result, seconds={"decode": job.decode_seconds, "queue": queue, "compute": compute})
+    return result

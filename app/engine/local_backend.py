@@ -1,17 +1,18 @@
-"""The network's life: load, warm, run in batches, be started again when its thread dies, stop."""
+"""A backend in this process: loads the model, warms it up, runs batches, and restarts crashed threads."""
 
 import asyncio
 import time
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TypeVar
 
-import numpy as np
 import structlog
-import torch
 
 from dinat.app.engine.backend import State
-from dinat.app.engine.batcher import Batcher, Job, ResultCallback
+from dinat.app.engine.batcher import Batcher
+from dinat.app.engine.events import BackendEvents, BatcherEvents
+from dinat.app.engine.job import Job
+from dinat.app.engine.neighborhoods import NeighborhoodWorker
 from dinat.app.engine.runtimes.runtime import (
     DeviceLost,
     DeviceUnusable,
@@ -19,54 +20,43 @@ from dinat.app.engine.runtimes.runtime import (
     InferenceResult,
     LoadedModel,
     Runtime,
-    devices,
-    prepared,
+    device_names,
 )
 from dinat.app.engine.runtimes.selection import load_runtimes
 from dinat.app.errors import Unavailable
 from dinat.app.metrics import Metrics
 from dinat.app.settings import Settings
-from dinat.model import DinatForImageClassification
-from dinat.model.neighborhoods import neighborhoods
 
 log = structlog.get_logger("dinat")
 
 T = TypeVar("T")
 
 RESTARTS = 1
-"""How often an engine that died, thread or process, is started again."""
+"""How often a crashed engine, thread or process, is restarted."""
 
 
-class LocalBackend:
+class LocalBackend(BatcherEvents):
     """A Backend in this process.
 
-    answered: told of every job that was put.  on_start: of those of each batch, as it starts.  on_change: called when `state`
-    is another, and awaited before "ready" is said.  restarts: how often a thread that dies is started again.
+    Args:
+        events: Receives results, batch starts and state changes.
+        restarts: How often a crashed thread is restarted.
     """
 
-    def __init__(
-        self,
-        settings: Settings,
-        metrics: Metrics,
-        answered: ResultCallback,
-        on_start: Callable[[list[Job]], object] = lambda _: None,
-        on_change: Callable[[], Awaitable[object]] | None = None,
-        restarts: int = RESTARTS,
-    ) -> None:
+    def __init__(self, settings: Settings, metrics: Metrics, events: BackendEvents, restarts: int = RESTARTS) -> None:
         self.settings = settings
         self.metrics = metrics
         self.state = State.LOADING
         self.failure: BaseException | None = None
         self.loaded: LoadedModel | None = None
         self.runtimes: Sequence[Runtime] = ()
-        self._answered, self._on_start, self._on_change = answered, on_start, on_change
+        self._events = events
         self._waiting: set[Job] = set()
         self._restarts_left = restarts
         self._batcher: Batcher | None = None
+        self._neighborhoods = NeighborhoodWorker(settings, self)
         self._loop: asyncio.AbstractEventLoop | None = None
-        self._settled = asyncio.Event()
-        self._explaining = ThreadPoolExecutor(1, thread_name_prefix="explain")
-        self._explainer: DinatForImageClassification | None = None
+        self._start_ended = asyncio.Event()
         self._restarting: Future[None] | None = None
 
     @property
@@ -84,37 +74,29 @@ class LocalBackend:
         self._loop = asyncio.get_running_loop()
         started = time.monotonic()
         try:
-            self.runtimes, max_batch, disabled = await self._warmed(await _in_own_thread(self.load))
+            self.runtimes, max_batch, disabled = await self._warm_up(await _in_own_thread(self.load))
             first = self.runtimes[0]
             self.loaded = LoadedModel(
                 first.config,
                 first.processor,
                 first.name,
-                devices(self.runtimes),
+                device_names(self.runtimes),
                 first.precision,
                 first.attention(),
                 disabled,
             )
-            self._batcher = Batcher(
-                self.runtimes,
-                max_batch,
-                self.settings.max_wait_ms / 1000,
-                answered=self._answered,
-                on_start=self._batch_started,
-                on_batch=self.metrics.batch,
-                on_crash=self._thread_crashed,
-            )
+            self._batcher = Batcher(self.runtimes, max_batch, self.settings.max_wait_ms / 1000, self)
             self._batcher.start()
             self.state = State.READY
-            await self._changed()
+            await self._events.on_state_change()
         except (Exception, DeviceLost) as error:
             self.state, self.failure = State.FAILED, error
-            log.error("the model could not be loaded", model=self.settings.model, reason=str(error))
-            await self._changed()
+            log.error("model failed to load", model=self.settings.model, reason=str(error))
+            await self._events.on_state_change()
         else:
             self.metrics.watch_devices(self.runtimes)
             if disabled:
-                log.warning("left out", **{left.what: left.why for left in disabled})
+                log.warning("disabled", **{one.name: one.reason for one in disabled})
             log.info(
                 "ready",
                 model=self.settings.model,
@@ -124,43 +106,41 @@ class LocalBackend:
                 attention=self.loaded.attention,
                 seconds=round(time.monotonic() - started, 2),
             )
-        self._settled.set()
+        self._start_ended.set()
 
     def load(self) -> Sequence[Runtime]:
-        """Read the checkpoint. Raises CheckpointError, ConfigError, ExportError. Runs in a thread."""
+        """Load the checkpoint; runs in a thread. Raises CheckpointError, ConfigError, ExportError."""
         return load_runtimes(self.settings)
 
     def warm(self, runtime: Runtime, max_batch: int) -> int:
-        """Runtime.warm. Runs in a thread."""
+        """See Runtime.warm; runs in a thread."""
         return runtime.warm(max_batch)
 
-    async def _changed(self) -> None:
-        if self._on_change is not None:
-            await self._on_change()
+    async def _warm_up(self, runtimes: Sequence[Runtime]) -> tuple[Sequence[Runtime], int, Sequence[Disabled]]:
+        """Warm up the runtimes, and fall back to the CPU if no GPU passes its self-check.
 
-    async def _warmed(self, runtimes: Sequence[Runtime]) -> tuple[Sequence[Runtime], int, Sequence[Disabled]]:
-        """The runtimes that compute rightly, the largest batch that fits all, and what does not serve.
-
-        Where no GPU computes rightly, the processor computes.
+        Returns:
+            The runtimes that passed, the largest batch that fits all of them, and what is disabled.
         """
         max_batch = self.settings.max_batch or runtimes[0].default_batch
-        fit: list[Runtime] = []
-        unfit: list[Disabled] = []
+        usable: list[Runtime] = []
+        unusable: list[Disabled] = []
         for runtime in runtimes:
             try:
                 max_batch = min(max_batch, await _in_own_thread(self.warm, runtime, max_batch))
-            except (DeviceUnusable, DeviceLost) as why:
-                unfit.append(Disabled(f"device {runtime.device}", str(why)))
+            except (DeviceUnusable, DeviceLost) as error:
+                unusable.append(Disabled(f"device {runtime.device}", str(error)))
             else:
-                fit.append(runtime)
-        if not fit:
+                usable.append(runtime)
+        if not usable:
             on_cpu = {"device": "cpu", "runtime": "auto", "precision": "auto", "attention": "auto"}
-            fit = list(await _in_own_thread(load_runtimes, self.settings.model_copy(update=on_cpu)))
-            max_batch = min(max_batch, await _in_own_thread(self.warm, fit[0], self.settings.max_batch or fit[0].default_batch))
-        disabled = dict.fromkeys([*unfit, *(left for runtime in fit for left in runtime.disabled)])
-        return fit, max_batch, list(disabled)
+            usable = list(await _in_own_thread(load_runtimes, self.settings.model_copy(update=on_cpu)))
+            size = self.settings.max_batch or usable[0].default_batch
+            max_batch = min(max_batch, await _in_own_thread(self.warm, usable[0], size))
+        disabled = dict.fromkeys([*unusable, *(one for runtime in usable for one in runtime.disabled)])
+        return usable, max_batch, list(disabled)
 
-    def take(self, jobs: Sequence[Job]) -> bool:
+    def reserve(self, jobs: Sequence[Job]) -> bool:
         """See Backend."""
         if self.waiting + len(jobs) > self.settings.queue_limit:
             return False
@@ -169,88 +149,74 @@ class LocalBackend:
 
     def put(self, job: Job) -> None:
         """See Backend."""
-        assert self._batcher is not None
-        if job.wanted.point is None:
+        assert self._batcher is not None and self.loaded is not None
+        if job.options.point is None:
             self._batcher.put(job)
         else:
-            self._explaining.submit(self._explain, job)
+            self._neighborhoods.put(job, self.loaded.processor)
 
-    def _explain(self, job: Job) -> None:
-        """In a thread of its own: the neighborhoods of a point. By a network of its own, in float32 on the processor."""
-        assert job.pixels is not None and job.wanted.point is not None and self.loaded is not None
-        pixels = np.array(job.pixels[None])
-        job.started, job.pixels = time.monotonic(), None
-        self._batch_started([job])
-        if not job.alive:
-            return
-        try:
-            if self._explainer is None:
-                self._explainer = DinatForImageClassification.from_pretrained(
-                    self.settings.model, revision=self.settings.revision
-                ).eval()
-            pixel_values = prepared(self.loaded.processor, torch.from_numpy(pixels))
-            seen = neighborhoods(self._explainer, pixel_values, *job.wanted.point)
-            job.computed = time.monotonic()
-            nothing = np.empty(0, np.int64), np.empty(0, np.float32)
-            self._answered([job], [InferenceResult(*nothing, {}, seen)])
-        except Exception as error:
-            self._answered([job], [error])
-
-    def withdraw(self, job: Job) -> None:
+    def release(self, job: Job) -> None:
         """See Backend."""
-        job.dropped = True
+        job.cancelled = True
         self._waiting.discard(job)
 
     async def stop(self) -> None:
         """See Backend."""
         if self._loop is not None:
-            await self._settled.wait()
+            await self._start_ended.wait()
         if self._batcher is not None:
-            self._batcher.close(Unavailable("the service stopped before this picture's turn came"))
+            self._batcher.close(Unavailable("the service stopped before this image was computed"))
             await asyncio.to_thread(self._batcher.stop)
-        self._explaining.shutdown(cancel_futures=True)
+        self._neighborhoods.stop()
 
-    def _batch_started(self, batch: list[Job]) -> None:
-        """In a thread of the engine's: what runs no longer waits."""
+    def on_batch_start(self, batch: Sequence[Job]) -> None:
+        """See BatcherEvents. Jobs that run no longer wait."""
         self._waiting.difference_update(batch)
-        self.metrics.queued(batch)
-        self._on_start(batch)
+        self.metrics.observe_queue(batch)
+        self._events.on_batch_start(batch)
 
-    def _thread_crashed(self, death: BaseException, runtime: Runtime, in_flight: list[Job]) -> None:
-        """In a thread of the engine's, as it ends."""
+    def on_batch_end(self, size: int, seconds: float) -> None:
+        """See BatcherEvents."""
+        self.metrics.observe_batch(size, seconds)
+
+    def on_results(self, jobs: Sequence[Job], results: Sequence[InferenceResult | Exception]) -> None:
+        """See BatcherEvents."""
+        self._events.on_results(jobs, results)
+
+    def on_crash(self, error: BaseException, runtime: Runtime, in_flight: Sequence[Job]) -> None:
+        """See BatcherEvents."""
         assert self._loop is not None
-        burial = self._restart(death, runtime, in_flight)
-        self._restarting = asyncio.run_coroutine_threadsafe(burial, self._loop)
+        self._restarting = asyncio.run_coroutine_threadsafe(self._restart(error, runtime, in_flight), self._loop)
 
-    async def _restart(self, death: BaseException, runtime: Runtime, in_flight: list[Job]) -> None:
-        """Answer what the dead thread had under way, and start another, once."""
-        reason = f"the engine's thread died: {type(death).__name__}: {death}"
-        log.error("the engine's thread died", reason=repr(death), restarts_left=self._restarts_left)
-        self._answered(in_flight, [Unavailable(reason)] * len(in_flight))
+    async def _restart(self, error: BaseException, runtime: Runtime, in_flight: Sequence[Job]) -> None:
+        """Fail the jobs of a crashed thread, and start another thread while restarts are left."""
+        reason = f"the engine thread crashed: {type(error).__name__}: {error}"
+        log.error("engine thread crashed", reason=repr(error), restarts_left=self._restarts_left)
+        self._events.on_results(in_flight, [Unavailable(reason)] * len(in_flight))
         self.state, self.failure = State.FAILED, RuntimeError(reason)
         assert self._batcher is not None
         if not self._restarts_left:
             self._batcher.close(Unavailable(reason))
-        await self._changed()
+        await self._events.on_state_change()
         if not self._restarts_left:
             return
         self._restarts_left -= 1
         try:
             await _in_own_thread(self.warm, runtime, self._batcher.max_batch)
-        except (Exception, DeviceLost) as error:
-            self._batcher.close(Unavailable(f"{reason}; it could not be started again: {error}"))
+        except (Exception, DeviceLost) as restart_error:
+            self._batcher.close(Unavailable(f"{reason}; the restart failed: {restart_error}"))
             return
         self._batcher.start()
         self.state, self.failure = State.READY, None
-        await self._changed()
-        log.info("the engine's thread runs again")
+        await self._events.on_state_change()
+        log.info("engine thread restarted")
 
 
 async def _in_own_thread(call: Callable[..., T], *args: object) -> T:
     """Call in a thread that ends with the call.
 
-    OpenMP keeps a team of threads for each thread that has computed. While there are more of them than cores they sleep at
-    each join rather than spin, and a batch of one takes half as long again. So only the engine's own thread may keep a team.
+    OpenMP creates a team of threads for each thread that has computed. With more of them than cores they sleep at each join
+    instead of spinning, and a batch of one takes 1.5 times as long. So only the engine thread may own a team.
     """
     thread = ThreadPoolExecutor(1)
     try:

@@ -1,4 +1,4 @@
-"""Many pictures through the engine, for who wants all of their answers and is in no hurry for any."""
+"""Classification of many images, for commands that wait for all results."""
 
 import asyncio
 from collections import deque
@@ -13,14 +13,18 @@ from dinat.app.settings import Settings
 from dinat.model import DinatError
 
 NO_DEADLINE_MS = 24 * 3600 * 1000
-"""How long a picture may wait: nobody else does."""
+"""DEADLINE_MS for commands: long enough never to pass."""
 
 T = TypeVar("T")
 
 
 @asynccontextmanager
-async def started(settings: Settings) -> AsyncIterator[Engine]:
-    """An engine that has loaded its checkpoint. Raises DinatError if it cannot, and in the place of a ServiceError."""
+async def running_engine(settings: Settings) -> AsyncIterator[Engine]:
+    """An engine that has loaded its model, stopped on exit.
+
+    Raises:
+        DinatError: The model cannot be loaded, or the body raised a ServiceError.
+    """
     engine = Engine(settings)
     await engine.start()
     try:
@@ -33,45 +37,49 @@ async def started(settings: Settings) -> AsyncIterator[Engine]:
         await engine.stop()
 
 
-async def answers(
+async def stream_results(
     engine: Engine,
     items: Iterable[T] | AsyncIterator[T],
-    wanted: InferenceOptions,
+    options: InferenceOptions,
     read: Callable[[T], Awaitable[ImageSource]],
-    at_once: int | None = None,
+    max_in_flight: int | None = None,
 ) -> AsyncGenerator[tuple[T, InferenceResult | str]]:
-    """What becomes of each picture, in order: an answer, or what is wrong with it.
+    """Classify items and yield each with its result or its error message, in order.
 
-    read: what to submit for an item; an OSError or ServiceError that it raises is what is wrong with the picture.
-    at_once: how many are under way, and no more are in memory; as many as may wait in the engine if None.
+    Args:
+        engine: A running engine.
+        items: Identify the images.
+        options: What to compute, for all images.
+        read: Returns the image of an item; an OSError or ServiceError that it raises is the item's error.
+        max_in_flight: Limit of images in flight, and thus in memory; the engine's queue limit if None.
     """
-    most = at_once or engine.settings.queue_limit
+    limit = max_in_flight or engine.settings.queue_limit
 
-    async def one(item: T) -> InferenceResult | str:
+    async def classify(item: T) -> InferenceResult | str:
         try:
-            picture = await read(item)
+            image = await read(item)
         except OSError as error:
             return str(error)
         except ServiceError as error:
             return error.detail
-        (answer,) = await engine.submit([picture], wanted)
-        return answer.detail if isinstance(answer, ServiceError) else answer
+        (result,) = await engine.submit([image], options)
+        return result.detail if isinstance(result, ServiceError) else result
 
     in_flight: deque[tuple[T, asyncio.Task[InferenceResult | str]]] = deque()
     try:
-        async for item in items if isinstance(items, AsyncIterator) else _each(items):
-            if len(in_flight) == most:
+        async for item in items if isinstance(items, AsyncIterator) else _async_items(items):
+            if len(in_flight) == limit:
                 first, oldest = in_flight.popleft()
                 yield first, await oldest
-            in_flight.append((item, asyncio.create_task(one(item))))
+            in_flight.append((item, asyncio.create_task(classify(item))))
         while in_flight:
             first, oldest = in_flight.popleft()
             yield first, await oldest
     finally:
-        for _, left in in_flight:
-            left.cancel()
+        for _, task in in_flight:
+            task.cancel()
 
 
-async def _each(items: Iterable[T]) -> AsyncIterator[T]:
+async def _async_items(items: Iterable[T]) -> AsyncIterator[T]:
     for item in items:
         yield item

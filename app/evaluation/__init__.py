@@ -1,1 +1,1 @@
-"""How well a checkpoint does on labelled images."""
+"""Evaluate a checkpoint on labelled images."""

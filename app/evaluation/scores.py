@@ -1,4 +1,4 @@
-"""How good a classifier's answers are, and how far its scores can be believed."""
+"""Accuracy and calibration of a classifier."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -9,19 +9,28 @@ import numpy as np
 import numpy.typing as npt
 
 BINS = 15
-"""Of the scores, for calibration (Guo et al., arXiv 1706.04599)."""
+"""Number of score bins of the calibration error (Guo et al., arXiv 1706.04599)."""
 
-MOST_SHOWN = 40
-"""Classes up to which tables and figures have them all."""
+MAX_CLASSES_SHOWN = 40
+"""Classes that tables and figures show at most."""
+
+MAX_CONFUSION_CLASSES = 100
+"""Classes up to which the JSON output has the confusion matrix."""
 
 
 @dataclass
 class Evaluation:
-    """Answers to labelled pictures.
+    """Predictions for N labelled images, and metrics of them.
 
-    names: the classes.  truth, best: (N,) int, the class of each picture and the one that is said first.  in_top5: (N,) bool.
-    scores: (N,) float, of the best.  seconds: from the first picture to the last answer, decoding included.  unreadable: what
-    is wrong with pictures that were left out, by path.  setting: what it was measured with.
+    Attributes:
+        names: Names of the classes.
+        truth: (N,) int64, true class of each image.
+        best: (N,) int64, predicted class of each image.
+        in_top5: (N,) bool, whether the true class is among the five best.
+        scores: (N,) float64, score of each predicted class.
+        seconds: Time from the first image to the last result, decoding included.
+        unreadable: Errors of images that could not be read, by path. They do not count in any metric.
+        setting: What was evaluated: preprocessing, runtime, precision and device.
     """
 
     names: Sequence[str]
@@ -34,97 +43,98 @@ class Evaluation:
     setting: dict[str, str] = field(default_factory=dict)
 
     @property
-    def pictures(self) -> int:
-        """How many were answered."""
+    def num_images(self) -> int:
+        """Number of classified images, N."""
         return len(self.truth)
 
     @cached_property
-    def right(self) -> npt.NDArray[np.bool_]:
-        """(N,) bool: whether the best is true."""
+    def is_correct(self) -> npt.NDArray[np.bool_]:
+        """(N,) bool, whether the predicted class is the true class."""
         return np.equal(self.truth, self.best)
 
     @property
     def top1(self) -> float:
-        """The share of pictures whose best class is true."""
-        return float(self.right.mean())
+        """Top-1 accuracy, in 0..1."""
+        return float(self.is_correct.mean())
 
     @property
     def top5(self) -> float:
-        """The share of pictures whose class is among the five best."""
+        """Top-5 accuracy, in 0..1."""
         return float(self.in_top5.mean())
 
     @cached_property
     def confusion(self) -> npt.NDArray[np.int64]:
-        """(classes, classes) int: how many pictures of each class (row) were said to be of each (column)."""
+        """Confusion matrix, (classes, classes) int64: images of each true class (row) by predicted class (column)."""
         count = len(self.names)
         return np.bincount(self.truth * count + self.best, minlength=count * count).reshape(count, count)
 
     @cached_property
     def reliability(self) -> list[dict[str, float]]:
-        """For each bin of scores that has any: pictures, mean score, accuracy."""
-        places = np.minimum((self.scores * BINS).astype(int), BINS - 1)
+        """Number of images, mean score and accuracy of each non-empty bin of scores."""
+        bins = np.minimum((self.scores * BINS).astype(int), BINS - 1)
         return [
             {
-                "pictures": int((places == i).sum()),
-                "score": float(self.scores[places == i].mean()),
-                "accuracy": float(self.right[places == i].mean()),
+                "images": int((bins == i).sum()),
+                "score": float(self.scores[bins == i].mean()),
+                "accuracy": float(self.is_correct[bins == i].mean()),
             }
             for i in range(BINS)
-            if (places == i).any()
+            if (bins == i).any()
         ]
 
     @property
     def calibration_error(self) -> float:
-        """Expected calibration error: the mean distance between score and accuracy over the bins, by their pictures."""
-        gaps = (row["pictures"] * abs(row["score"] - row["accuracy"]) for row in self.reliability)
-        return sum(gaps) / self.pictures
+        """Expected calibration error: mean distance of score and accuracy over bins, weighted by number of images."""
+        gaps = (row["images"] * abs(row["score"] - row["accuracy"]) for row in self.reliability)
+        return sum(gaps) / self.num_images
 
     @cached_property
     def by_class(self) -> list[dict[str, Any]]:
-        """For each class that has pictures: their number, recall, precision (None if it was never said), most said instead."""
-        said = self.confusion.sum(axis=0)
+        """Metrics of each class with images: their number, recall, precision (None if never predicted), main confusion."""
+        predicted = self.confusion.sum(axis=0)
         rows = []
         for i, name in enumerate(self.names):
             total = int(self.confusion[i].sum())
             if not total:
                 continue
             hits = int(self.confusion[i, i])
-            wrong = self.confusion[i].copy()
-            wrong[i] = 0
-            instead = int(wrong.argmax())
+            errors = self.confusion[i].copy()
+            errors[i] = 0
+            confused = int(errors.argmax())
             rows.append(
                 {
                     "class": name,
-                    "pictures": total,
+                    "images": total,
                     "recall": hits / total,
-                    "precision": hits / int(said[i]) if said[i] else None,
-                    "said instead": f"{self.names[instead]} ({wrong[instead]})" if wrong[instead] else "",
+                    "precision": hits / int(predicted[i]) if predicted[i] else None,
+                    "confused with": f"{self.names[confused]} ({errors[confused]})" if errors[confused] else "",
                 }
             )
         return rows
 
     @property
     def shown_classes(self) -> list[dict[str, Any]]:
-        """Those of by_class that a page has room for: all, or the MOST_SHOWN of lowest recall."""
+        """Rows of by_class to show: all, or the MAX_CLASSES_SHOWN with the lowest recall."""
         rows = self.by_class
-        return rows if len(rows) <= MOST_SHOWN else sorted(rows, key=lambda row: row["recall"])[:MOST_SHOWN]
+        return rows if len(rows) <= MAX_CLASSES_SHOWN else sorted(rows, key=lambda row: row["recall"])[:MAX_CLASSES_SHOWN]
 
     @property
-    def pictures_per_second(self) -> float:
-        """Decoding included."""
-        return self.pictures / self.seconds
+    def images_per_second(self) -> float:
+        """Throughput, decoding included."""
+        return self.num_images / self.seconds
 
     def to_dict(self) -> dict[str, Any]:
-        """All of it, for JSON."""
+        """Return all metrics, for JSON."""
+        confusion = {"labels": list(self.names), "rows": self.confusion.tolist()}
         return {
             **self.setting,
-            "pictures": self.pictures,
+            "images": self.num_images,
             "top1": self.top1,
             "top5": self.top5,
             "calibration_error": self.calibration_error,
-            "pictures_per_second": self.pictures_per_second,
+            "images_per_second": self.images_per_second,
             "classes": self.by_class,
             "reliability": self.reliability,
-            "confusion": {"labels": list(self.names), "rows": self.confusion.tolist()} if len(self.names) <= 100 else None,
+            "confusion": confusion if len(self.names) <= MAX_CONFUSION_CLASSES else None,
             "unreadable": self.unreadable,
         }

@@ -1,9 +1,10 @@
-"""The service as a deployment of Ray Serve: the same doors and the same engine in each replica.
+"""The service as a Ray Serve deployment: each replica has the same endpoints and the same engine.
 
-    serve run dinat.app.ray.deployment:dinat model=shi-labs/dinat-mini-in1k-224 max_replicas=4
+    serve run dinat.ray:dinat model=shi-labs/dinat-mini-in1k-224 max_replicas=4
 
-Arguments are settings, in small letters (over DINAT_* in the environment), and min_replicas, max_replicas, num_cpus.
-Ray listens, spreads requests over replicas, starts and stops these; each is a process with a card, or its share of cores.
+Arguments are settings in lower case, which override DINAT_* in the environment, and min_replicas, max_replicas and num_cpus.
+Ray's proxy accepts connections and distributes requests; Ray starts and stops replicas. A replica is a process with a GPU or a
+share of the CPU cores.
 """
 
 import asyncio
@@ -22,23 +23,23 @@ from dinat.app.settings import Settings, explain
 from dinat.model import DinatError
 
 SET_BY_RAY = ("host", "port", "frontends", "max_connections", "lame_duck_seconds")
-"""Settings that mean nothing here: Ray listens, and takes a replica out of its list before it stops it."""
+"""Settings that do not apply on Ray, which accepts connections and stops routing to a replica before it stops the replica."""
 
-BATCHES_AHEAD = 2
-"""How many batches' worth of requests a replica is to have, by which Ray adds and takes away replicas."""
+TARGET_BATCHES = 2
+"""Batches of requests in flight per replica that autoscaling aims at."""
 
 
 class Replicas(BaseModel):
-    """How many replicas, and what of the processors each has. More than min_replicas come, and go, with the requests."""
+    """Number and size of replicas. Their number is scaled by the number of requests in flight."""
 
     model_config = ConfigDict(extra="forbid")
 
     min_replicas: int = Field(1, ge=1)
-    max_replicas: int = Field(1, ge=1, description="min_replicas, if that is more and this is not given")
-    num_cpus: float | None = Field(None, gt=0, description="processors of a replica; its share of the cluster's if not given")
+    max_replicas: int = Field(1, ge=1, description="Default: min_replicas.")
+    num_cpus: float | None = Field(None, gt=0, description="CPU cores of a replica. Default: an equal share of the cluster's.")
 
     @model_validator(mode="after")
-    def _ordered(self) -> "Replicas":
+    def _check_order(self) -> "Replicas":
         if "max_replicas" not in self.model_fields_set:
             self.max_replicas = self.min_replicas
         if self.max_replicas < self.min_replicas:
@@ -47,12 +48,16 @@ class Replicas(BaseModel):
 
 
 class Replica:
-    """One replica; Ray makes it an ASGI application. It takes requests once its network is loaded and warm."""
+    """A replica. Ray makes it an ASGI application and routes requests to it once its model is loaded and warm."""
 
     app: FastAPI
 
     async def check_health(self) -> None:
-        """Ray asks this before the first request, and every few seconds. Raises where the engine has failed."""
+        """Wait for the model to load. Ray calls this before the first request and every few seconds.
+
+        Raises:
+            RuntimeError: The engine has failed.
+        """
         engine: Engine = self.app.state.engine
         while engine.state is State.LOADING:
             await asyncio.sleep(0.05)
@@ -60,28 +65,35 @@ class Replica:
             raise RuntimeError(f"{engine.settings.model} cannot be served: {engine.failure}")
 
 
-class _RequestIdByRay:
-    """Leaves X-Request-ID to Ray's proxy, which writes the same into the answer."""
+class _DropRequestId:
+    """Drops the X-Request-ID response header. Ray's proxy adds the same one."""
 
     def __init__(self, app: ASGIApp) -> None:
         self._app = app
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        async def without(message: Message) -> None:
+        async def send_without_id(message: Message) -> None:
             if message["type"] == "http.response.start":
                 message["headers"] = [header for header in message["headers"] if header[0] != b"x-request-id"]
             await send(message)
 
-        await self._app(scope, receive, without)
+        await self._app(scope, receive, send_without_id)
 
 
 def dinat(arguments: dict[str, Any]) -> serve.Application:
-    """The application, as `serve run` and a Serve configuration build it. Raises DinatError where an argument is wrong."""
-    settings, replicas = _read(arguments)
+    """Build the application. `serve run` and Serve configuration files call this.
 
-    def service() -> FastAPI:
+    Args:
+        arguments: Settings, and fields of Replicas.
+
+    Raises:
+        DinatError: An argument is unknown or invalid.
+    """
+    settings, replicas = _parse(arguments)
+
+    def build_app() -> FastAPI:
         app = create_app(settings)
-        app.add_middleware(_RequestIdByRay)
+        app.add_middleware(_DropRequestId)
         return app
 
     options = actor_resources(settings, replicas.max_replicas)
@@ -95,19 +107,19 @@ def dinat(arguments: dict[str, Any]) -> serve.Application:
         autoscaling_config={
             "min_replicas": replicas.min_replicas,
             "max_replicas": replicas.max_replicas,
-            "target_ongoing_requests": BATCHES_AHEAD * (settings.max_batch or (64 if "num_gpus" in options else 8)),
+            "target_ongoing_requests": TARGET_BATCHES * (settings.max_batch or (64 if "num_gpus" in options else 8)),
         },
         health_check_period_s=5,
         graceful_shutdown_timeout_s=settings.drain_seconds + 10,
-    )(serve.ingress(service)(Replica))
+    )(serve.ingress(build_app)(Replica))
     return deployment.bind()
 
 
-def _read(arguments: dict[str, Any]) -> tuple[Settings, Replicas]:
-    """Arguments as settings and replicas. Raises DinatError."""
-    own = [name for name in SET_BY_RAY if name in arguments]
-    if own:
-        raise DinatError(f"{', '.join(own)}: that is Ray's own here, see `serve run --help` and its configuration file")
+def _parse(arguments: dict[str, Any]) -> tuple[Settings, Replicas]:
+    """Split arguments into settings and replicas. Raises DinatError."""
+    set_by_ray = [name for name in SET_BY_RAY if name in arguments]
+    if set_by_ray:
+        raise DinatError(f"{', '.join(set_by_ray)}: set by Ray, see `serve run --help` and its configuration file")
     try:
         settings = Settings(**{name: value for name, value in arguments.items() if name in Settings.model_fields})
         replicas = Replicas(**{name: value for name, value in arguments.items() if name not in Settings.model_fields})

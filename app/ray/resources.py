@@ -1,4 +1,4 @@
-"""What an engine takes of a Ray cluster."""
+"""Resources of an engine in a Ray cluster."""
 
 from typing import Any
 
@@ -8,11 +8,18 @@ from dinat.app.settings import Settings
 
 
 def actor_resources(settings: Settings, engines: int) -> dict[str, Any]:
-    """Ray's options for one of several engines: a card, where the cluster has any and DEVICE allows it, or its share of cores.
+    """Return Ray's resource options for one engine.
 
-    Ray gives a process as many threads (OMP_NUM_THREADS) as it has processors.
+    Ray sets the number of threads of a process (OMP_NUM_THREADS) to its number of CPUs.
+
+    Args:
+        settings: Settings of the engine.
+        engines: Number of engines that share the cluster.
+
+    Returns:
+        One GPU, if the cluster has any and the setting `device` allows it; else an equal share of the CPU cores.
     """
-    there = ray.cluster_resources()  # type: ignore[no-untyped-call]
-    if settings.device.startswith("cuda") or (settings.device == "auto" and there.get("GPU", 0) > 0):
+    cluster = ray.cluster_resources()  # type: ignore[no-untyped-call]
+    if settings.device.startswith("cuda") or (settings.device == "auto" and cluster.get("GPU", 0) > 0):
         return {"num_gpus": 1}
-    return {"num_cpus": max(1, int(there.get("CPU", 1)) // engines)}
+    return {"num_cpus": max(1, int(cluster.get("CPU", 1)) // engines)}

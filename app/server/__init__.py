@@ -1,1 +1,1 @@
-"""uvicorn, its connections, and the processes of one service."""
+"""The HTTP server: uvicorn, its connections, and the processes of one service."""

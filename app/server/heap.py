@@ -1,4 +1,4 @@
-"""Memory, by the C library and by Python, set for a process that serves."""
+"""Memory settings of the C library and of Python's garbage collector."""
 
 import ctypes
 import gc
@@ -9,10 +9,10 @@ M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_ARENA_MAX = -1, -3, -8
 
 
 def keep_freed_memory() -> None:
-    """Let glibc keep what a batch frees for the next one. Nothing where the C library is another.
+    """Let glibc reuse the memory of a batch for the next one. Does nothing with other C libraries.
 
-    By default it gives large blocks back to the system at once, and every activation of every layer is paged in anew, zeroed
-    by the kernel. What the process keeps is what its largest batch needed.
+    By default glibc returns large blocks to the system at once, and the kernel then maps and zeroes every activation of every
+    layer anew. With this setting the process holds as much memory as its largest batch needed.
     """
     if platform.libc_ver()[0] == "glibc":
         libc = ctypes.CDLL(None)
@@ -22,9 +22,9 @@ def keep_freed_memory() -> None:
 
 
 def reduce_gc() -> None:
-    """Let Python look for garbage seldom, and never among what is there already: imported modules are 300,000 objects.
+    """Run Python's garbage collector rarely, and never on existing objects: imported modules are 300,000 of them.
 
-    Requests leave next to nothing that only the collector frees.
+    Requests leave almost no reference cycles.
     """
     gc.collect()
     gc.freeze()

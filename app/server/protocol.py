@@ -2,9 +2,9 @@
 
 | phase | ends when | limit | deadline | beyond it |
 |---|---|---|---|---|
-| idle | a request begins | | KEEP_ALIVE_SECONDS, UPLOAD_SECONDS for the first | closed |
+| idle | a request begins | | KEEP_ALIVE_SECONDS (first request: UPLOAD_SECONDS) | closed |
 | head | the head is complete | MAX_HEAD_BYTES, MAX_HEADERS | UPLOAD_SECONDS from its first byte | 431, 408 |
-| body | the body is complete | MAX_UPLOAD_BYTES, by RequestMiddleware | UPLOAD_SECONDS from the first byte of the head | 413, 408 |
+| body | the body is complete | MAX_UPLOAD_BYTES, by RequestMiddleware | UPLOAD_SECONDS from the first byte | 413, 408 |
 | answering | the response is written | MAX_PIPELINED requests behind it | DEADLINE_MS, by the engine | 504 |
 | closing | the client closes | CLOSING_BYTES | LINGER_SECONDS | aborted |
 
@@ -216,8 +216,8 @@ class Connection(HttpToolsProtocol):
                 raise httptools.HttpParserError from None
             self._is_upgrade = False
             method, version = self.parser.get_method(), self.parser.get_http_version().encode()
-            kept = [header for header in self.headers if header[0] != b"upgrade"]
-            lines = [b"%b %b HTTP/%b" % (method, self.url, version), *(b"%b: %b" % header for header in kept), b"\r\n"]
+            headers = [header for header in self.headers if header[0] != b"upgrade"]
+            lines = [b"%b %b HTTP/%b" % (method, self.url, version), *(b"%b: %b" % header for header in headers), b"\r\n"]
             self.parser = httptools.HttpRequestParser(self)
             self.parser.set_dangerous_leniencies(lenient_data_after_close=True)  # as uvicorn's own
             arrived = self.scope["state"]["arrived"]
@@ -264,7 +264,7 @@ class Connection(HttpToolsProtocol):
         if self._is_upgrade:
             return
         super().on_message_complete()
-        self.scope["state"]["body_is_here"] = True
+        self.scope["state"]["body_received"] = True
         if self.cycle.response_complete:
             self._enter(Phase.IDLE, KEEP_ALIVE_SECONDS)
         else:
@@ -375,7 +375,7 @@ def _head_too_large() -> HeadTooLarge:
 def _response(error: ServiceError, engine: Engine) -> bytes:
     """A whole HTTP response that closes the connection; logged and counted as a request without an endpoint."""
     request_id = new_request_id()
-    engine.metrics.request("none", error.status, 0)
+    engine.metrics.count_request("none", error.status, 0)
     log.info("request", request_id=request_id, status=int(error.status), detail=error.detail)
     body, headers = problem_body(error, request_id, "")
     fields: list[tuple[bytes, Any]] = [*headers, (b"x-request-id", request_id.encode()), (b"connection", b"close")]

@@ -1,4 +1,4 @@
-"""uvicorn: limits to its connections, requests timed from their first byte, and stopping without losing one."""
+"""The uvicorn server: connection limits, and graceful shutdown that answers every accepted request."""
 
 import asyncio
 import contextlib
@@ -13,21 +13,30 @@ from dinat.app.engine.engine import Engine
 from dinat.app.server.protocol import KEEP_ALIVE_SECONDS, LINGER_SECONDS, http_protocol
 
 QUIET_SECONDS = 0.25
-"""A door closes once nobody has asked for so long: who asks just then would be cut off unheard."""
+"""After a drain, the server closes once no request has come for this long: a request in transit would be reset."""
 
 
 class Server(uvicorn.Server):
-    """On a signal, takes work for LAME_DUCK_SECONDS more, drains the engine while still answering, then closes.
+    """The HTTP server.
 
-    Work that comes while it drains gets 503, and so does what comes until it is quiet, or LINGER_SECONDS have passed. On a
-    second signal it closes at once.
+    On a signal the engine accepts work for LAME_DUCK_SECONDS more and then drains, while the server still answers; new work
+    gets 503. The server closes once no request has come for QUIET_SECONDS, LINGER_SECONDS after the drain at the latest. A
+    second signal closes it at once.
 
-    lifeline: of a front end; it drains as on a signal when the other end is closed, and leaves to its supervisor what is to
-    happen on a second signal, and when the engine fails.  say: told of the engine's state.
+    Args:
+        app: The application.
+        engine: Its engine.
+        lifeline: Of a frontend process: a file descriptor. When its other end is closed, the server drains as on a signal. The
+            supervisor handles second signals, and failures of the engine.
+        report_status: Receives the engine's state.
     """
 
     def __init__(
-        self, app: FastAPI, engine: Engine, lifeline: int | None = None, say: Callable[[str], object] = lambda _: None
+        self,
+        app: FastAPI,
+        engine: Engine,
+        lifeline: int | None = None,
+        report_status: Callable[[str], object] = lambda _: None,
     ) -> None:
         settings = engine.settings
         config = uvicorn.Config(
@@ -45,7 +54,7 @@ class Server(uvicorn.Server):
         )
         super().__init__(config)
         self._engine = engine
-        self._lifeline, self._say = lifeline, say
+        self._lifeline, self._report_status = lifeline, report_status
         self._draining: asyncio.Task[None] | None = None
         if lifeline is None:
             engine.on_started = self._stop_if_failed
@@ -58,11 +67,11 @@ class Server(uvicorn.Server):
 
     async def on_tick(self, counter: int) -> bool:
         """See uvicorn."""
-        self._say(self._engine.state)
+        self._report_status(self._engine.state)
         return await super().on_tick(counter)
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        """See uvicorn, whose own handler raises the signal again when all is over; here the exit status is the command's."""
+        """See uvicorn, whose own handler raises the signal again on exit; here the command sets the exit status."""
         if self._draining is not None and self._lifeline is None:
             self.should_exit = self.force_exit = True
         else:
@@ -74,19 +83,19 @@ class Server(uvicorn.Server):
             loop.remove_reader(self._lifeline)
         if self._draining is None:
             self._draining = loop.create_task(self._drain_then_exit())
-            loop.call_soon_threadsafe(lambda: None)  # wakes the loop, which may be asleep
+            loop.call_soon_threadsafe(lambda: None)  # wakes the loop from a signal handler
 
     async def _drain_then_exit(self) -> None:
         await self._engine.drain(self._engine.settings.lame_duck_seconds)
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(LINGER_SECONDS):
-                await self._quiet()
+                await self._wait_until_quiet()
         self.should_exit = True
 
-    async def _quiet(self) -> None:
-        answered = -1
-        while answered != self.server_state.total_requests:
-            answered = self.server_state.total_requests
+    async def _wait_until_quiet(self) -> None:
+        requests = -1
+        while requests != self.server_state.total_requests:
+            requests = self.server_state.total_requests
             await asyncio.sleep(QUIET_SECONDS)
 
     def _stop_if_failed(self) -> None:

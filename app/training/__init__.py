@@ -1,1 +1,1 @@
-"""Training a classifier, on transformers' Trainer. Needs the extra `train`."""
+"""Train a classifier with the Trainer of transformers. Requires the extra `train`."""

@@ -1,4 +1,4 @@
-"""What a training leaves beside its weights for people: a model card and its curves."""
+"""The model card and training curves written beside the weights."""
 
 from collections import Counter
 from collections.abc import Sequence
@@ -6,83 +6,86 @@ from collections.abc import Sequence
 import torch
 from matplotlib.figure import Figure
 
-from dinat.app.training.task import Task, Trained
-from dinat.app.training.trainer import Progressed
+from dinat.app.training.spec import TrainingResult, TrainingSpec
+from dinat.app.training.trainer import History
 from dinat.model import DinatConfig
 
 CURVES = "curves.png"
 
-MOST_SHOWN = 100
-"""Classes up to which the card names them all."""
+MAX_CLASSES_SHOWN = 100
+"""Classes that the model card lists at most."""
 
 
-def write_card(task: Task, trained: Trained, config: DinatConfig, changes: Sequence[str]) -> None:
-    """README.md and curves.png, in the task's folder."""
-    curves(trained.progress).savefig(task.out / CURVES, dpi=110)
-    (task.out / "README.md").write_text(_card(task, trained, config, changes), encoding="utf-8")
+def write_model_card(spec: TrainingSpec, result: TrainingResult, config: DinatConfig, changes: Sequence[str]) -> None:
+    """Write README.md and curves.png to the output folder."""
+    plot_curves(result.history).savefig(spec.out / CURVES, dpi=110)
+    (spec.out / "README.md").write_text(_model_card(spec, result, config, changes), encoding="utf-8")
 
 
-def curves(progress: Progressed) -> Figure:
-    """Losses, and accuracy, by epoch."""
+def plot_curves(history: History) -> Figure:
+    """Plot losses and accuracies by epoch."""
     figure = Figure(figsize=(9, 3.5), layout="constrained")
     losses, accuracy = figure.subplots(1, 2)
-    epochs = [one.epoch for one in progress.epochs]
-    losses.plot(epochs, [one.train_loss for one in progress.epochs], label="training, augmented")
-    losses.plot(epochs, [one.loss for one in progress.epochs], label="validation")
+    numbers = [epoch.epoch for epoch in history.epochs]
+    losses.plot(numbers, [epoch.train_loss for epoch in history.epochs], label="training (augmented)")
+    losses.plot(numbers, [epoch.loss for epoch in history.epochs], label="validation")
     losses.set(xlabel="epoch", ylabel="cross entropy")
     losses.legend(frameon=False)
-    accuracy.plot(epochs, [one.top1 for one in progress.epochs], label="top-1")
-    accuracy.plot(epochs, [one.top5 for one in progress.epochs], label="top-5")
-    best = progress.epochs[progress.best]
+    accuracy.plot(numbers, [epoch.top1 for epoch in history.epochs], label="top-1")
+    accuracy.plot(numbers, [epoch.top5 for epoch in history.epochs], label="top-5")
+    best = history.epochs[history.best]
     accuracy.scatter([best.epoch], [best.top1], zorder=3)
-    accuracy.set(xlabel="epoch", ylabel="accuracy on the validation", ylim=(None, 1.01))
+    accuracy.set(xlabel="epoch", ylabel="validation accuracy", ylim=(None, 1.01))
     accuracy.legend(frameon=False)
     return figure
 
 
-def _card(task: Task, trained: Trained, config: DinatConfig, changes: Sequence[str]) -> str:
-    progress, parts, kept, recipe = trained.progress, trained.parts, trained.kept, task.recipe
-    chosen = (
-        "the best of them on the validation, which makes these figures a little too good"
+def _model_card(spec: TrainingSpec, result: TrainingResult, config: DinatConfig, changes: Sequence[str]) -> str:
+    history, split, saved, recipe = result.history, result.split, result.saved_epoch, spec.recipe
+    selection = (
+        "selected by validation accuracy, so the metrics above are slightly optimistic"
         if recipe.keep == "best"
-        else "the last"
+        else "the last one"
     )
-    held = Counter(one.label for one in parts.held_back)
-    counts = Counter(one.label for one in parts.train)
-    rows = "\n".join(f"| {label} | {counts[label]} | {held[label]} |" for label in parts.classes[:MOST_SHOWN])
-    more = f"\n\n{len(parts.classes) - MOST_SHOWN} more classes are left out here." if len(parts.classes) > MOST_SHOWN else ""
+    train_counts = Counter(image.label for image in split.train)
+    validation_counts = Counter(image.label for image in split.validation)
+    rows = "\n".join(
+        f"| {label} | {train_counts[label]} | {validation_counts[label]} |" for label in split.classes[:MAX_CLASSES_SHOWN]
+    )
+    num_hidden = len(split.classes) - MAX_CLASSES_SHOWN
+    more = f"\n\n{num_hidden} more classes are not shown." if num_hidden > 0 else ""
     settings = "\n".join(f"| {name} | {value} |" for name, value in recipe.model_dump().items())
-    held_back = f"held back of it, {recipe.validation:.0%} of each class" if task.validate_on is None else f"{task.validate_on}"
+    validation = f"held out, {recipe.validation:.0%} of each class" if spec.validate_on is None else f"{spec.validate_on}"
     return f"""---
 license: other
 pipeline_tag: image-classification
 library_name: dinat-serve
 tags: [dinat, image-classification]
-base_model: {task.source}
+base_model: {spec.source}
 ---
 
-# {task.out.name}
+# {spec.out.name}
 
-A DiNAT classifier of {len(parts.classes)} classes, trained by `dinat train` from {task.source}.
+A DiNAT classifier of {len(split.classes)} classes, trained by `dinat train` from {spec.source}.
 
-| measured on | pictures | top-1 | top-5 | cross entropy |
+| validation data | images | top-1 | top-5 | cross entropy |
 |---|---|---|---|---|
-| {held_back} | {len(parts.held_back)} | {kept.top1:.2%} | {kept.top5:.2%} | {kept.loss:.4f} |
+| {validation} | {len(split.validation)} | {saved.top1:.2%} | {saved.top5:.2%} | {saved.loss:.4f} |
 
-The weights are those of epoch {kept.epoch} of {len(progress.epochs)}, {chosen}.
+The weights are those of epoch {saved.epoch} of {len(history.epochs)}, {selection}.
 
 ![curves]({CURVES})
 
 ## Network
 
-Kernel {config.kernel_size}, dilations {config.dilations}, width {config.embed_dim}, layers {config.depths}.
+Kernel size {config.kernel_size}, dilations {config.dilations}, width {config.embed_dim}, depths {config.depths}.
 {"".join(f"{chr(10)}- {change}" for change in changes)}
 
 ## Data
 
-{task.data}: {len(parts.train)} pictures to train on.
+{spec.data}: {len(split.train)} training images.
 
-| class | to train | held back |
+| class | training | validation |
 |---|---|---|
 {rows}{more}
 
@@ -92,6 +95,6 @@ Kernel {config.kernel_size}, dilations {config.dilations}, width {config.embed_d
 |---|---|
 {settings}
 
-PyTorch {torch.__version__}. Its last run took {trained.seconds:.0f} s, {trained.pictures_per_second:.1f} pictures/s, evaluation
-included.
+Trained with PyTorch {torch.__version__}. The last run took {result.seconds:.0f} s, {result.images_per_second:.1f} images/s,
+evaluation included.
 """

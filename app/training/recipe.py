@@ -1,59 +1,74 @@
-"""How a classifier is trained: every choice, once."""
+"""Hyperparameters of a training."""
 
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-Share = Annotated[float, Field(ge=0, le=1)]
+Fraction = Annotated[float, Field(ge=0, le=1)]
 Positive = Annotated[int, Field(ge=1)]
 
 
 class Recipe(BaseModel):
-    """What a training depends on beside its data and the checkpoint that it starts from; the same recipe, the same weights."""
+    """Everything that a training depends on besides its data and its initial checkpoint. Equal recipes give equal weights."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    epochs: Positive = Field(10, description="times that every picture is seen")
-    batch_size: Positive = Field(32, description="pictures a step, on each device")
-    accumulate: Positive = Field(1, description="batches whose gradients make one step of the optimizer")
-    learning_rate: float = Field(1e-4, gt=0, description="at its highest, after the warm-up; it ends at 0, by a cosine")
-    warmup: Share = Field(0.1, description="share of the steps in which the learning rate rises to it")
-    weight_decay: float = Field(0.05, ge=0, description="AdamW's, of all weights but biases, norms and positional biases")
-    clip: float = Field(1.0, ge=0, description="largest norm of the gradient; 0 for any")
-    label_smoothing: Share = Field(0.1, description="share of a label that is spread over all classes")
-    mixup: float = Field(0, ge=0, description="alpha of mixup (arXiv 1710.09412), 0.8 is usual; 0 for none")
+    epochs: Positive = Field(10, description="Passes over the training images.")
+    batch_size: Positive = Field(32, description="Images per step on each device.")
+    accumulate: Positive = Field(1, description="Batches whose gradients are accumulated before an optimizer step.")
+    learning_rate: float = Field(1e-4, gt=0, description="Peak learning rate, after the warm-up; then cosine decay to 0.")
+    warmup: Fraction = Field(0.1, description="Fraction of the steps in which the learning rate rises linearly from 0.")
+    weight_decay: float = Field(
+        0.05, ge=0, description="Weight decay of AdamW, for all weights but biases, norms and relative positional biases."
+    )
+    clip: float = Field(1.0, ge=0, description="Maximum norm of the gradients; 0 disables clipping.")
+    label_smoothing: Fraction = Field(0.1, description="Label smoothing factor.")
+    mixup: float = Field(0, ge=0, description="Alpha of mixup (arXiv 1710.09412), usually 0.8; 0 disables it.")
     cutmix: float = Field(
-        0, ge=0, description="alpha of cutmix (arXiv 1905.04899), 1 is usual; 0 for none; with both, by turns"
+        0,
+        ge=0,
+        description="Alpha of CutMix (arXiv 1905.04899), usually 1; 0 disables it. With mixup, one of the two per batch.",
     )
-    area: Annotated[float, Field(gt=0, le=1)] = Field(0.35, description="smallest share of a picture that is cut out of it")
-    flip: Share = Field(0.5, description="how often a picture is mirrored, left to right")
-    augment: Literal["none", "trivial"] = Field("trivial", description="trivial: TrivialAugment (arXiv 2103.10158)")
-    erase: Share = Field(0, description="how often a rectangle becomes noise (random erasing, arXiv 1708.04896)")
-    drop_path: Annotated[float, Field(ge=0, lt=1)] | None = Field(None, description="stochastic depth; the checkpoint's own")
+    area: Annotated[float, Field(gt=0, le=1)] = Field(0.35, description="Minimum fraction of the image area of a random crop.")
+    flip: Fraction = Field(0.5, description="Probability of a horizontal flip.")
+    augment: Literal["none", "trivial"] = Field(
+        "trivial", description="Random image operation: none, or TrivialAugment (arXiv 2103.10158)."
+    )
+    erase: Fraction = Field(0, description="Probability of random erasing (arXiv 1708.04896).")
+    drop_path: Annotated[float, Field(ge=0, lt=1)] | None = Field(
+        None, description="Stochastic depth rate. Default: the checkpoint's."
+    )
     ema: Annotated[float, Field(ge=0, lt=1)] = Field(
-        0, description="decay of the weights' moving average, which is then what is evaluated and kept; 0 for none"
+        0,
+        description="Decay of an exponential moving average of the weights, which is then evaluated and saved; 0 disables it.",
     )
-    patience: int = Field(0, ge=0, description="epochs without a better accuracy after which it stops early; 0 for never")
-    keep: Literal["best", "last"] = Field("best", description="which epoch's weights are kept, by accuracy on the validation")
-    validation: Annotated[float, Field(gt=0, lt=1)] = Field(0.1, description="share of DATA that is held back, of every class")
-    size: Positive | None = Field(None, description="pixels of a side; the checkpoint's own")
-    kernel_size: Positive | None = Field(None, description="of the attention; the checkpoint's own")
-    weights: Literal["checkpoint", "random"] = Field("checkpoint", description="random: from the start")
-    precision: Literal["auto", "fp32", "bf16", "fp16"] = Field("auto", description="auto: bf16 on a GPU that has it, else fp32")
-    gradient_checkpointing: bool = Field(False, description="compute layers twice, for less memory")
-    seed: int = Field(0, ge=0, description="of all that is drawn")
+    patience: int = Field(
+        0, ge=0, description="Stop after this many epochs without a better validation accuracy; 0 disables early stopping."
+    )
+    keep: Literal["best", "last"] = Field(
+        "best", description="Epoch whose weights are saved: the best by validation accuracy, or the last."
+    )
+    validation: Annotated[float, Field(gt=0, lt=1)] = Field(
+        0.1, description="Fraction of DATA to hold out for validation, from each class."
+    )
+    size: Positive | None = Field(None, description="Height and width of the input in pixels. Default: the checkpoint's.")
+    kernel_size: Positive | None = Field(None, description="Kernel size of the attention. Default: the checkpoint's.")
+    weights: Literal["checkpoint", "random"] = Field("checkpoint", description="Initial weights.")
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = Field(
+        "auto", description="Numerical precision. auto: bf16 on a GPU that supports it, else fp32."
+    )
+    gradient_checkpointing: bool = Field(
+        False, description="Recompute activations in the backward pass, which takes less memory and more time."
+    )
+    seed: int = Field(0, ge=0, description="Random seed.")
 
     @model_validator(mode="after")
-    def _early_stop_keeps_the_best(self) -> Self:
+    def _check_early_stopping(self) -> Self:
         if self.patience and self.keep == "last":
-            raise ValueError("patience stops where the best is long past, keep says last: one of them must go")
+            raise ValueError("patience requires keep=best: early stopping ends long after the best epoch")
         return self
 
-    def changed(self, other: "Recipe") -> list[str]:
-        """The fields that differ from another recipe's: "epochs 3, 10 before"."""
-        mine, theirs = self.model_dump(), other.model_dump()
-        return [f"{name} {value}, {theirs[name]} before" for name, value in mine.items() if value != theirs[name]]
-
-    def chosen(self) -> dict[str, Any]:
-        """The fields that differ from their defaults."""
-        return self.model_dump(exclude_defaults=True)
+    def differences(self, other: "Recipe") -> list[str]:
+        """Describe the fields that differ from another recipe, such as "epochs is 3, was 10"."""
+        own, previous = self.model_dump(), other.model_dump()
+        return [f"{name} is {value}, was {previous[name]}" for name, value in own.items() if value != previous[name]]

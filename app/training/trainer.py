@@ -1,4 +1,4 @@
-"""transformers' Trainer with soft labels, a moving average, and a state from which it goes on to the same numbers."""
+"""The Trainer of transformers with soft labels, an exponential moving average, and deterministic resumption."""
 
 import json
 import os
@@ -18,15 +18,25 @@ from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from transformers import EvalPrediction, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from dinat.app.training.augmentation import mix, targets
+from dinat.app.training.augmentation import mix, soft_labels
 from dinat.app.training.recipe import Recipe
 
-AVERAGE, PROGRESS = "average.safetensors", "progress.json"
+AVERAGE_FILE, HISTORY_FILE = "average.safetensors", "progress.json"
 
 
 @dataclass
 class Epoch:
-    """What an epoch came to. top1, top5, loss: on the validation, with the weights that would be kept."""
+    """Metrics of an epoch.
+
+    Attributes:
+        epoch: Number of the epoch, from 1.
+        train_loss: Mean training loss.
+        loss: Validation loss, with the weights that would be saved.
+        top1: Validation top-1 accuracy, in 0..1.
+        top5: Validation top-5 accuracy, in 0..1.
+        learning_rate: Last learning rate.
+        seconds: Time since the start of this run.
+    """
 
     epoch: int
     train_loss: float
@@ -38,21 +48,25 @@ class Epoch:
 
 
 @dataclass
-class Progressed:
-    """How far a training is; it is kept beside every checkpoint."""
+class History:
+    """Metrics of all epochs so far. It is saved with each checkpoint.
+
+    Attributes:
+        epochs: Metrics of each epoch.
+        best: Index of the epoch with the best top-1 accuracy, ties broken by the lowest loss; -1 before the first.
+    """
 
     epochs: list[Epoch] = field(default_factory=list)
     best: int = -1
-    """Which of them has the best accuracy, of equals the one of least loss."""
 
     @classmethod
-    def read(cls, folder: Path) -> "Progressed":
-        """What is kept in a checkpoint's folder."""
-        values = json.loads((folder / PROGRESS).read_text())
+    def read(cls, folder: Path) -> "History":
+        """Read the history from a checkpoint's folder."""
+        values = json.loads((folder / HISTORY_FILE).read_text())
         return cls([Epoch(**epoch) for epoch in values["epochs"]], values["best"])
 
     def add(self, epoch: Epoch) -> bool:
-        """Whether it is the best so far."""
+        """Add an epoch. Returns whether it is the best so far."""
         self.epochs.append(epoch)
         is_best = self.best < 0 or (epoch.top1, -epoch.loss) > (self.epochs[self.best].top1, -self.epochs[self.best].loss)
         if is_best:
@@ -63,8 +77,13 @@ class Progressed:
 class DinatTrainer(Trainer):
     """Trains by a recipe.
 
-    keep: called with a network whose weights are to be kept: the best so far, or those of the last epoch.
-    said: called with each epoch, once it is evaluated.
+    Args:
+        model: Network to train.
+        args: Arguments of Trainer.
+        recipe: Hyperparameters.
+        save: Called with a network whose weights are to be saved: the best so far, or those of the last epoch.
+        on_epoch: Called with each epoch after its evaluation.
+        **data: Datasets and collator of Trainer.
     """
 
     def __init__(
@@ -72,43 +91,43 @@ class DinatTrainer(Trainer):
         model: nn.Module,
         args: TrainingArguments,
         recipe: Recipe,
-        keep: Callable[[nn.Module], None],
-        said: Callable[[Epoch], None],
+        save: Callable[[nn.Module], None],
+        on_epoch: Callable[[Epoch], None],
         **data: Any,
     ) -> None:
         super().__init__(model, args, compute_metrics=accuracies, **data)
-        self.network, self.recipe, self.keep, self.said = model, recipe, keep, said
-        self.progress = Progressed()
+        self.network, self.recipe, self.save, self.on_epoch = model, recipe, save, on_epoch
+        self.history = History()
         self.average = _averaged(model, recipe.ema) if recipe.ema else None
-        self.began = time.monotonic()
-        self.add_callback(_Steps(self))
+        self.start = time.monotonic()
+        self.add_callback(_StepCallback(self))
 
-    def go_on_from(self, folder: Path) -> None:
-        """Take up what this class keeps in a checkpoint beside what Trainer keeps there."""
-        self.progress = Progressed.read(folder)
+    def resume_from(self, folder: Path) -> None:
+        """Load the state that this class saves in a checkpoint besides Trainer's own."""
+        self.history = History.read(folder)
         if self.average is not None:
-            self.average.load_state_dict(load_file(folder / AVERAGE))
+            self.average.load_state_dict(load_file(folder / AVERAGE_FILE))
 
     def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
-        """All but norms, biases, scales of layers, and positional biases."""
+        """Return the parameters with weight decay: all but norms, biases, layer scales and relative positional biases."""
         return [name for name, value in model.named_parameters() if value.ndim > 1 and not name.endswith("rpb")]
 
     def compute_loss(
         self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
-        """Cross entropy: with what the recipe wants in training, with the labels in evaluation."""
+        """Return the cross entropy: with mixed soft labels in training, with hard labels in evaluation."""
         pixels, labels = inputs["pixel_values"], inputs["labels"]
         if not model.training:
             outputs = model(pixel_values=pixels)
             loss = F.cross_entropy(outputs.logits.float(), labels)
             return (loss, {"loss": loss, "logits": outputs.logits}) if return_outputs else loss
-        classes = self.accelerator.unwrap_model(model).num_labels
-        wanted = targets(labels, classes, self.recipe.label_smoothing)
-        pixels, wanted = mix(pixels, wanted, self.recipe.mixup, self.recipe.cutmix)
-        return F.cross_entropy(model(pixel_values=pixels).logits.float(), wanted)
+        num_classes = self.accelerator.unwrap_model(model).num_labels
+        targets = soft_labels(labels, num_classes, self.recipe.label_smoothing)
+        pixels, targets = mix(pixels, targets, self.recipe.mixup, self.recipe.cutmix)
+        return F.cross_entropy(model(pixel_values=pixels).logits.float(), targets)
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
-        """With the average's weights, where there is one."""
+        """Evaluate the averaged weights if there are any, else the network's."""
         if self.average is None:
             return self._evaluate(*args, **kwargs)
         own = {name: value.clone() for name, value in self.network.state_dict().items()}
@@ -128,13 +147,13 @@ class DinatTrainer(Trainer):
             metrics["eval_top1"],
             metrics["eval_top5"],
             logged.get("learning_rate", 0.0),
-            time.monotonic() - self.began,
+            time.monotonic() - self.start,
         )
-        is_best = self.progress.add(epoch)
+        is_best = self.history.add(epoch)
         if self.is_world_process_zero():
             if is_best or self.recipe.keep == "last":
-                self.keep(self.network)
-            self.said(epoch)
+                self.save(self.network)
+            self.on_epoch(epoch)
         return metrics
 
 
@@ -142,69 +161,68 @@ def _averaged(network: nn.Module, decay: float) -> AveragedModel:
     return AveragedModel(network, multi_avg_fn=get_ema_multi_avg_fn(decay))  # type: ignore[no-untyped-call]
 
 
-class _Steps(TrainerCallback):
-    """What happens between Trainer's steps."""
+class _StepCallback(TrainerCallback):
+    """Seeds steps, updates the average, stops early, and completes checkpoints."""
 
     def __init__(self, trainer: DinatTrainer) -> None:
         self._trainer = trainer
 
     def on_step_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        """Chance depends on the step alone: what is resumed draws what it would have drawn."""
+        """Seed the random number generator by step, so that a resumed training draws the same numbers."""
         torch.manual_seed((args.seed * 1_000_003 + state.global_step) * 1024 + args.process_index)
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        """The average takes its part of the new weights."""
+        """Update the moving average."""
         if self._trainer.average is not None:
             self._trainer.average.update_parameters(self._trainer.network)
 
     def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        """Stop where the recipe's patience ends."""
-        progress, patience = self._trainer.progress, self._trainer.recipe.patience
-        if patience and len(progress.epochs) - 1 - progress.best >= patience:
+        """Stop early."""
+        history, patience = self._trainer.history, self._trainer.recipe.patience
+        if patience and len(history.epochs) - 1 - history.best >= patience:
             control.should_training_stop = True
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        """Keep the average and the progress; the last is written last, and says that the checkpoint is whole."""
+        """Save the average, then the history. The history is written last: it marks the checkpoint as complete."""
         if not state.is_world_process_zero:
             return
         assert args.output_dir is not None
         folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
         if self._trainer.average is not None:
-            save_file(
-                {name: value.contiguous() for name, value in self._trainer.average.state_dict().items()}, folder / AVERAGE
-            )
-        temporary = folder / f"{PROGRESS}.part"
-        temporary.write_text(json.dumps(asdict(self._trainer.progress)))
-        os.replace(temporary, folder / PROGRESS)
+            weights = {name: value.contiguous() for name, value in self._trainer.average.state_dict().items()}
+            save_file(weights, folder / AVERAGE_FILE)
+        temporary = folder / f"{HISTORY_FILE}.part"
+        temporary.write_text(json.dumps(asdict(self._trainer.history)))
+        os.replace(temporary, folder / HISTORY_FILE)
 
 
-class Bar(TrainerCallback):
-    """A bar on a terminal that says how far it is."""
+class ProgressBarCallback(TrainerCallback):
+    """Shows the number of steps in a progress bar."""
 
-    def __init__(self, bar: Progress) -> None:
-        self._bar = bar
+    def __init__(self, progress: Progress) -> None:
+        self._progress = progress
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """See TrainerCallback."""
-        self._task = self._bar.add_task("training", total=state.max_steps, completed=state.global_step)
+        self._task = self._progress.add_task("training", total=state.max_steps, completed=state.global_step)
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """See TrainerCallback."""
-        self._bar.update(self._task, completed=state.global_step)
+        self._progress.update(self._task, completed=state.global_step)
 
 
 def accuracies(prediction: EvalPrediction) -> dict[str, float]:
-    """top1 and top5."""
+    """Compute top1 and top5 accuracy, in 0..1."""
     logits, labels = np.asarray(prediction.predictions), np.asarray(prediction.label_ids)
     best = np.argsort(-logits, axis=1, kind="stable")[:, :5]
     hits = best == labels[:, None]
     return {"top1": float(hits[:, 0].mean()), "top5": float(hits.any(axis=1).mean())}
 
 
-def last_whole(folder: Path) -> Path | None:
-    """The last checkpoint that was wholly written; later ones, which a kill cut off, are removed."""
+def last_complete_checkpoint(folder: Path) -> Path | None:
+    """Return the last complete checkpoint. Later checkpoints, which are incomplete after a kill, are deleted."""
     for checkpoint in sorted(folder.glob("checkpoint-*"), key=lambda path: int(path.name.rpartition("-")[2]), reverse=True):
-        if (checkpoint / PROGRESS).exists():
+        if (checkpoint / HISTORY_FILE).exists():
             return checkpoint
         shutil.rmtree(checkpoint)
     return None

@@ -1,39 +1,39 @@
-/** The page: one picture at a time, what the service says of it, and what the network sees in it. */
+/** The page: classifies one image at a time and shows its labels, feature maps and attention. */
 
-import { drawComponents, drawHeat, magnitude, principalComponents } from "./maps.js";
+import { drawComponents, drawHeat, magnitude, principalComponents } from "./feature_maps.js";
+import { listen, visibleRegion } from "./images.js";
 import { describe, drawNeighborhood } from "./neighborhoods.js";
-import { listen, seenPart } from "./pictures.js";
 import * as service from "./service.js";
 
 const $ = (id) => document.getElementById(id);
-const VIEW = 640; // the longer side of the view, in pixels of its canvas
-const TILE = 128;
-const PARTS = ["decode", "queue", "compute", "encode", "other"];
+const VIEW = 640; // longer side of the view, in pixels of its canvas
+const TILE = 128; // longer side of a layer's tile
+const TIME_STAGES = ["decode", "queue", "compute", "encode", "other"]; // of the time that a request takes
 
-let served = null; // what GET /model says
-let current = null; // {blob, name, bitmap, point, layers, cells}: the picture
-let chosen = 0; // the layer that is shown on the picture
+let model = null; // response of GET /model
+let current = null; // current image: {blob, name, bitmap, point, layers, cells}
+let selectedLayer = 0; // index of the layer that is shown on the image
 
-/** An element, its properties, and what is in it. */
+/** Create an element with properties and children. */
 function element(tag, properties = {}, ...children) {
-  const made = Object.assign(document.createElement(tag), properties);
-  made.append(...children);
-  return made;
+  const created = Object.assign(document.createElement(tag), properties);
+  created.append(...children);
+  return created;
 }
 
-function say(words) {
-  $("error").textContent = words;
-  $("error").hidden = !words;
+function showMessage(text) {
+  $("error").textContent = text;
+  $("error").hidden = !text;
 }
 
-/** Say what went wrong; ask for a key where that is it. */
-function sayWhy(error) {
-  say(error.message[0].toUpperCase() + error.message.slice(1));
+/** Show an error, and the form for the API key if the service requires one. */
+function showError(error) {
+  showMessage(error.message[0].toUpperCase() + error.message.slice(1));
   $("key-form").hidden = error.status !== 401;
 }
 
-/** Wait until pictures are taken, then know what is served. */
-async function begin() {
+/** Wait until the service is ready, then load the model's description. */
+async function connect() {
   for (;;) {
     const { status, detail } = await service.health();
     $("status").textContent = status === "ready" ? "ready" : detail;
@@ -41,44 +41,44 @@ async function begin() {
     if (status === "failed") throw new Error(detail);
     await new Promise((resolve) => setTimeout(resolve, 1000));
   }
-  served = await service.model();
-  const { model, runtime, device, precision, labels } = served;
-  $("model").textContent = `${model}: ${labels.length} labels, ${runtime} on ${device} in ${precision}`;
-  document.title = `DiNAT: ${model}`;
-  if (current) await show(current.blob, current.name);
+  model = await service.model();
+  const { model: name, runtime, device, precision, labels } = model;
+  $("model").textContent = `${name}: ${labels.length} labels, ${runtime} on ${device} in ${precision}`;
+  document.title = `DiNAT: ${name}`;
+  if (current) await showImage(current.blob, current.name);
 }
 
-/** A new picture: classify it, then show what is in the network. */
-async function show(blob, name) {
-  const mine = (current = { blob, name, bitmap: null, point: { y: 0.5, x: 0.5 }, layers: [], cells: new Map() });
-  if (!served) return; // begin comes back to it
-  say("");
+/** Classify a new image and show everything about it. */
+async function showImage(blob, name) {
+  const image = (current = { blob, name, bitmap: null, point: { y: 0.5, x: 0.5 }, layers: [], cells: new Map() });
+  if (!model) return; // connect shows the image later
+  showMessage("");
   $("commands").replaceChildren();
   try {
-    mine.bitmap = await createImageBitmap(blob).catch(() => null); // the service may read what this browser does not
-    const answer = await service.classify(blob, Math.min(5, served.labels.length));
-    if (mine !== current) return;
-    showLabels(answer.predictions);
-    showTimes(answer);
-    showCommand(`classify?top_k=${answer.predictions.length}`);
-    showPicture();
-    const stages = served.features.filter((one) => /^(stem|stage\d+)$/.test(one));
-    const maps = await service.features(blob, stages);
-    if (mine !== current) return;
-    showMaps(stages.map((stage) => [stage, maps[stage]]));
-    showCommand(`features?features=${stages.join(",")}`, "maps.safetensors");
-    await look(mine.point);
+    image.bitmap = await createImageBitmap(blob).catch(() => null); // the service supports formats that browsers do not
+    const result = await service.classify(blob, Math.min(5, model.labels.length));
+    if (image !== current) return;
+    showLabels(result.predictions);
+    showTimes(result);
+    showCommand(`classify?top_k=${result.predictions.length}`);
+    showView();
+    const stages = model.features.filter((name) => /^(stem|stage\d+)$/.test(name));
+    const featureMaps = await service.features(blob, stages);
+    if (image !== current) return;
+    showFeatureMaps(stages.map((stage) => [stage, featureMaps[stage]]));
+    showCommand(`features?features=${stages.join(",")}`, "features.safetensors");
+    await showPoint(image.point);
   } catch (error) {
-    if (mine !== current) return;
-    forget();
-    sayWhy(error);
+    if (image !== current) return;
+    clearResults();
+    showError(error);
   }
 }
 
-/** Nothing of an earlier picture stands beside an error. */
-function forget() {
+/** Hide the results of an earlier image, so that none are shown beside an error. */
+function clearResults() {
   $("labels").replaceChildren();
-  for (const id of ["told", "view", "caption", "maps-section", "layers-section"]) $(id).hidden = true;
+  for (const id of ["details", "view", "caption", "feature-maps-section", "layers-section"]) $(id).hidden = true;
   $("invitation").hidden = false;
 }
 
@@ -91,135 +91,139 @@ function showLabels(predictions) {
   }));
 }
 
-function showTimes({ times: { total, ...parts }, milliseconds }) {
-  const known = { ...parts, other: Math.max(0, total - Object.values(parts).reduce((sum, one) => sum + one, 0)) };
-  const shown = PARTS.filter((part) => part in known);
-  $("time-bar").replaceChildren(...shown.map((part) => {
-    const bar = element("span", { className: part });
-    bar.style.width = `${100 * known[part] / total}%`;
+function showTimes({ times: { total, ...measured }, milliseconds }) {
+  const times = { ...measured, other: Math.max(0, total - Object.values(measured).reduce((sum, time) => sum + time, 0)) };
+  const stages = TIME_STAGES.filter((stage) => stage in times);
+  $("time-bar").replaceChildren(...stages.map((stage) => {
+    const bar = element("span", { className: stage });
+    bar.style.width = `${100 * times[stage] / total}%`;
     return bar;
   }));
-  const entry = (name, ms, className = "") => element("div", {},
-    element("dt", { className, textContent: name }), element("dd", { textContent: `${ms.toFixed(1)} ms` }));
-  $("times").replaceChildren(...shown.map((part) => entry(part, known[part], part)),
-    entry("in the service", total), entry("and the way there and back", milliseconds));
-  $("told").hidden = false;
+  const entry = (name, time, className = "") => element("div", {},
+    element("dt", { className, textContent: name }), element("dd", { textContent: `${time.toFixed(1)} ms` }));
+  $("times").replaceChildren(...stages.map((stage) => entry(stage, times[stage], stage)),
+    entry("total in the service", total), entry("round trip", milliseconds));
+  $("details").hidden = false;
 }
 
-/** The curl line of what was just done, in the place of an earlier one of that door. */
+/** Show the curl command of a request, in place of an earlier one to the same endpoint. */
 function showCommand(path, output = "") {
-  const door = path.split("?")[0];
+  const endpoint = path.split("?")[0];
   const quoted = (word) => `'${word.replaceAll("'", "'\\''")}'`;
-  const line = ["curl", "--data-binary", quoted(`@${current.name}`),
+  const command = ["curl", "--data-binary", quoted(`@${current.name}`),
     ...(service.hasKey() ? ["-H", '"X-API-Key: $KEY"'] : []),
     ...(output ? ["-H", "'Accept: application/vnd.safetensors'", "-o", output] : []),
     quoted(new URL(path, document.baseURI).href)].join(" ");
   const copy = element("button", { textContent: "Copy" });
   copy.addEventListener("click", async () => {
     try {
-      await navigator.clipboard.writeText(line);
+      await navigator.clipboard.writeText(command);
       copy.textContent = "Copied";
     } catch {
-      getSelection().selectAllChildren(copy.previousSibling); // a page that is not from localhost or https:// may not copy
+      getSelection().selectAllChildren(copy.previousSibling); // browsers only allow copying on localhost and https://
       copy.textContent = "Press Ctrl+C";
     }
   });
-  const shown = element("li", {}, element("code", { textContent: line }), copy);
-  shown.dataset.door = door;
-  const old = $("commands").querySelector(`[data-door="${door}"]`);
-  if (old) old.replaceWith(shown);
-  else $("commands").append(shown);
+  const item = element("li", {}, element("code", { textContent: command }), copy);
+  item.dataset.endpoint = endpoint;
+  const previous = $("commands").querySelector(`[data-endpoint="${endpoint}"]`);
+  if (previous) previous.replaceWith(item);
+  else $("commands").append(item);
   showSave();
 }
 
-/** What was drawn, pasted or taken is in no folder yet: it can be saved under the name that the curl line has. */
+/** Offer to save an image that is not a file yet (drawn, pasted or captured), under the name in the curl commands. */
 function showSave() {
   URL.revokeObjectURL($("save").firstElementChild?.href);
   $("save").replaceChildren();
   if (current.blob instanceof File && current.blob.name) return;
-  const link = element("a", { textContent: `Save ${current.name}`, download: current.name, href: URL.createObjectURL(current.blob) });
+  const href = URL.createObjectURL(current.blob);
+  const link = element("a", { textContent: `Save ${current.name}`, download: current.name, href });
   $("save").append(link);
 }
 
-/** Draw the part of the picture that the network sees into a canvas, over white as the service does. */
-function drawPicture(canvas, longer) {
+/** Draw the part of the image that the network receives, over white as in the service. */
+function drawImage(canvas, longerSide) {
   const { bitmap } = current;
-  const part = bitmap && seenPart(served.input_size, bitmap.width, bitmap.height);
-  const scale = longer / (part ? Math.max(part.width, part.height) : longer);
-  [canvas.width, canvas.height] = part ? [Math.round(part.width * scale), Math.round(part.height * scale)] : [longer, longer];
+  const region = bitmap && visibleRegion(model.input_size, bitmap.width, bitmap.height);
+  const scale = longerSide / (region ? Math.max(region.width, region.height) : longerSide);
+  [canvas.width, canvas.height] = region
+    ? [Math.round(region.width * scale), Math.round(region.height * scale)] : [longerSide, longerSide];
   const context = canvas.getContext("2d");
   context.fillStyle = bitmap ? "#fff" : "#777";
   context.fillRect(0, 0, canvas.width, canvas.height);
-  if (part) context.drawImage(bitmap, part.x, part.y, part.width, part.height, 0, 0, canvas.width, canvas.height);
+  if (region) context.drawImage(bitmap, region.x, region.y, region.width, region.height, 0, 0, canvas.width, canvas.height);
 }
 
-function showPicture() {
-  drawPicture($("view"), VIEW);
+function showView() {
+  drawImage($("view"), VIEW);
   const { bitmap, blob, name } = current;
-  const size = bitmap ? `${bitmap.width}×${bitmap.height}` : "which this browser cannot show";
+  const size = bitmap ? `${bitmap.width}×${bitmap.height}` : "not supported by this browser";
   $("caption").textContent = `${name}, ${size}, ${(blob.size / 1000).toFixed(1)} kB`;
   for (const id of ["view", "caption"]) $(id).hidden = false;
   $("invitation").hidden = true;
 }
 
-function showMaps(maps) {
-  $("maps").replaceChildren(...maps.map(([name, map]) => {
-    const [channels, height, width] = map.shape;
-    const of = `${channels} channels, ${height}×${width}`;
-    const [heatMap, colours] = [element("canvas"), element("canvas")];
-    const [least, largest] = drawHeat(heatMap, magnitude(map), height, width);
-    drawComponents(colours, principalComponents(map), height, width);
-    const tile = (canvas, what, words) => {
-      const button = element("button", { title: what }, canvas);
-      button.setAttribute("aria-label", `${what}, large`);
-      button.addEventListener("click", () => showLarge(canvas, what, words));
+function showFeatureMaps(featureMaps) {
+  $("feature-maps").replaceChildren(...featureMaps.map(([name, featureMap]) => {
+    const [channels, height, width] = featureMap.shape;
+    const shape = `${channels} channels, ${height}×${width}`;
+    const [heatMap, components] = [element("canvas"), element("canvas")];
+    const [minimum, maximum] = drawHeat(heatMap, magnitude(featureMap), height, width);
+    drawComponents(components, principalComponents(featureMap), height, width);
+    const tile = (canvas, title, text) => {
+      const button = element("button", { title }, canvas);
+      button.setAttribute("aria-label", `${title}, enlarge`);
+      button.addEventListener("click", () => showLarge(canvas, title, text));
       return button;
     };
     return element("figure", {}, element("div", {},
-      tile(heatMap, `${name}, magnitude`, `The mean magnitude of ${of}: ${least.toPrecision(3)} (dark) to ${largest.toPrecision(3)} (bright).`),
-      tile(colours, `${name}, principal components`, `Three principal components of ${of}, as red, green and blue.`)),
-    element("figcaption", { textContent: `${name}: ${of}` }));
+      tile(heatMap, `${name}, magnitude`,
+        `Mean magnitude of ${shape}: ${minimum.toPrecision(3)} (dark) to ${maximum.toPrecision(3)} (bright).`),
+      tile(components, `${name}, principal components`,
+        `First three principal components of ${shape}, as red, green and blue.`)),
+    element("figcaption", { textContent: `${name}: ${shape}` }));
   }));
-  $("maps-section").hidden = false;
+  $("feature-maps-section").hidden = false;
 }
 
-function showLarge(canvas, title, words) {
+function showLarge(canvas, title, text) {
   const large = $("large-map");
   [large.width, large.height] = [canvas.width, canvas.height];
   large.getContext("2d").drawImage(canvas, 0, 0);
   $("large-title").textContent = title;
-  $("large-text").textContent = words;
+  $("large-text").textContent = text;
   $("large").showModal();
 }
 
-let wanted = null; // the last point that was asked for while another was on its way
-let looking = false;
+let pendingPoint = null; // latest point that was selected while a request was in flight
+let requesting = false;
 
-/** What the point of the picture sees, once the service has said it. Of points that follow each other fast only the last is asked. */
-async function look(point) {
+/** Request and show the neighborhoods of a point. While a request is in flight, only the latest point is remembered. */
+async function showPoint(point) {
   current.point = point;
-  wanted = point;
-  if (looking) return;
-  looking = true;
+  pendingPoint = point;
+  if (requesting) return;
+  requesting = true;
   try {
-    while (wanted) {
-      const [mine, place] = [current, wanted];
-      wanted = null;
-      const layers = mine.cells.get(cell(mine, place)) ?? (await service.attention(mine.blob, place));
-      if (mine !== current) continue;
-      mine.layers = layers;
-      mine.cells.set(cell(mine, place), layers);
-      showCommand(service.attentionPath(place));
+    while (pendingPoint) {
+      const [image, requested] = [current, pendingPoint];
+      pendingPoint = null;
+      const layers = image.cells.get(cell(image, requested)) ?? (await service.attention(image.blob, requested));
+      if (image !== current) continue;
+      image.layers = layers;
+      image.cells.set(cell(image, requested), layers);
+      showCommand(service.attentionPath(requested));
       showLayers();
     }
   } catch (error) {
-    sayWhy(error);
+    showError(error);
   } finally {
-    looking = false;
+    requesting = false;
   }
 }
 
-/** Points of one cell of the finest map see the same. */
+/** Return the cell of the largest feature map that contains a point. All points of a cell have the same neighborhoods. */
 function cell({ layers }, { y, x }) {
   if (!layers.length) return "";
   const [height, width] = layers[0].size;
@@ -228,75 +232,76 @@ function cell({ layers }, { y, x }) {
 
 function showLayers() {
   const { layers } = current;
-  chosen = Math.min(chosen, layers.length - 1);
+  selectedLayer = Math.min(selectedLayer, layers.length - 1);
   if ($("layers").childElementCount !== layers.length) {
     $("layers").replaceChildren(...layers.map((_, i) => {
       const button = element("button", {}, element("canvas"), element("span"));
       button.addEventListener("click", () => {
-        chosen = i;
+        selectedLayer = i;
         showLayers();
       });
       return button;
     }));
   }
-  const heads = layers[chosen].weights.length;
+  const heads = layers[selectedLayer].weights.length;
   if ($("head").childElementCount !== heads + 1) {
-    $("head").replaceChildren(element("option", { value: "", textContent: "all heads, their mean" }),
+    $("head").replaceChildren(element("option", { value: "", textContent: "all heads (mean)" }),
       ...Array.from({ length: heads }, (_, i) => element("option", { value: i, textContent: `head ${i + 1}` })));
   }
   const head = $("head").value === "" ? null : Number($("head").value);
   const tile = element("canvas");
-  drawPicture(tile, TILE);
+  drawImage(tile, TILE);
   layers.forEach((layer, i) => {
     const button = $("layers").children[i];
-    const [canvas, words] = button.children;
+    const [canvas, caption] = button.children;
     [canvas.width, canvas.height] = [tile.width, tile.height];
     canvas.getContext("2d").drawImage(tile, 0, 0);
     drawNeighborhood(canvas, layer, head);
-    words.textContent = `${layer.stage}.${layer.layer}, dilation ${layer.dilation}`;
+    caption.textContent = `${layer.stage}.${layer.layer}, dilation ${layer.dilation}`;
     button.setAttribute("aria-label", describe(layer));
-    button.setAttribute("aria-pressed", String(i === chosen));
+    button.setAttribute("aria-pressed", String(i === selectedLayer));
   });
-  drawPicture($("view"), VIEW);
-  drawNeighborhood($("view"), layers[chosen], head);
-  $("view").setAttribute("aria-label", `The picture as the network sees it. Arrow keys move the point. ${describe(layers[chosen])}`);
+  drawImage($("view"), VIEW);
+  drawNeighborhood($("view"), layers[selectedLayer], head);
+  $("view").setAttribute("aria-label",
+    `The part of the image that the network receives. Arrow keys move the point. ${describe(layers[selectedLayer])}`);
   $("layers-section").hidden = false;
 }
 
-/** 0 to 1 in the view, where the pointer is. */
-function place(event) {
+/** Return the position of the pointer in the view, {y, x} from 0 to 1. */
+function pointAt(event) {
   const { clientWidth, clientHeight } = $("view");
-  const within = (value) => Math.min(Math.max(value, 0), 1);
-  return { y: within(event.offsetY / clientHeight), x: within(event.offsetX / clientWidth) };
+  const clamp = (value) => Math.min(Math.max(value, 0), 1);
+  return { y: clamp(event.offsetY / clientHeight), x: clamp(event.offsetX / clientWidth) };
 }
 
-/** The middle of the neighboring cell of the chosen layer's map. */
-function step(key) {
+/** Return the center of the neighboring cell of the selected layer in the direction of an arrow key, null for other keys. */
+function neighborOf(key) {
   const [down, across] = { ArrowUp: [-1, 0], ArrowDown: [1, 0], ArrowLeft: [0, -1], ArrowRight: [0, 1] }[key] ?? [0, 0];
   if (!down && !across) return null;
-  const { size, query } = current.layers[chosen];
-  const [row, column] = [query[0] + down, query[1] + across].map((at, i) => Math.min(Math.max(at, 0), size[i] - 1));
+  const { size, query } = current.layers[selectedLayer];
+  const [row, column] = [query[0] + down, query[1] + across].map((index, i) => Math.min(Math.max(index, 0), size[i] - 1));
   return { y: (row + 0.5) / size[0], x: (column + 0.5) / size[1] };
 }
 
-$("view").addEventListener("pointermove", (event) => current.layers.length && look(place(event)));
-$("view").addEventListener("click", (event) => current.layers.length && look(place(event)));
+$("view").addEventListener("pointermove", (event) => current.layers.length && showPoint(pointAt(event)));
+$("view").addEventListener("click", (event) => current.layers.length && showPoint(pointAt(event)));
 $("view").addEventListener("keydown", (event) => {
-  const to = current.layers.length ? step(event.key) : null;
-  if (!to) return;
+  const point = current.layers.length ? neighborOf(event.key) : null;
+  if (!point) return;
   event.preventDefault();
-  look(to);
+  showPoint(point);
 });
 $("head").addEventListener("change", showLayers);
 $("key-form").addEventListener("submit", (event) => {
   event.preventDefault();
-  service.useKey($("key").value);
+  service.setKey($("key").value);
   $("key-form").hidden = true;
-  say("");
-  begin().catch(sayWhy);
+  showMessage("");
+  connect().catch(showError);
 });
-listen(show, say);
-begin().catch((error) => {
+listen(showImage, showMessage);
+connect().catch((error) => {
   $("status").textContent = "";
-  sayWhy(error);
+  showError(error);
 });

@@ -1,26 +1,26 @@
-/** What a query sees, drawn over the picture. A layer is what POST /attention says of it. */
+/** Drawing of the neighborhood of a query over the image. A layer is an element of the response of POST /attention. */
 
-import { heat } from "./maps.js";
+import { heat } from "./feature_maps.js";
 
-/** The weights, one list for each row, of one head, or their mean over all heads if head is null. */
+/** Return the attention weights of one head, or their mean over all heads if `head` is null, as a list of rows. */
 export function weightsOf(layer, head) {
   if (head !== null && head < layer.weights.length) return layer.weights[head];
   return layer.rows.map((_, i) =>
-    layer.columns.map((_, j) => layer.weights.reduce((sum, one) => sum + one[i][j], 0) / layer.weights.length));
+    layer.columns.map((_, j) => layer.weights.reduce((sum, weights) => sum + weights[i][j], 0) / layer.weights.length));
 }
 
-/** Draw the keys that the query sees, each in the colour of its weight; the brightest has the most. Padding is not drawn. */
+/** Draw the keys of the query, colored by their weights relative to the largest one. Padding is not drawn. */
 export function drawNeighborhood(canvas, layer, head) {
   const context = canvas.getContext("2d");
   const [height, width] = layer.size;
   const [down, across] = [canvas.height / height, canvas.width / width];
   const weights = weightsOf(layer, head);
-  const most = Math.max(...weights.flat());
+  const maximum = Math.max(...weights.flat());
   context.fillStyle = "rgb(0 0 0 / 45%)";
   context.fillRect(0, 0, canvas.width, canvas.height);
   layer.rows.forEach((row, i) => layer.columns.forEach((column, j) => {
     if (row >= height || column >= width) return;
-    const [red, green, blue] = heat(0.15 + 0.85 * weights[i][j] / most);
+    const [red, green, blue] = heat(0.15 + 0.85 * weights[i][j] / maximum);
     context.fillStyle = `rgb(${red} ${green} ${blue} / 80%)`;
     context.fillRect(column * across, row * down, Math.max(1, across - 1), Math.max(1, down - 1));
   }));
@@ -29,9 +29,9 @@ export function drawNeighborhood(canvas, layer, head) {
   context.strokeRect(layer.query[1] * across, layer.query[0] * down, across, down);
 }
 
-/** In words, for who cannot see it. */
+/** Describe a layer in text, for assistive technology. */
 export function describe(layer) {
   const [height, width] = layer.size;
   const inside = layer.rows.filter((row) => row < height).length * layer.columns.filter((column) => column < width).length;
-  return `stage ${layer.stage}, layer ${layer.layer}, dilation ${layer.dilation}: ${inside} keys of a map of ${height}×${width}`;
+  return `stage ${layer.stage}, layer ${layer.layer}, dilation ${layer.dilation}: ${inside} keys of a ${height}×${width} feature map`;
 }

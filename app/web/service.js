@@ -1,7 +1,7 @@
-/** The service's doors, as the page asks them. Paths are relative: the page may stand behind a proxy, under a prefix. */
+/** Requests to the service's endpoints. Paths are relative, so that the page works behind a proxy under a path prefix. */
 
-/** An answer that is an error: its status, and what it says. */
-export class Refused extends Error {
+/** An error response, with its HTTP status. */
+export class ServiceError extends Error {
   constructor(status, detail) {
     super(detail);
     this.status = status;
@@ -10,77 +10,81 @@ export class Refused extends Error {
 
 let key = sessionStorage.getItem("dinat-key") ?? "";
 
-/** The API key of all requests from now on. */
-export function useKey(given) {
-  key = given;
-  sessionStorage.setItem("dinat-key", given);
+/** Set the API key of all further requests. */
+export function setKey(value) {
+  key = value;
+  sessionStorage.setItem("dinat-key", value);
 }
 
-/** Whether requests carry a key. */
+/** Return whether requests have an API key. */
 export const hasKey = () => key !== "";
 
-/** {status, detail}: whether pictures are taken now. */
+/** Return the readiness of the service, {status, detail}. */
 export async function health() {
-  return (await answered("health", {}, true)).json();
+  return (await send("health", {}, true)).json();
 }
 
-/** What is being served: labels, configuration, the image processor's settings. */
+/** Return the description of the active model: labels, configuration, image processor settings. */
 export async function model() {
-  return (await answered("model")).json();
+  return (await send("model")).json();
 }
 
-/** The best labels: {predictions: [{label, class_id, score}], times, milliseconds}; milliseconds: with the way there and back. */
-export async function classify(picture, topK) {
+/**
+ * Classify an image. Returns {predictions: [{label, class_id, score}], times, milliseconds}: the times of the stages in the
+ * service, and of the round trip.
+ */
+export async function classify(image, topK) {
   const started = performance.now();
-  const response = await answered(`classify?top_k=${topK}`, { picture });
+  const response = await send(`classify?top_k=${topK}`, { image });
   const { predictions } = await response.json();
   return { predictions, times: times(response), milliseconds: performance.now() - started };
 }
 
-/** Maps by name: {shape: [channels, height, width], values: Float32Array}. */
-export async function features(picture, names) {
+/** Return feature maps by name: {shape: [channels, height, width], values: Float32Array}. */
+export async function features(image, names) {
   const accept = "application/vnd.safetensors";
-  const response = await answered(`features?features=${names.join(",")}`, { picture, accept });
-  return safetensors(await response.arrayBuffer());
+  const response = await send(`features?features=${names.join(",")}`, { image, accept });
+  return parseSafetensors(await response.arrayBuffer());
 }
 
-/** For each layer {stage, layer, dilation, size, query, rows, columns, weights}. */
-export async function attention(picture, point) {
-  const response = await answered(attentionPath(point), { picture });
+/** Return the neighborhood of a point in each layer: {stage, layer, dilation, size, query, rows, columns, weights}. */
+export async function attention(image, point) {
+  const response = await send(attentionPath(point), { image });
   return (await response.json()).layers;
 }
 
 export const attentionPath = ({ y, x }) => `attention?y=${y.toFixed(4)}&x=${x.toFixed(4)}`;
 
-async function answered(path, { picture, accept } = {}, anyStatus = false) {
+async function send(path, { image, accept } = {}, anyStatus = false) {
   const headers = {};
   if (key) headers["X-API-Key"] = key;
   if (accept) headers.Accept = accept;
-  const body = picture?.slice(0, picture.size, "application/octet-stream"); // the bytes say what they are, not the file's name
+  const body = image?.slice(0, image.size, "application/octet-stream"); // the service detects the format from the bytes
   let response;
   try {
     response = await fetch(path, { method: body ? "POST" : "GET", headers, body });
   } catch {
-    throw new Error("The service does not answer. Is it still running, and is the picture still there?");
+    throw new Error("The service does not respond: check that it is running and that the image file still exists.");
   }
   if (response.ok || anyStatus) return response;
   const problem = await response.json().catch(() => ({}));
-  throw new Refused(response.status, problem.detail ?? `the service answered ${response.status} ${response.statusText}`);
+  throw new ServiceError(response.status, problem.detail ?? `the service returned ${response.status} ${response.statusText}`);
 }
 
-/** Server-Timing, {part: milliseconds}. */
+/** Parse Server-Timing into {stage: milliseconds}. */
 function times(response) {
-  const parts = (response.headers.get("Server-Timing") ?? "").matchAll(/(\w+);dur=([\d.]+)/g);
-  return Object.fromEntries([...parts].map(([, part, milliseconds]) => [part, Number(milliseconds)]));
+  const stages = (response.headers.get("Server-Timing") ?? "").matchAll(/(\w+);dur=([\d.]+)/g);
+  return Object.fromEntries([...stages].map(([, stage, milliseconds]) => [stage, Number(milliseconds)]));
 }
 
-/** https://huggingface.co/docs/safetensors: the header's length, the header, the values. */
-function safetensors(buffer) {
+/** Parse a safetensors file (https://huggingface.co/docs/safetensors): length of the header, header, values. */
+function parseSafetensors(buffer) {
   const length = Number(new DataView(buffer).getBigUint64(0, true));
   const header = JSON.parse(new TextDecoder().decode(new Uint8Array(buffer, 8, length)));
-  const maps = {};
+  const tensors = {};
   for (const [name, { shape, data_offsets: [start, end] }] of Object.entries(header)) {
-    if (name !== "__metadata__") maps[name] = { shape, values: new Float32Array(buffer.slice(8 + length + start, 8 + length + end)) };
+    if (name === "__metadata__") continue;
+    tensors[name] = { shape, values: new Float32Array(buffer.slice(8 + length + start, 8 + length + end)) };
   }
-  return maps;
+  return tensors;
 }

@@ -1,4 +1,4 @@
-"""LitServe with its dynamic batching, as its documentation has it."""
+"""LitServe with dynamic batching, as in its documentation."""
 
 import io
 import sys
@@ -17,7 +17,7 @@ class Classifier(litserve.LitAPI):
         self.network = DinatForImageClassification.from_pretrained(sys.argv[1])
         self.processor = DinatImageProcessor.from_pretrained(sys.argv[1])
 
-    # The annotation matters: LitServe derives the endpoint's parameter from it.
+    # LitServe derives the endpoint's parameter from the annotation.
     def decode_request(self, request: Request) -> torch.Tensor:
         return self.processor(Image.open(io.BytesIO(request["image"].file.read())).convert("RGB"))[0]
 

@@ -1,4 +1,4 @@
-"""A Ray of its own for a peer, until it is told to stop."""
+"""Run a benchmarked application on its own Ray instance until SIGTERM."""
 
 import signal
 import threading
@@ -9,7 +9,7 @@ from ray import serve
 
 
 def run(build: Callable[[], serve.Application], port: int) -> None:
-    """Serve what is built once Ray is there, at this port, until SIGTERM."""
+    """Start Ray, build the application and serve it on this port until SIGTERM."""
     ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False)
     serve.start(http_options={"host": "127.0.0.1", "port": port})
     serve.run(build(), route_prefix="/")

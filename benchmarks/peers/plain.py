@@ -1,4 +1,4 @@
-"""A plain FastAPI endpoint, as tutorials write it."""
+"""A plain FastAPI endpoint, as in tutorials."""
 
 import io
 import sys

@@ -1,4 +1,4 @@
-"""Ray Serve with a FastAPI ingress and its dynamic batching, as its documentation has it."""
+"""Ray Serve with a FastAPI ingress and dynamic batching, as in its documentation."""
 
 import io
 import sys
@@ -24,8 +24,8 @@ class Classifier:
         self.processor = DinatImageProcessor.from_pretrained(folder)
 
     @serve.batch(max_batch_size=8, batch_wait_timeout_s=0.002)
-    async def predict(self, pictures: list[bytes]) -> list[dict[str, Any]]:
-        pixels = self.processor([Image.open(io.BytesIO(picture)).convert("RGB") for picture in pictures])
+    async def predict(self, images: list[bytes]) -> list[dict[str, Any]]:
+        pixels = self.processor([Image.open(io.BytesIO(data)).convert("RGB") for data in images])
         with torch.inference_mode():
             best = self.network(pixels).logits.softmax(-1).topk(5)
         return [{"class_id": i.tolist(), "score": s.tolist()} for s, i in zip(best.values, best.indices, strict=True)]

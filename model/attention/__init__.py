@@ -1,4 +1,4 @@
-"""Neighborhood attention with dilation and relative positional bias, and the choice of who computes it."""
+"""Neighborhood attention with dilation and relative positional bias (RPB), and the selection of a backend."""
 
 from collections.abc import Callable
 from importlib.util import find_spec
@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from dinat.model.attention import autotune, compiled
-from dinat.model.attention.autotune import LayerKey, candidates, choose
+from dinat.model.attention.autotune import LayerKey, candidates, select_backend
 from dinat.model.attention.compiled import compiled_attention
 from dinat.model.attention.geometry import check_geometry
 from dinat.model.attention.reference import reference_attention
@@ -30,10 +30,10 @@ def _natten(*arguments: Any) -> Tensor:
     return natten_attention(*arguments)
 
 
-def _triton(*arguments: Any, **settings: Any) -> Tensor:
+def _triton(*arguments: Any, **options: Any) -> Tensor:
     from dinat.model.attention.triton_kernel import triton_attention
 
-    return triton_attention(*arguments, **settings)
+    return triton_attention(*arguments, **options)
 
 
 BACKENDS: dict[str, Backend] = {
@@ -43,19 +43,21 @@ BACKENDS: dict[str, Backend] = {
     "natten": _natten,
     "triton": _triton,
 }
-"""Every backend by name: (q, k, v, rpb, kernel_size, dilation, scale, dropout) to the output; triton takes a `cut` besides.
-"auto" takes the fastest that is there (model/attention/autotune.py)."""
+"""Backends by name: functions of (q, k, v, rpb, kernel_size, dilation, scale, dropout); triton also accepts `tile_config`.
+"auto" selects the fastest available one (model/attention/autotune.py)."""
 
 
 def check_backend(backend: str) -> None:
-    """Raise AttentionError unless `backend` is "auto" or one of BACKENDS, and the package it needs is installed."""
+    """Raise AttentionError unless `backend` is "auto" or one of BACKENDS, and the package it requires is installed."""
     if backend != "auto" and backend not in BACKENDS:
-        raise AttentionError(f"attention backend {backend!r} is not known: take one of auto, {', '.join(BACKENDS)}")
+        raise AttentionError(f"attention backend {backend!r} is not known: use one of auto, {', '.join(BACKENDS)}")
     if backend in ("natten", "triton") and find_spec(backend) is None:
-        raise AttentionError(f"attention {backend} needs the package {backend}: pip install {backend}, or take attention auto")
+        raise AttentionError(
+            f"attention {backend} requires the package {backend}: pip install {backend}, or use attention auto"
+        )
 
 
-def by_name(
+def run_candidate(
     name: str,
     q: Tensor,
     k: Tensor,
@@ -66,10 +68,14 @@ def by_name(
     scale: float,
     dropout: float = 0.0,
 ) -> Tensor:
-    """What neighborhood_attention gives, by one of autotune.candidates: a backend, or "triton" and the name of a cut."""
-    kind, _, cut = name.partition(" ")
-    settings = {"cut": cut} if cut else {}
-    return BACKENDS[kind](q, k, v, rpb, kernel_size, dilation, scale, dropout, **settings)
+    """Compute neighborhood_attention by one of autotune.candidates.
+
+    name: a backend, or "triton" and the name of a tile configuration, separated by a space. All other arguments
+    and the returned tensor are those of neighborhood_attention.
+    """
+    backend, _, tile_config = name.partition(" ")
+    options = {"tile_config": tile_config} if tile_config else {}
+    return BACKENDS[backend](q, k, v, rpb, kernel_size, dilation, scale, dropout, **options)
 
 
 def neighborhood_attention(
@@ -83,39 +89,51 @@ def neighborhood_attention(
     backend: str = "auto",
     dropout: float = 0.0,
 ) -> Tensor:
-    """softmax(scale * q k^T + rpb) v, over the kernel_size x kernel_size keys nearest to each query in its dilation group.
+    """Compute softmax(scale * q k^T + rpb) v over the kernel_size x kernel_size nearest keys of each query's dilation group.
 
-    q, k, v: (B, H, W, heads, head_dim), one floating dtype and device; H and W at least kernel_size * dilation.
-    rpb: (heads, 2 * kernel_size - 1, 2 * kernel_size - 1) relative positional bias, axis 1 is height, or None.
-    scale: of q k^T, head_dim**-0.5 if None (the bias is not scaled);  dropout: probability, on the attention weights.
-    backend: auto, reference, tiled, compiled, natten or triton.  Returns (B, H, W, heads, head_dim).
-    Raises AttentionError for shapes, kernels, dilations or a backend that cannot be.
-    Source: DiNAT, arXiv 2209.15001, section 3; the rule at borders is NATTEN's (model/attention/geometry.py).
+    Source: DiNAT, arXiv 2209.15001, section 3. Windows at borders follow NATTEN (model/attention/geometry.py).
+
+    Args:
+        q: Queries (B, H, W, heads, head_dim), of a floating dtype; H and W at least kernel_size * dilation.
+        k: Keys, of the same shape, dtype and device.
+        v: Values, of the same shape, dtype and device.
+        rpb: Relative positional bias (heads, 2 * kernel_size - 1, 2 * kernel_size - 1), axis 1 is height, or None.
+        kernel_size: Window size, odd and at least 3.
+        dilation: Distance between neighboring keys of a window, at least 1.
+        scale: Factor of q k^T, not of the bias; head_dim**-0.5 if None.
+        backend: auto, reference, tiled, compiled, natten or triton.
+        dropout: Dropout probability of the attention weights.
+
+    Returns:
+        Tensor (B, H, W, heads, head_dim).
+
+    Raises:
+        AttentionError: The arguments are invalid, or the backend does not support them.
     """
     _check(q, k, v, rpb, kernel_size, dilation)
     check_backend(backend)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
 
     def attend(name: str, q: Tensor, k: Tensor, v: Tensor, rpb: Tensor | None) -> Tensor:
-        return by_name(name, q, k, v, rpb, kernel_size, dilation, scale, dropout)
+        return run_candidate(name, q, k, v, rpb, kernel_size, dilation, scale, dropout)
 
     if dropout and backend == "auto":
-        backend = "tiled"  # which alone has it
+        backend = "tiled"  # the only fast backend with dropout
     elif q.device.type == "cpu" and backend == "auto":
-        backend = "compiled" if _is_inference(q, k, v, rpb) and compiled.takes(q, kernel_size) else "tiled"
+        backend = "compiled" if _is_inference(q, k, v, rpb) and compiled.supports(q, kernel_size) else "tiled"
     elif q.device.type == "cuda" and backend != "reference" and not torch.compiler.is_compiling():
         layer = LayerKey.of(q, kernel_size, dilation, scale, rpb is not None, backend)
         names = candidates(q.device, q.dtype, q.shape[-1], backend)
-        backend = choose(layer, names, attend, q, k, v, rpb)
+        backend = select_backend(layer, names, attend, q, k, v, rpb)
     elif backend == "auto":
-        # A compiler cannot look for what is installed; its own code for a card is Triton's, so that is there.
-        fits = q.device.type == "cuda" and q.dtype in autotune.LIMITS and 8 <= q.shape[-1] <= 128
-        backend = "triton" if fits else "tiled"
+        # torch.compile cannot trace find_spec. It generates Triton code for GPUs, so triton is installed.
+        is_supported = q.device.type == "cuda" and q.dtype in autotune.MAX_ERROR and 8 <= q.shape[-1] <= 128
+        backend = "triton" if is_supported else "tiled"
     return attend(backend, q, k, v, rpb)
 
 
 def _is_inference(*inputs: Tensor | None) -> bool:
-    """Whether neither a gradient is wanted nor a compiler looks on."""
+    """Return whether no input requires a gradient and torch.compile is not tracing."""
     if torch.compiler.is_compiling():
         return False
     return not torch.is_grad_enabled() or not any(x is not None and x.requires_grad for x in inputs)
@@ -131,7 +149,14 @@ def neighborhood_attention_with_weights(
     scale: float | None = None,
     dropout: float = 0.0,
 ) -> tuple[Tensor, Tensor]:
-    """The same as neighborhood_attention by its definition, and the weights: (B, heads, H, W, kernel_size**2), row-major."""
+    """Compute neighborhood_attention by the reference backend, with the same arguments, and return the weights too.
+
+    Returns:
+        Output (B, H, W, heads, head_dim), and weights (B, heads, H, W, kernel_size**2) with the window in row-major order.
+
+    Raises:
+        AttentionError: The arguments are invalid.
+    """
     _check(q, k, v, rpb, kernel_size, dilation)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     return reference_attention(q, k, v, rpb, kernel_size, dilation, scale, dropout)
@@ -147,5 +172,6 @@ def _check(q: Tensor, k: Tensor, v: Tensor, rpb: Tensor | None, kernel_size: int
     side = 2 * kernel_size - 1
     if rpb is not None and tuple(rpb.shape) != (q.shape[3], side, side):
         raise AttentionError(
-            f"rpb for {q.shape[3]} heads and kernel {kernel_size} is {(q.shape[3], side, side)}, got {tuple(rpb.shape)}"
+            f"rpb must have shape {(q.shape[3], side, side)} for {q.shape[3]} heads and kernel_size {kernel_size}, "
+            f"got {tuple(rpb.shape)}"
         )

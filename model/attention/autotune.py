@@ -1,8 +1,8 @@
-"""Which backend a layer gets on a GPU: the fastest of those that are there and were seen to be right, found once per shape.
+"""Selection of the attention backend of each layer on a GPU: the fastest correct candidate, determined once per layer shape.
 
-While trying() lasts, a layer met for the first time has every candidate compared with the definition, on random input of its
-shape, and those that are right timed as CUDA graphs, the way they are served. What raises, is off, or cannot be captured is
-left out, with the reason. What was found can be written to a file and remembered by a later process.
+Inside autotuning(), a layer seen for the first time runs every candidate on random input of its shape and compares the output
+with the reference. The correct ones are timed as CUDA graphs, as in serving. A candidate that raises, exceeds the error limit
+or cannot be captured is disabled, with the reason. Selections can be stored in a file and reused by later processes.
 """
 
 import json
@@ -24,19 +24,24 @@ from dinat.model.attention.reference import reference_attention
 from dinat.model.errors import AttentionError
 
 ROUNDS, REPEATS = 7, 4
-"""A candidate is timed in rounds, of so many calls each on a GPU."""
-LIMITS = {torch.float32: 1e-5, torch.float16: 1e-2, torch.bfloat16: 1e-2}
-"""How far a candidate may be from the definition, as a share of the norm of what that gives."""
+"""Timing rounds per candidate, and calls per round in a CUDA graph."""
+MAX_ERROR = {torch.float32: 1e-5, torch.float16: 1e-2, torch.bfloat16: 1e-2}
+"""Largest allowed error of a candidate by dtype, relative to the norm of the reference output."""
 FALLBACKS = ("tiled", "reference")
-"""What a layer gets where all that was to be tried is left out; the last one is the definition itself."""
+"""Backends used when all candidates are disabled; the last one is not checked, because it is the reference itself."""
 
 Attend = Callable[[str, Tensor, Tensor, Tensor, Tensor | None], Tensor]
-"""Attention of a layer by a candidate's name: q, k, v (B, H, W, heads, head_dim) and rpb to the output."""
+"""Attention of a layer by a candidate's name: (name, q, k, v, rpb) to the output; q, k, v (B, H, W, heads, head_dim)."""
 
 
 @dataclass(frozen=True)
 class LayerKey:
-    """What speed and errors of a backend depend on, besides the batch. device: of torch.  asked: as the user has it."""
+    """Properties of a layer that determine the speed and error of a backend, except the batch size.
+
+    Attributes:
+        device: Device, as torch names it.
+        requested_backend: Backend that the user requested.
+    """
 
     device: str
     dtype: torch.dtype
@@ -48,29 +53,38 @@ class LayerKey:
     dilation: int
     scale: float
     has_rpb: bool = True
-    asked: str = "auto"
+    requested_backend: str = "auto"
 
     @classmethod
     def of(
-        cls, q: Tensor, kernel_size: int, dilation: int, scale: float, has_rpb: bool = True, asked: str = "auto"
+        cls, q: Tensor, kernel_size: int, dilation: int, scale: float, has_rpb: bool = True, requested_backend: str = "auto"
     ) -> "LayerKey":
-        """The layer that asks with queries (B, H, W, heads, head_dim)."""
+        """Return the key of a layer with queries q (B, H, W, heads, head_dim)."""
         height, width, heads, head_dim = q.shape[1:]
-        return cls(str(q.device), q.dtype, height, width, heads, head_dim, kernel_size, dilation, scale, has_rpb, asked)
+        device = str(q.device)
+        return cls(device, q.dtype, height, width, heads, head_dim, kernel_size, dilation, scale, has_rpb, requested_backend)
 
     def __str__(self) -> str:
-        """The layer in words."""
-        return f"{self.height}x{self.width} map, {self.heads} heads, kernel {self.kernel_size}, dilation {self.dilation}"
+        """Describe the layer, such as "56x56 feature map, 2 heads, kernel 7, dilation 8"."""
+        size = f"{self.height}x{self.width} feature map"
+        return f"{size}, {self.heads} heads, kernel {self.kernel_size}, dilation {self.dilation}"
 
     @property
-    def key(self) -> str:
-        """A name for it in a file; of the card itself the file's own name speaks."""
+    def file_key(self) -> str:
+        """Key in a file of selections. It omits the device, because each GPU model has its own file."""
         return repr((*(value for name, value in asdict(self).items() if name != "device"),))
 
 
 @dataclass(frozen=True)
-class Choice:
-    """What a layer got. seconds and errors: of each candidate that has them;  disabled: the others, and why."""
+class Selection:
+    """The backend of a layer, and the measurements that led to it.
+
+    Attributes:
+        backend: Name of the selected candidate.
+        seconds: Median time of each timed candidate.
+        errors: Relative error of each checked candidate.
+        disabled: Reason for each disabled candidate.
+    """
 
     backend: str
     seconds: dict[str, float] = field(default_factory=dict)
@@ -78,29 +92,37 @@ class Choice:
     disabled: dict[str, str] = field(default_factory=dict)
 
 
-chosen: dict[LayerKey, Choice] = {}
-"""What was chosen so far, in this process."""
+selections: dict[LayerKey, Selection] = {}
+"""Selections made in this process."""
 
 
-def candidates(device: torch.device, dtype: torch.dtype, head_dim: int, asked: str = "auto") -> list[str]:
-    """What may compute a layer, the one that is taken untried first. "triton" has a name for each of its cuts."""
-    if asked == "auto" and device.type != "cuda":
-        return ["compiled", "tiled"] if compiled.computes(dtype, head_dim) else ["tiled"]
-    names = [asked]
-    if asked == "auto":
-        names = [*_libraries(), "tiled"] if dtype in LIMITS else ["tiled"]
-    return [cut for name in names for cut in (_cuts(dtype, head_dim, asked) if name == "triton" else [name])]
+def candidates(device: torch.device, dtype: torch.dtype, head_dim: int, requested_backend: str = "auto") -> list[str]:
+    """Return the names of the candidates for a layer; the first one is used without autotuning.
+
+    A candidate is a backend, or "triton" and the name of one of its tile configurations.
+    """
+    if requested_backend == "auto" and device.type != "cuda":
+        return ["compiled", "tiled"] if compiled.supports_heads(dtype, head_dim) else ["tiled"]
+    backends = [requested_backend]
+    if requested_backend == "auto":
+        backends = [*_installed_backends(), "tiled"] if dtype in MAX_ERROR else ["tiled"]
+    names = []
+    for backend in backends:
+        names += _triton_candidates(dtype, head_dim, requested_backend) if backend == "triton" else [backend]
+    return names
 
 
-def _cuts(dtype: torch.dtype, head_dim: int, asked: str) -> list[str]:
-    from dinat.model.attention.triton_kernel import HEAD_DIMS, cuts
+def _triton_candidates(dtype: torch.dtype, head_dim: int, requested_backend: str) -> list[str]:
+    from dinat.model.attention.triton_kernel import HEAD_DIMS, tile_configs
 
-    return [f"triton {cut}" for cut in cuts(dtype, head_dim)] if head_dim in HEAD_DIMS or asked == "triton" else []
+    if head_dim not in HEAD_DIMS and requested_backend != "triton":
+        return []
+    return [f"triton {config}" for config in tile_configs(dtype, head_dim)]
 
 
 @cache
-def _libraries() -> list[str]:
-    """Those that are installed, and new enough to be imported."""
+def _installed_backends() -> list[str]:
+    """Return the backends whose package is installed and can be imported."""
     modules = {"triton": "dinat.model.attention.triton_kernel", "natten": "natten"}
     return [name for name, module in modules.items() if find_spec(name) is not None and _is_importable(module)]
 
@@ -114,127 +136,155 @@ def _is_importable(module: str) -> bool:
 
 
 @contextmanager
-def trying(check: bool = True, file: Path | None = None) -> Iterator[None]:
-    """Within it, a layer met for the first time is tried with every candidate.
+def autotuning(check: bool = True, file: Path | None = None) -> Iterator[None]:
+    """Autotune each layer that is seen for the first time inside this context. For one thread at a time.
 
-    check: compare with the definition first.  file: where choices are remembered; it need not be there. Of those only the
-    kept candidate is compared again. For one thread at a time.
+    Args:
+        check: Whether to compare candidates with the reference before timing them.
+        file: Stored selections, which are read and updated; it need not exist. Of a stored selection, only the selected
+            candidate is checked again.
     """
-    global _trial
-    _trial = _Trial(check, _read(file))
+    global _session
+    _session = _Session(check, _read(file))
     try:
         yield
         if file is not None:
-            with suppress(OSError):  # what cannot be remembered is found again
+            with suppress(OSError):  # without a file, the next process tunes again
                 _write(file)
     finally:
-        _trial = None
+        _session = None
 
 
 @dataclass(frozen=True)
-class _Trial:
+class _Session:
+    """Autotuning in progress. stored: selections from the file, by LayerKey.file_key."""
+
     check: bool
-    remembered: dict[str, Choice]
+    stored: dict[str, Selection]
 
 
-_trial: _Trial | None = None
-_distrusted: set[tuple[str, str]] = set()
-"""Device and name of candidates that some layer left out."""
+_session: _Session | None = None
+_failed: set[tuple[str, str]] = set()
+"""Device and name of candidates that were disabled for some layer."""
 
 
-def choose(layer: LayerKey, names: Sequence[str], attend: Attend, q: Tensor, k: Tensor, v: Tensor, rpb: Tensor | None) -> str:
-    """The candidate for a layer: the one kept, or, while trying, the fastest that is right, or else the first of `names`.
+def select_backend(
+    layer: LayerKey, names: Sequence[str], attend: Attend, q: Tensor, k: Tensor, v: Tensor, rpb: Tensor | None
+) -> str:
+    """Return the candidate for a layer.
 
-    attend: computes the layer by a candidate's name.  q, k, v, rpb: what it is timed with.
+    This is the layer's existing selection; inside autotuning() the fastest correct candidate; otherwise the first of `names`
+    that was not disabled for another layer.
+
+    Args:
+        layer: Key of the layer.
+        names: Candidates, see `candidates`.
+        attend: Computes the layer by a candidate's name.
+        q: Queries (B, H, W, heads, head_dim). The candidates are timed with the four tensors.
+        k: Keys, of the same shape.
+        v: Values, of the same shape.
+        rpb: Relative positional bias (heads, 2 * kernel_size - 1, 2 * kernel_size - 1), or None.
     """
-    kept = chosen.get(layer)
-    if kept is None and _trial is not None:
-        kept = chosen[layer] = _decide(_trial, layer, names, attend, (q, k, v, rpb))
-        _distrusted.update((layer.device, name) for name in kept.disabled)
-    if kept is not None:
-        return kept.backend
-    trusted = (name for name in (*names, *FALLBACKS) if (layer.device, name) not in _distrusted)
-    return next(trusted, FALLBACKS[-1])
+    selection = selections.get(layer)
+    if selection is None and _session is not None:
+        selection = selections[layer] = _autotune(_session, layer, names, attend, (q, k, v, rpb))
+        _failed.update((layer.device, name) for name in selection.disabled)
+    if selection is not None:
+        return selection.backend
+    enabled = (name for name in (*names, *FALLBACKS) if (layer.device, name) not in _failed)
+    return next(enabled, FALLBACKS[-1])
 
 
-def _decide(
-    trial: _Trial, layer: LayerKey, names: Sequence[str], attend: Attend, inputs: tuple[Tensor, Tensor, Tensor, Tensor | None]
-) -> Choice:
+def _autotune(
+    session: _Session,
+    layer: LayerKey,
+    names: Sequence[str],
+    attend: Attend,
+    inputs: tuple[Tensor, Tensor, Tensor, Tensor | None],
+) -> Selection:
     errors: dict[str, float] = {}
     disabled: dict[str, str] = {}
-    check = _Check(layer, attend)
+    check = _ErrorCheck(layer, attend)
 
-    def is_right(name: str) -> bool:
+    def is_correct(name: str) -> bool:
         try:
-            if trial.check and name != "reference":
-                errors[name] = check.error(name)
-                limit = LIMITS[layer.dtype]
+            if session.check and name != "reference":
+                errors[name] = check.relative_error(name)
+                limit = MAX_ERROR[layer.dtype]
                 if not errors[name] <= limit:
-                    disabled[name] = f"its numbers are {errors[name]:.2g} off the definition, {limit:g} is allowed"
-        except AttentionError as error:  # it says itself that it has nothing for such a layer
-            if layer.asked == "auto":
+                    disabled[name] = f"relative error {errors[name]:.2g} exceeds the limit of {limit:g}"
+        except AttentionError as error:  # the backend does not support this layer
+            if layer.requested_backend == "auto":
                 return False
             disabled[name] = reason(error)
         except Exception as error:
             disabled[name] = reason(error)
         return name not in disabled
 
-    remembered = trial.remembered.get(layer.key)
-    if remembered is not None and remembered.backend in (*names, *FALLBACKS) and is_right(remembered.backend):
-        return remembered
+    stored = session.stored.get(layer.file_key)
+    if stored is not None and stored.backend in (*names, *FALLBACKS) and is_correct(stored.backend):
+        return stored
     for group in (names, *([fallback] for fallback in FALLBACKS)):
-        right = [name for name in group if name not in disabled and is_right(name)]
-        taken, failed = _timed(right, attend, inputs)
-        if taken:
-            return Choice(min(taken, key=lambda name: taken[name]), taken, errors, disabled | failed)
+        correct = [name for name in group if name not in disabled and is_correct(name)]
+        times, failed = _time_candidates(correct, attend, inputs)
+        if times:
+            return Selection(min(times, key=lambda name: times[name]), times, errors, disabled | failed)
         disabled |= failed
-    return Choice(FALLBACKS[-1], {}, errors, disabled)
+    return Selection(FALLBACKS[-1], {}, errors, disabled)
 
 
-def _timed(
+def _time_candidates(
     names: Sequence[str], attend: Attend, inputs: tuple[Tensor, Tensor, Tensor, Tensor | None]
 ) -> tuple[dict[str, float], dict[str, str]]:
-    """Seconds of each, and what kept the others from it. Where none can be captured, as calls of their own."""
+    """Return the seconds of each candidate, and the reason for each that failed. If no CUDA graph works, time plain calls."""
     q, k, v, rpb = inputs
     failed: dict[str, str] = {}
-    clocks: list[Callable[[Callable[[], object], torch.device], float]] = [seconds]
-    for clock in [seconds_on_gpu, *clocks] if q.device.type == "cuda" else clocks:
-        taken: dict[str, float] = {}
+    timers: list[Callable[[Callable[[], object], torch.device], float]] = [seconds]
+    for timer in [seconds_on_gpu, *timers] if q.device.type == "cuda" else timers:
+        times: dict[str, float] = {}
         for name in names:
             try:
-                taken[name] = clock(lambda: attend(name, q, k, v, rpb), q.device)  # noqa: B023
+                times[name] = timer(lambda: attend(name, q, k, v, rpb), q.device)  # noqa: B023
             except Exception as error:
                 failed[name] = reason(error)
-        if taken:
-            return taken, {name: why for name, why in failed.items() if name not in taken}
+        if times:
+            return times, {name: why for name, why in failed.items() if name not in times}
     return {}, failed
 
 
-class _Check:
-    """Random input of a layer's shape, two pictures of it, and what the definition makes of it."""
+class _ErrorCheck:
+    """Random input of a layer's shape, with a batch of 2, and the reference output, computed on first use."""
 
     def __init__(self, layer: LayerKey, attend: Attend) -> None:
         self._layer, self._attend = layer, attend
         self._expected: Tensor | None = None
 
-    def error(self, name: str) -> float:
-        """How far a candidate is from the definition, as a share of its norm; NaN where it gives that."""
+    def relative_error(self, name: str) -> float:
+        """Return the norm of a candidate's error over the norm of the reference output; NaN if the candidate returns NaN."""
         layer = self._layer
         if self._expected is None:
             shape = (2, layer.height, layer.width, 3, layer.heads, layer.head_dim)
             side = 2 * layer.kernel_size - 1
             self._qkv = torch.randn(shape, device=layer.device).to(layer.dtype)
             self._rpb = torch.randn(layer.heads, side, side, device=layer.device).to(layer.dtype) if layer.has_rpb else None
-            self._expected = definition(self._qkv, self._rpb, layer.kernel_size, layer.dilation, layer.scale)
+            self._expected = float64_reference(self._qkv, self._rpb, layer.kernel_size, layer.dilation, layer.scale)
         q, k, v = self._qkv.unbind(3)
-        got = self._attend(name, q, k, v, self._rpb)
-        return float((got.double() - self._expected).norm() / self._expected.norm())
+        output = self._attend(name, q, k, v, self._rpb)
+        return float((output.double() - self._expected).norm() / self._expected.norm())
 
 
-def definition(qkv: Tensor, rpb: Tensor | None, kernel_size: int, dilation: int, scale: float) -> Tensor:
-    """Attention by its definition in float64, head by head, which takes the least memory.
+def float64_reference(qkv: Tensor, rpb: Tensor | None, kernel_size: int, dilation: int, scale: float) -> Tensor:
+    """Compute reference attention in float64, one head at a time to use less memory.
 
-    qkv: (B, H, W, 3, heads, head_dim);  rpb: (heads, 2k-1, 2k-1).  Returns (B, H, W, heads, head_dim) float64.
+    Args:
+        qkv: Queries, keys and values (B, H, W, 3, heads, head_dim).
+        rpb: Relative positional bias (heads, 2 * kernel_size - 1, 2 * kernel_size - 1), or None.
+        kernel_size: Window size.
+        dilation: Distance between neighboring keys of a window.
+        scale: Factor of q k^T.
+
+    Returns:
+        Tensor (B, H, W, heads, head_dim) float64.
     """
     heads = []
     for head in range(qkv.shape[4]):
@@ -245,12 +295,12 @@ def definition(qkv: Tensor, rpb: Tensor | None, kernel_size: int, dilation: int,
 
 
 def reason(error: Exception) -> str:
-    """An error in one line."""
+    """Return an exception's type and message in one line of at most 200 characters."""
     return " ".join(f"{type(error).__name__}: {error}".split())[:200]
 
 
 def seconds(run: Callable[[], object], device: torch.device) -> float:
-    """Median seconds of a call."""
+    """Return the median duration of a call in seconds."""
 
     def now() -> float:
         if device.type == "cuda":
@@ -266,7 +316,7 @@ def seconds(run: Callable[[], object], device: torch.device) -> float:
 
 
 def seconds_on_gpu(run: Callable[[], object], device: torch.device) -> float:
-    """Median seconds of a call as part of a CUDA graph, after one call outside it."""
+    """Return the median duration in seconds of a call inside a CUDA graph, after one call outside it."""
     stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
     current = torch.cuda.current_stream(device)
     stream.wait_stream(current)
@@ -288,19 +338,19 @@ def seconds_on_gpu(run: Callable[[], object], device: torch.device) -> float:
     return float(median(times[1:]))
 
 
-def _read(file: Path | None) -> dict[str, Choice]:
-    """What a file remembers; nothing if it is not there or cannot be read."""
+def _read(file: Path | None) -> dict[str, Selection]:
+    """Return the stored selections by LayerKey.file_key; none if the file does not exist or cannot be read."""
     try:
         rows = json.loads(file.read_text()) if file is not None else {}
-        return {str(key): Choice(**row) for key, row in rows.items()}
+        return {str(key): Selection(**row) for key, row in rows.items()}
     except (OSError, ValueError, TypeError, AttributeError):
         return {}
 
 
 def _write(file: Path) -> None:
-    """Add what was chosen to a file: whole or not at all."""
-    rows = _read(file) | {layer.key: kept for layer, kept in chosen.items() if not kept.disabled}  # which may be mended
+    """Add the selections to a file atomically. Those with disabled candidates are not stored: the cause may be temporary."""
+    rows = _read(file) | {layer.file_key: selection for layer, selection in selections.items() if not selection.disabled}
     file.parent.mkdir(parents=True, exist_ok=True)
-    beside = file.with_suffix(f".{time.monotonic_ns()}")
-    beside.write_text(json.dumps({key: asdict(kept) for key, kept in rows.items()}, indent=1))
-    beside.replace(file)
+    temporary = file.with_suffix(f".{time.monotonic_ns()}")
+    temporary.write_text(json.dumps({key: asdict(selection) for key, selection in rows.items()}, indent=1))
+    temporary.replace(file)

@@ -1,4 +1,4 @@
-"""What is made from a table of relative positional biases, kept as long as the table does not change."""
+"""Tensors derived from a relative positional bias (RPB) table, cached until the table changes."""
 
 from collections import OrderedDict
 from collections.abc import Callable, Hashable
@@ -9,61 +9,66 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
-from dinat.model.capture_safe_cache import gave
+from dinat.model.capture_safe_cache import record_cached_value
 
-KEPT = 8
-"""Things kept per table, one for each map size and dtype it met last; and as many where there is no table."""
+MAX_ENTRIES = 8
+"""Cached values per table, for the most recent feature map sizes and dtypes; also the limit of those without a table."""
 
 T = TypeVar("T")
 
 
-def made_from(rpb: Tensor | None, key: Hashable, make: Callable[[], T]) -> T:
-    """make(), kept per table and key. Made anew where gradients or a compiler must see how, and not kept then.
+def cached_for_table(rpb: Tensor | None, key: Hashable, make: Callable[[], T]) -> T:
+    """Return make(), cached by table and key.
 
-    make: must depend on nothing but the table, which may be None, and the key.
+    Nothing is cached while autograd needs the table's gradient or torch.compile traces.
+
+    Args:
+        rpb: The table (heads, 2 * kernel_size - 1, 2 * kernel_size - 1), or None.
+        key: Identifies the value among those derived from this table.
+        make: Computes the value. It may depend on the table and the key only.
     """
     if torch.compiler.is_compiling() or (rpb is not None and rpb.requires_grad and torch.is_grad_enabled()):
         return make()
-    kept = _without_table if rpb is None else _kept(rpb)
-    found: T | None = kept.get(key)
-    if found is None:
+    values = _without_table if rpb is None else _values_of(rpb)
+    value: T | None = values.get(key)
+    if value is None:
         with torch.inference_mode(False), torch.no_grad():
-            kept[key] = found = make()
-        while len(kept) > KEPT:
-            kept.popitem(last=False)
-    return gave(found)
+            values[key] = value = make()
+        while len(values) > MAX_ENTRIES:
+            values.popitem(last=False)
+    return record_cached_value(value)
 
 
-def forget() -> None:
-    """Let go of all that is kept, such as what was made only to be timed."""
-    _tables.clear()
+def clear() -> None:
+    """Remove all cached values, for example those that were computed only for autotuning."""
+    _entries.clear()
     _without_table.clear()
 
 
 @dataclass
-class _Made:
-    """What was made from one table, and the marks that tell whether the table still holds what it was made from."""
+class _Entry:
+    """The values derived from one table, and a copy and version of the table to detect changes."""
 
     table: Tensor
-    marks: tuple[int, int]
-    by_key: OrderedDict[Hashable, Any] = field(default_factory=OrderedDict)
+    version: tuple[int, int]
+    values: OrderedDict[Hashable, Any] = field(default_factory=OrderedDict)
 
-    def current(self, rpb: Tensor) -> bool:
-        """On the CPU the values are compared, which also sees changes through `.data`; elsewhere that would cost a wait."""
-        return self.marks == _marks(rpb) and (rpb.device.type != "cpu" or torch.equal(self.table, rpb))
-
-
-def _kept(rpb: Tensor) -> OrderedDict[Hashable, Any]:
-    """What was made from this table as it is now."""
-    made: _Made | None = _tables.get(rpb)  # type: ignore[no-untyped-call]
-    if made is None or not made.current(rpb):
-        made = _tables[rpb] = _Made(rpb.detach().clone(), _marks(rpb))
-    return made.by_key
+    def is_current(self, rpb: Tensor) -> bool:
+        """Compare versions, and on the CPU also values: `.data` changes no version. On a GPU that would synchronize."""
+        return self.version == _version(rpb) and (rpb.device.type != "cpu" or torch.equal(self.table, rpb))
 
 
-def _marks(rpb: Tensor) -> tuple[int, int]:
+def _values_of(rpb: Tensor) -> OrderedDict[Hashable, Any]:
+    """Return the values derived from the table's current contents."""
+    entry: _Entry | None = _entries.get(rpb)  # type: ignore[no-untyped-call]
+    if entry is None or not entry.is_current(rpb):
+        entry = _entries[rpb] = _Entry(rpb.detach().clone(), _version(rpb))
+    return entry.values
+
+
+def _version(rpb: Tensor) -> tuple[int, int]:
     return rpb.data_ptr(), 0 if rpb.is_inference() else rpb._version
 
 
-_tables: WeakIdKeyDictionary = WeakIdKeyDictionary()
+_entries: WeakIdKeyDictionary = WeakIdKeyDictionary()
 _without_table: OrderedDict[Hashable, Any] = OrderedDict()

@@ -1,8 +1,9 @@
-"""Neighborhood attention as dense tiles: plain gathers and scaled_dot_product_attention, on every device, exactly.
+"""Neighborhood attention as dense attention per tile: gathers and scaled_dot_product_attention, exact, on every device.
 
-A dilation group is a dense sub-grid of the map. Cut it into tiles of queries; the keys a tile sees are one dense halo. One
-dense attention per tile, with a bias that holds the RPB inside each query's window and -inf outside it, is neighborhood
-attention. Tiles that lie alike (all inner ones, say) share one bias and run as one batch.
+A dilation group is a dense sub-grid of the feature map. It is divided into tiles of queries; the keys of a tile are its halo,
+the union of its queries' windows, which is dense as well. Neighborhood attention equals dense attention per tile with a bias
+that holds the RPB inside each query's window and -inf outside it. Tiles with equal geometry, such as all inner ones, share one
+bias and run as one batch.
 """
 
 from dataclasses import dataclass
@@ -13,20 +14,23 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dinat.model.attention.bias_cache import made_from
+from dinat.model.attention.bias_cache import cached_for_table
 from dinat.model.attention.geometry import axis_tiles
-from dinat.model.capture_safe_cache import kept
+from dinat.model.capture_safe_cache import capture_safe_cache
 
 CACHE_BYTES = 2 * 2**20
-"""Keys gathered at once on a CPU: about its second-level cache."""
+"""Bytes of keys gathered at once on a CPU: about the size of its L2 cache."""
 
 
 @dataclass(frozen=True, eq=False)
-class Tiles:
-    """The tiles of a map that share a bias.
+class TileGroup:
+    """The T tiles of a feature map that share a bias, each of t = t_y * t_x queries and h = h_y * h_x keys.
 
-    queries: (T * t,) and keys: (T * h,) int64 positions in the flattened map, tile after tile;  rows: (t_y, h_y) and
-    columns: (t_x, h_x) index the bias table, -1 outside the window;  t = t_y * t_x queries and h = h_y * h_x keys a tile.
+    Attributes:
+        queries: Positions (T * t,) int64 in the flattened feature map, tile after tile.
+        keys: Positions (T * h,) int64 in the flattened feature map, tile after tile.
+        rows: Row index into the bias table (t_y, h_y) int64, -1 outside the window.
+        columns: Column index into the bias table (t_x, h_x) int64, -1 outside the window.
     """
 
     queries: Tensor
@@ -36,21 +40,21 @@ class Tiles:
 
     @property
     def count(self) -> int:
-        """The T of the class's docstring."""
+        """Number of tiles, T."""
         return self.queries.shape[0] // self.queries_per_tile
 
     @property
     def queries_per_tile(self) -> int:
-        """The t of the class's docstring."""
+        """Queries per tile, t."""
         return self.rows.shape[0] * self.columns.shape[0]
 
     @property
     def keys_per_tile(self) -> int:
-        """The h of the class's docstring."""
+        """Keys per tile, h."""
         return self.rows.shape[1] * self.columns.shape[1]
 
     def bias(self, rpb: Tensor | None, dtype: torch.dtype) -> Tensor:
-        """(1, heads or 1, t, h): the RPB inside each query's window, -inf outside."""
+        """Return the bias (1, heads or 1, t, h): the RPB inside each query's window, -inf outside."""
         rows, columns = self.rows[:, None, :, None], self.columns[None, :, None, :]
         if rpb is None:
             inside = torch.zeros(1, 1, 1, 1, 1, dtype=dtype, device=rows.device)
@@ -62,36 +66,41 @@ class Tiles:
 
 @dataclass(frozen=True, eq=False)
 class Plan:
-    """All tiles of a map, and the way back: slots: (H * W,) int64, where each position's output is in the tiles' order."""
+    """All tiles of a feature map.
 
-    tiles: tuple[Tiles, ...]
-    slots: Tensor
+    Attributes:
+        groups: The tiles, grouped by bias.
+        output_order: For each position of the flattened feature map, the index of its output in tile order, (H * W,) int64.
+    """
+
+    groups: tuple[TileGroup, ...]
+    output_order: Tensor
 
 
-@kept(256)
+@capture_safe_cache(256)
 def plan(height: int, width: int, kernel_size: int, dilation: int, tile: tuple[int, int], device: torch.device) -> Plan:
-    """Cut a height x width map into tiles of about `tile` queries."""
-    tiles = []
+    """Divide a height x width feature map into tiles of about `tile` (rows, columns) queries."""
+    groups = []
     for y, x in product(axis_tiles(height, kernel_size, dilation, tile[0]), axis_tiles(width, kernel_size, dilation, tile[1])):
-        tiles.append(
-            Tiles(
+        groups.append(
+            TileGroup(
                 queries=_positions(y.queries, x.queries, width).to(device),
                 keys=_positions(y.keys, x.keys, width).to(device),
                 rows=y.rpb_index.to(device),
                 columns=x.rpb_index.to(device),
             )
         )
-    slots = torch.cat([same.queries for same in tiles]).argsort()
-    return Plan(tuple(tiles), slots)
+    output_order = torch.cat([group.queries for group in groups]).argsort()
+    return Plan(tuple(groups), output_order)
 
 
 def _positions(rows: Tensor, columns: Tensor, width: int) -> Tensor:
-    """(T_y, m) rows and (T_x, n) columns -> (T_y * T_x * m * n,) positions in the flattened map, tile after tile."""
+    """Combine rows (T_y, m) and columns (T_x, n) into flattened positions (T_y * T_x * m * n,), tile after tile."""
     return (rows[:, None, :, None] * width + columns[None, :, None, :]).flatten()
 
 
 def tile_size(length: int, kernel_size: int, dilation: int) -> int:
-    """Queries per tile along an axis. A whole dilation group where it is little more than a window, else about a window."""
+    """Return the queries per tile along an axis: a whole dilation group if little larger than a window, else kernel_size."""
     group = -(-length // dilation)
     return group if group <= kernel_size + 2 else kernel_size
 
@@ -99,37 +108,37 @@ def tile_size(length: int, kernel_size: int, dilation: int) -> int:
 def tiled_attention(
     q: Tensor, k: Tensor, v: Tensor, rpb: Tensor | None, kernel_size: int, dilation: int, scale: float, dropout: float = 0.0
 ) -> Tensor:
-    """Neighborhood attention, DiNAT section 3. q, k, v, output: (B, H, W, heads, head_dim)."""
+    """Compute neighborhood attention (arXiv 2209.15001, section 3) of q, k and v (B, H, W, heads, head_dim) by tiles."""
     if torch.compiler.is_dynamo_compiling() and not dropout:
-        whole: Tensor = tiled_operator(q, k, v, rpb, kernel_size, dilation, scale)
-        return whole
+        attended: Tensor = tiled_operator(q, k, v, rpb, kernel_size, dilation, scale)
+        return attended
     height, width, heads, head_dim = q.shape[1:]
     tile = (tile_size(height, kernel_size, dilation), tile_size(width, kernel_size, dilation))
-    cut = plan(height, width, kernel_size, dilation, tile, q.device)
-    table = biases(cut, rpb, q.dtype)
+    tile_plan = plan(height, width, kernel_size, dilation, tile, q.device)
+    biases = _biases(tile_plan, rpb, q.dtype)
 
     def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        parts = []
-        for same, bias in zip(cut.tiles, table, strict=True):
-            queries = _gather(q, same.queries).view(-1, same.queries_per_tile, heads, head_dim)
-            keys = _gather(k, same.keys).view(-1, same.keys_per_tile, heads, head_dim)
-            values = _gather(v, same.keys).view(-1, same.keys_per_tile, heads, head_dim)
-            part = F.scaled_dot_product_attention(
+        outputs = []
+        for group, bias in zip(tile_plan.groups, biases, strict=True):
+            queries = _gather(q, group.queries).view(-1, group.queries_per_tile, heads, head_dim)
+            keys = _gather(k, group.keys).view(-1, group.keys_per_tile, heads, head_dim)
+            values = _gather(v, group.keys).view(-1, group.keys_per_tile, heads, head_dim)
+            output = F.scaled_dot_product_attention(
                 queries.transpose(1, 2), keys.transpose(1, 2), values.transpose(1, 2), bias, dropout, scale=scale
             )
-            part = part.transpose(1, 2)
-            if torch.compiler.is_compiling():  # not left to reshape: an exporter may lay the attention's output out otherwise
-                part = part.clone(memory_format=torch.contiguous_format)
-            parts.append(part.reshape(-1, same.queries.shape[0], heads * head_dim))
-        return _gather(parts[0] if len(parts) == 1 else torch.cat(parts, dim=1), cut.slots)
+            output = output.transpose(1, 2)
+            if torch.compiler.is_compiling():  # an exporter may choose another memory layout, which reshape would depend on
+                output = output.clone(memory_format=torch.contiguous_format)
+            outputs.append(output.reshape(-1, group.queries.shape[0], heads * head_dim))
+        return _gather(outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=1), tile_plan.output_order)
 
     q, k, v = (x.flatten(1, 2).flatten(2) for x in (q, k, v))
-    images = _images_at_once(cut, k)
-    if images is None:
+    chunk_size = _chunk_size(tile_plan, k)
+    if chunk_size is None:
         output = attend(q, k, v)
     else:
-        slices = [slice(start, start + images) for start in range(0, q.shape[0], images)]
-        output = torch.cat([attend(q[some], k[some], v[some]) for some in slices])
+        chunks = [slice(start, start + chunk_size) for start in range(0, q.shape[0], chunk_size)]
+        output = torch.cat([attend(q[chunk], k[chunk], v[chunk]) for chunk in chunks])
     return output.view(-1, height, width, heads, head_dim)
 
 
@@ -137,7 +146,7 @@ def tiled_attention(
 def tiled_operator(
     q: Tensor, k: Tensor, v: Tensor, rpb: Tensor | None, kernel_size: int, dilation: int, scale: float
 ) -> Tensor:
-    """The same as an operator of PyTorch's. torch.compile, which cannot look into how a map is cut, takes it whole."""
+    """Run tiled_attention as one PyTorch operator, because torch.compile cannot trace how a feature map is divided."""
     return tiled_attention(q, k, v, rpb, kernel_size, dilation, scale)
 
 
@@ -145,14 +154,14 @@ def tiled_operator(
 def attention_backward(
     gradient: Tensor, q: Tensor, k: Tensor, v: Tensor, rpb: Tensor | None, kernel_size: int, dilation: int, scale: float
 ) -> list[Tensor]:
-    """The gradients of q, k, v and, if there is one, rpb. The attention is computed again, tiled."""
-    given = [x for x in (q, k, v, rpb) if x is not None]
+    """Return the gradients of q, k, v and, if given, rpb. The forward pass is recomputed by tiles."""
+    inputs = [x for x in (q, k, v, rpb) if x is not None]
 
     def attend(q: Tensor, k: Tensor, v: Tensor, rpb: Tensor | None = None) -> Tensor:
         return tiled_attention(q, k, v, rpb, kernel_size, dilation, scale)
 
-    pull_back = torch.func.vjp(attend, *given)[1]  # autograd itself is off inside an operator
-    return list(pull_back(gradient))
+    backward = torch.func.vjp(attend, *inputs)[1]  # autograd is disabled inside an operator
+    return list(backward(gradient))
 
 
 @attention_backward.register_fake
@@ -162,47 +171,51 @@ def _(
     return [x.new_empty(x.shape) for x in (q, k, v, rpb) if x is not None]
 
 
-def complete(operator: Any) -> None:
-    """Tell PyTorch what an operator gives, and its backward. It takes tiled_operator's arguments, and perhaps others after."""
+def register_fake_and_autograd(operator: Any) -> None:
+    """Register the output shape and the backward of a neighborhood attention operator.
 
-    def shape(q: Tensor, *_: Any) -> Tensor:
+    Args:
+        operator: Takes the arguments of tiled_operator, optionally followed by others that have no gradient.
+    """
+
+    def fake(q: Tensor, *_: Any) -> Tensor:
         return q.new_empty(q.shape)
 
-    def keep(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        ctx.arguments = len(inputs)
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        ctx.input_count = len(inputs)
         ctx.kernel_size, ctx.dilation, ctx.scale = inputs[4:7]
         ctx.save_for_backward(*inputs[:4])
 
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        found = attention_backward(gradient, *ctx.saved_tensors, ctx.kernel_size, ctx.dilation, ctx.scale)
-        return (*found, *[None] * (ctx.arguments - len(found)))
+        gradients = attention_backward(gradient, *ctx.saved_tensors, ctx.kernel_size, ctx.dilation, ctx.scale)
+        return (*gradients, *[None] * (ctx.input_count - len(gradients)))
 
-    operator.register_fake(shape)
-    operator.register_autograd(backward, setup_context=keep)
+    operator.register_fake(fake)
+    operator.register_autograd(backward, setup_context=setup_context)
 
 
-complete(tiled_operator)
+register_fake_and_autograd(tiled_operator)
 
 
 def _gather(x: Tensor, index: Tensor) -> Tensor:
-    """(B, H * W, C) -> (B, len(index), C)."""
+    """Select positions: (B, H * W, C) -> (B, len(index), C)."""
     if torch.compiler.is_compiling():
         return x.index_select(1, index)
     batch, length, channels = x.shape
-    if batch > 1:  # rows of a matrix: in eager mode index_select is far slower along an inner dimension
+    if batch > 1:  # select matrix rows: in eager mode index_select is much slower along an inner dimension
         index = (torch.arange(batch, device=x.device)[:, None] * length + index).flatten()
     return x.reshape(batch * length, channels).index_select(0, index).view(batch, -1, channels)
 
 
-def _images_at_once(cut: Plan, k: Tensor) -> int | None:
-    """How many pictures' gathered keys stay in the processor's cache; None where the whole batch runs at once."""
+def _chunk_size(tile_plan: Plan, k: Tensor) -> int | None:
+    """Return how many images' gathered keys fit in the CPU cache; None to run the whole batch at once."""
     if k.device.type != "cpu" or torch.compiler.is_compiling():
         return None
-    per_image = max(same.keys.shape[0] for same in cut.tiles) * k.shape[-1] * k.element_size()
+    per_image = max(group.keys.shape[0] for group in tile_plan.groups) * k.shape[-1] * k.element_size()
     images = max(1, CACHE_BYTES // per_image)
     return images if images < k.shape[0] else None
 
 
-def biases(cut: Plan, rpb: Tensor | None, dtype: torch.dtype) -> list[Tensor]:
-    """The bias of each of the plan's tiles, in order."""
-    return made_from(rpb, (cut, dtype), lambda: [same.bias(rpb, dtype) for same in cut.tiles])
+def _biases(tile_plan: Plan, rpb: Tensor | None, dtype: torch.dtype) -> list[Tensor]:
+    """Return the bias of each group of tiles, in order."""
+    return cached_for_table(rpb, (tile_plan, dtype), lambda: [group.bias(rpb, dtype) for group in tile_plan.groups])

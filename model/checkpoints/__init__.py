@@ -1,1 +1,1 @@
-"""Checkpoints: find, read, convert, write."""
+"""Checkpoints: locate, read, convert and write."""

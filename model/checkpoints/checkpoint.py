@@ -1,4 +1,4 @@
-"""A checkpoint: configuration, weights, labels and preprocessing, wherever they are; and writing the Hub's layout."""
+"""Open a checkpoint (configuration, weights, preprocessing) from any supported source, and save one in the Hub's layout."""
 
 import os
 import tempfile
@@ -29,10 +29,15 @@ from dinat.model.errors import CheckpointError, ConfigError
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """One checkpoint, open: from_pretrained takes it in the place of a source, so that nothing is looked for or read twice.
+    """An open checkpoint. from_pretrained accepts it as a source, so that no file is located or read twice.
 
-    source, revision: as it was asked for.  processor: what preprocessor_config.json holds, or None.  weights: finds the file
-    that holds them.  state_dict: reads them, on the CPU, under the Hub's names.  Both raise CheckpointError.
+    Attributes:
+        source: Source as passed to open_checkpoint.
+        revision: Revision as passed to open_checkpoint.
+        config: Configuration of the network.
+        processor: Contents of preprocessor_config.json, or None.
+        weights: Returns the path of the weights. Raises CheckpointError.
+        state_dict: Reads the weights, on the CPU, with the keys of the Hub. Raises CheckpointError.
     """
 
     source: str
@@ -52,11 +57,19 @@ def open_checkpoint(
     local_files_only: bool = False,
     config: DinatConfig | None = None,
 ) -> Checkpoint:
-    """Find a checkpoint and read its configuration; of an original file, also its weights.
+    """Locate a checkpoint and read its configuration. The weights of an original file are read as well.
 
-    source: a folder in the Hub's layout, a Hub id, an original .pth or .pth.tar file, or "digits".  revision (branch, tag or
-    commit), token, cache_dir, local_files_only: for a Hub id, as huggingface_hub takes them.  config: instead of the
-    checkpoint's own.  Raises CheckpointError, ConfigError.
+    Args:
+        source: A folder in the Hub's layout, a Hub id, an original .pth or .pth.tar file, or "digits".
+        revision: Branch, tag or commit of a Hub repository.
+        token: Access token of the Hub.
+        cache_dir: Cache folder of huggingface_hub.
+        local_files_only: Whether to use only cached files.
+        config: Replaces the checkpoint's configuration.
+
+    Raises:
+        CheckpointError: The checkpoint cannot be found or read.
+        ConfigError: The configuration is invalid.
     """
     files = find_files(source, revision=revision, token=token, cache_dir=cache_dir, local_files_only=local_files_only)
     if files.original is not None:
@@ -65,9 +78,9 @@ def open_checkpoint(
 
 
 def save_checkpoint(folder: str | Path, config: DinatConfig, state_dict: StateDict, architecture: str) -> None:
-    """Write config.json and model.safetensors into a folder, which is made where it is missing.
+    """Write config.json and model.safetensors into a folder, which is created if missing.
 
-    The weights are written beside the old file and then take its place, so a network that still reads it is not harmed.
+    An existing weights file is replaced atomically, so a network that has it memory-mapped is not affected.
     """
     folder = Path(folder)
     dtypes = {str(value.dtype).removeprefix("torch.") for value in state_dict.values()}
@@ -76,26 +89,35 @@ def save_checkpoint(folder: str | Path, config: DinatConfig, state_dict: StateDi
     tensors = {name: value.detach().cpu().contiguous() for name, value in state_dict.items()}
     with tempfile.TemporaryDirectory(dir=folder) as temporary:
         save_file(tensors, Path(temporary) / SAFETENSORS, metadata={"format": "pt"})
-        (Path(temporary) / SAFETENSORS).chmod((folder / CONFIG).stat().st_mode)  # as the umask has it, not for the owner alone
+        (Path(temporary) / SAFETENSORS).chmod((folder / CONFIG).stat().st_mode)  # permissions by the umask, not owner-only
         os.replace(Path(temporary) / SAFETENSORS, folder / SAFETENSORS)
 
 
-def fit(state_dict: StateDict, expected: Mapping[str, Tensor], source: str, ignored: tuple[str, ...] = ()) -> StateDict:
-    """Check that a state dict has exactly the expected keys and shapes.
+def match_state_dict(
+    state_dict: StateDict, expected: Mapping[str, Tensor], source: str, ignored: tuple[str, ...] = ()
+) -> StateDict:
+    """Return the expected keys of a state dict, after checking its keys and shapes.
 
-    ignored: prefixes of keys that may be there too and are left out. Raises one CheckpointError that lists all that is wrong.
+    Args:
+        state_dict: Weights of a checkpoint.
+        expected: State dict of the network.
+        source: Name of the checkpoint, for the error message.
+        ignored: Prefixes of additional keys, which are removed.
+
+    Raises:
+        CheckpointError: Keys are missing, unexpected, or have another shape; the message lists all of them.
     """
     missing = [key for key in expected if key not in state_dict]
     unexpected = [key for key in state_dict if key not in expected and not key.startswith(ignored or ("\0",))]
-    reshaped = [
-        f"{key} is {tuple(state_dict[key].shape)}, wanted {tuple(value.shape)}"
+    mismatched = [
+        f"{key} is {tuple(state_dict[key].shape)}, expected {tuple(value.shape)}"
         for key, value in expected.items()
         if key in state_dict and state_dict[key].shape != value.shape
     ]
-    found = (("missing", missing), ("unexpected", unexpected), ("of another shape", reshaped))
-    faults = [f"{len(keys)} {what}: {', '.join(keys)}" for what, keys in found if keys]
-    if faults:
-        raise CheckpointError(f"the weights of {source} do not fit their configuration; keys {'; '.join(faults)}")
+    problems = (("missing", missing), ("unexpected", unexpected), ("with another shape", mismatched))
+    messages = [f"{len(keys)} {problem}: {', '.join(keys)}" for problem, keys in problems if keys]
+    if messages:
+        raise CheckpointError(f"the weights of {source} do not match their configuration; keys {'; '.join(messages)}")
     return {key: state_dict[key] for key in expected}
 
 
@@ -104,15 +126,15 @@ def _hub_layout(files: Files, revision: str | None, config: DinatConfig | None) 
         try:
             config = DinatConfig.from_dict(files.read_config())
         except (ConfigError, TypeError) as error:
-            raise CheckpointError(f"{CONFIG} of {files.source} names no DiNAT: {error}") from error
+            raise CheckpointError(f"{CONFIG} of {files.source} is not a valid DiNAT configuration: {error}") from error
 
     def weights() -> Path:
-        found = files.find(SAFETENSORS) or files.find(PICKLE)
-        if found is None:
+        path = files.find(SAFETENSORS) or files.find(PICKLE)
+        if path is None:
             raise CheckpointError(
                 f"{files.source} has no {SAFETENSORS} and no {PICKLE} (or, offline, they are not in the cache)"
             )
-        return found
+        return path
 
     def state_dict() -> StateDict:
         path = weights()
@@ -122,11 +144,11 @@ def _hub_layout(files: Files, revision: str | None, config: DinatConfig | None) 
 
 
 def _original(path: Path, config: DinatConfig | None) -> Checkpoint:
-    config, read = read_original(path, config)
-    waiting = [read]
+    config, weights = read_original(path, config)
+    unused = [weights]
 
     def state_dict() -> StateDict:
-        """What was read, to the first who asks: nothing is kept in memory, and no two networks share their weights."""
-        return waiting.pop() if waiting else read_original(path, config)[1]
+        """Hand the weights to the first caller; read the file again for later ones, so that no two networks share weights."""
+        return unused.pop() if unused else read_original(path, config)[1]
 
     return Checkpoint(str(path), None, config, None, lambda: path, state_dict)

@@ -1,4 +1,4 @@
-"""Where a checkpoint's files are, and reading them: a folder in the Hub's layout, a Hub id, an original file, "digits"."""
+"""Locate and read the files of a checkpoint: a folder in the Hub's layout, a Hub id, an original file, or "digits"."""
 
 import argparse
 import json
@@ -21,7 +21,7 @@ from dinat.model.errors import CheckpointError
 CONFIG, PROCESSOR = "config.json", "preprocessor_config.json"
 SAFETENSORS, PICKLE = "model.safetensors", "pytorch_model.bin"
 EMBEDDED = {"digits": Path(__file__).parents[1] / "digits"}
-"""Checkpoints that come with the package, by name."""
+"""Checkpoints included in the package, by name."""
 
 StateDict = dict[str, Tensor]
 
@@ -30,8 +30,11 @@ StateDict = dict[str, Tensor]
 class Files:
     """The files of one checkpoint.
 
-    source: as it was asked for.  original: the one file of a checkpoint of the original repository, or None.  find: the path of
-    a file of the Hub's layout, by its name, downloaded where need be; None if there is none. Raises CheckpointError.
+    Attributes:
+        source: Source as passed to find_files.
+        original: Path of a file of the original repository, or None.
+        find: Returns the path of a file of the Hub's layout by its name, downloading it if needed; None if it does not exist.
+            Raises CheckpointError.
     """
 
     source: str
@@ -39,7 +42,7 @@ class Files:
     find: Callable[[str], Path | None]
 
     def read_json(self, name: str) -> dict[str, Any] | None:
-        """What a JSON file of the Hub's layout holds; None if there is none. Raises CheckpointError if it holds no object."""
+        """Read a JSON file of the Hub's layout; None if it does not exist. Raises CheckpointError if it is not an object."""
         path = self.find(name)
         if path is None:
             return None
@@ -48,11 +51,11 @@ class Files:
         except ValueError as error:
             raise CheckpointError(f"{path} is not JSON: {error}") from error
         if not isinstance(values, dict):
-            raise CheckpointError(f"{path} holds no JSON object")
+            raise CheckpointError(f"{path} does not contain a JSON object")
         return values
 
     def read_config(self) -> dict[str, Any]:
-        """What config.json holds. Raises CheckpointError, also if there is none."""
+        """Read config.json. Raises CheckpointError if it does not exist or is invalid."""
         values = self.read_json(CONFIG)
         if values is None:
             raise CheckpointError(f"{self.source} has no {CONFIG} (or, offline, it is not in the cache)")
@@ -67,10 +70,17 @@ def find_files(
     cache_dir: str | Path | None = None,
     local_files_only: bool = False,
 ) -> Files:
-    """Find a checkpoint.
+    """Locate the files of a checkpoint.
 
-    source: a folder in the Hub's layout, a Hub id, an original .pth or .pth.tar file, or "digits".  revision (branch, tag or
-    commit), token, cache_dir, local_files_only: for a Hub id, as huggingface_hub takes them.  Raises CheckpointError.
+    Args:
+        source: A folder in the Hub's layout, a Hub id, an original .pth or .pth.tar file, or "digits".
+        revision: Branch, tag or commit of a Hub repository.
+        token: Access token of the Hub.
+        cache_dir: Cache folder of huggingface_hub.
+        local_files_only: Whether to use only cached files.
+
+    Raises:
+        CheckpointError: The source does not exist.
     """
     path = EMBEDDED.get(str(source), Path(source))
     if path.is_dir():
@@ -84,36 +94,39 @@ def find_files(
 
         return Files(str(source), None, download)
     raise CheckpointError(
-        f"{str(source)!r} is not there: give a folder with {CONFIG}, a .pth file, a Hub id such as "
+        f"{str(source)!r} does not exist: use a folder with {CONFIG}, a .pth file, a Hub id such as "
         f"shi-labs/dinat-mini-in1k-224, or {' or '.join(map(repr, EMBEDDED))}"
     )
 
 
 def read_safetensors(path: Path) -> StateDict:
-    """The tensors of a .safetensors file. Raises CheckpointError."""
+    """Read the tensors of a .safetensors file. Raises CheckpointError."""
     try:
         state_dict: StateDict = load_file(path)
         return state_dict
     except (SafetensorError, OSError) as error:
-        _unreadable(path, error)
+        _raise_unreadable(path, error)
 
 
 def read_pickle(path: Path) -> Any:
-    """What torch.save wrote. Raises CheckpointError, also for a pickle that would run code.
+    """Read a file written by torch.save.
 
-    Weights only are read, and argparse.Namespace, which holds the arguments of a training run.
+    Only weights are allowed, and argparse.Namespace, which holds the arguments of a training run.
+
+    Raises:
+        CheckpointError: The file cannot be read, or it is a pickle that would execute code.
     """
     try:
         with torch.serialization.safe_globals([argparse.Namespace]):
             return torch.load(path, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, OSError, EOFError, ValueError, KeyError) as error:
-        _unreadable(path, error)
+        _raise_unreadable(path, error)
 
 
 def as_state_dict(loaded: Any, path: Path) -> StateDict:
-    """The same, if it is a dict of tensors. Raises CheckpointError."""
+    """Check that a loaded object is a dict of tensors, and return it as a new dict. Raises CheckpointError."""
     if not isinstance(loaded, dict) or not all(isinstance(value, Tensor) for value in loaded.values()):
-        raise CheckpointError(f"{path} holds no state dict")
+        raise CheckpointError(f"{path} does not contain a state dict")
     return dict(loaded)
 
 
@@ -124,7 +137,7 @@ def _existing(path: Path) -> Path | None:
 def _download(
     repo: str, name: str, revision: str | None, token: str | None, cache_dir: str | Path | None, local_files_only: bool
 ) -> Path | None:
-    """A file of a Hub repository, from the cache if it is there; None if the repository has no such file."""
+    """Return the path of a file of a Hub repository in the cache, downloading it if needed; None if it does not exist."""
     offline = local_files_only or constants.is_offline_mode()
     try:
         return Path(
@@ -133,16 +146,16 @@ def _download(
     except LocalEntryNotFoundError as error:
         if offline:
             return None
-        raise CheckpointError(f"{repo} on the Hub cannot be reached and {name} is not in the cache: {_line(error)}") from error
+        raise CheckpointError(f"{repo} on the Hub cannot be reached and {name} is not cached: {_one_line(error)}") from error
     except EntryNotFoundError:
         return None
     except (HfHubHTTPError, OfflineModeIsEnabled, OSError, ValueError) as error:
-        raise CheckpointError(f"{repo} on the Hub cannot be read: {_line(error)}") from error
+        raise CheckpointError(f"{repo} on the Hub cannot be read: {_one_line(error)}") from error
 
 
-def _line(error: BaseException) -> str:
+def _one_line(error: BaseException) -> str:
     return " ".join(str(error).split()) or type(error).__name__
 
 
-def _unreadable(path: Path, error: Exception) -> NoReturn:
-    raise CheckpointError(f"{path} cannot be read as weights: {_line(error)[:300]}") from error
+def _raise_unreadable(path: Path, error: Exception) -> NoReturn:
+    raise CheckpointError(f"{path} cannot be read as weights: {_one_line(error)[:300]}") from error

@@ -1,7 +1,7 @@
-"""Files of the original repository (.pth) and of its training (.pth.tar), read as the Hub has them.
+"""Read files of the original repository (.pth) and of its training script (.pth.tar), and convert them to the Hub's keys.
 
-Classifiers, and the backbones within its detectors and segmenters. They hold weights alone: the configuration is read off
-their shapes and the file's name.
+Supported are classifiers, and the backbones of detectors and segmenters. The files contain only weights: the configuration is
+inferred from their shapes and the file name.
 """
 
 import re
@@ -16,38 +16,47 @@ from dinat.model.config import NAT_PRESETS, PRESETS, DinatConfig
 from dinat.model.errors import CheckpointError
 
 BACKBONE = "backbone."
-"""What the weights of a detector's or segmenter's backbone begin with."""
+"""Key prefix of the backbone in a detector or segmenter."""
 
 
 def read_original(path: Path, config: DinatConfig | None = None) -> tuple[DinatConfig, StateDict]:
-    """The configuration and the weights, under the Hub's names, of an original file.
+    """Read the configuration and the weights, with the keys of the Hub, of an original file.
 
-    config: where it is known, and where it must be: for a backbone, and for sizes that were never published.
-    Raises CheckpointError, saying how to tell, where weights and name fit none of the published networks, or several.
+    Args:
+        path: The file.
+        config: Configuration of the network. Required for a backbone, and for sizes that were not published.
+
+    Raises:
+        CheckpointError: The file cannot be read, or weights and file name match none or several of the published networks; the
+            message says how to select one.
     """
-    weights = _unwrap(path)
+    weights = _read_weights(path)
     is_backbone = any(key.startswith(BACKBONE) for key in weights)
     if is_backbone:
         weights = {key.removeprefix(BACKBONE): value for key, value in weights.items() if key.startswith(BACKBONE)}
     if "patch_embed.proj.0.weight" not in weights:
         raise CheckpointError(
-            f"{path} is no original DiNAT or NAT: it has no patch_embed.proj.0.weight (DiNAT_s and the isotropic networks are "
-            "of another make)"
+            f"{path} is not an original DiNAT or NAT: it has no patch_embed.proj.0.weight (DiNAT_s and the isotropic networks "
+            "have another architecture and are not supported)"
         )
     if is_backbone and config is None:
         raise CheckpointError(
-            f"{path} holds the backbone of a detector or segmenter, whose dilations go by the pictures it was made for and "
-            "leave no trace in weights: give its configuration"
+            f"{path} is a detector or segmenter. The dilations of its backbone cannot be inferred from weights: pass its "
+            "configuration"
         )
     state_dict = convert_original(weights)
-    return config or _config_of(state_dict, path), state_dict
+    return config or _infer_config(state_dict, path), state_dict
 
 
 def convert_original(weights: Mapping[str, Tensor]) -> StateDict:
-    """The keys of the original repository to the Hub's, for DinatForImageClassification and DinatBackbone."""
+    """Convert the keys of the original repository to the Hub's, for DinatForImageClassification and DinatBackbone.
+
+    Raises:
+        CheckpointError: A gamma1 (layer scale of the attention branch) has no gamma2 (layer scale of the MLP branch).
+    """
     converted: StateDict = {}
     for key, value in weights.items():
-        for pattern, replacement in _KEYS:
+        for pattern, replacement in _KEY_PATTERNS:
             key = re.sub(pattern, replacement, key)
         if norm := re.fullmatch(r"norm(\d)\.(weight|bias)", key):
             key = f"hidden_states_norms.stage{int(norm[1]) + 1}.{norm[2]}"
@@ -55,16 +64,16 @@ def convert_original(weights: Mapping[str, Tensor]) -> StateDict:
             for name, part in zip(("query", "key", "value"), value.chunk(3), strict=True):
                 converted[key.replace(".qkv.", f".self.{name}.")] = part.contiguous()
         elif key.endswith(".gamma1"):
-            gamma2 = weights.get(_twin(key))
+            gamma2 = weights.get(_gamma2_key(key))
             if gamma2 is None:
-                raise CheckpointError(f"{key} has no gamma2 beside it")
+                raise CheckpointError(f"{key} has no corresponding gamma2")
             converted[key.replace("gamma1", "layer_scale_parameters")] = torch.stack([value, gamma2])
         elif not key.endswith(".gamma2"):
             converted[key] = value
     return converted
 
 
-_KEYS = [
+_KEY_PATTERNS = [
     (r"^patch_embed\.proj\.", "dinat.embeddings.patch_embeddings.projection."),
     (r"^patch_embed\.norm\.", "dinat.embeddings.norm."),
     (r"^levels\.(\d+)\.blocks\.(\d+)\.", r"dinat.encoder.levels.\1.layers.\2."),
@@ -81,13 +90,13 @@ _KEYS = [
 ]
 
 
-def _twin(key: str) -> str:
-    """The original name of the gamma2 that goes with a converted gamma1."""
+def _gamma2_key(key: str) -> str:
+    """Return the original key of the gamma2 that corresponds to a converted gamma1 key."""
     return re.sub(r"^dinat\.encoder\.levels\.(\d+)\.layers\.(\d+)\.gamma1$", r"levels.\1.blocks.\2.gamma2", key)
 
 
-def _unwrap(path: Path) -> StateDict:
-    """The weights within a training checkpoint, the averaged ones first, without the prefix of data parallel training."""
+def _read_weights(path: Path) -> StateDict:
+    """Read the weights of a file, EMA weights first if a training checkpoint has them, without the prefix of DataParallel."""
     loaded = read_pickle(path)
     for name in ("state_dict_ema", "state_dict", "model"):
         if isinstance(loaded, dict) and isinstance(loaded.get(name), dict):
@@ -96,44 +105,44 @@ def _unwrap(path: Path) -> StateDict:
     return {key.removeprefix("module."): value for key, value in as_state_dict(loaded, path).items()}
 
 
-def _config_of(state_dict: StateDict, path: Path) -> DinatConfig:
-    """Sizes are read off the weights; dilations, which leave no trace in them, off the only published network that fits.
+def _infer_config(state_dict: StateDict, path: Path) -> DinatConfig:
+    """Infer the configuration: sizes from the weights, dilations from the only published network with these sizes.
 
-    Where several fit, the file's name decides: dinat or nat, and 224 or 384.
+    If several published networks have these sizes, the file name decides: dinat or nat, and 224 or 384.
     """
-    found = _sizes(state_dict, path)
-    labels = found.pop("num_labels")
-    fitting = [
+    sizes = _infer_sizes(state_dict, path)
+    num_labels = sizes.pop("num_labels")
+    matching = [
         name
         for name in (*PRESETS, *NAT_PRESETS)
-        if all(getattr(DinatConfig.preset(name), field) == value for field, value in found.items())
+        if all(getattr(DinatConfig.preset(name), field) == value for field, value in sizes.items())
     ]
-    if not fitting:
+    if not matching:
         raise CheckpointError(
-            f"{path} fits none of the published networks ({', '.join((*PRESETS, *NAT_PRESETS))}), and dilations leave no trace "
-            f"in weights: give its configuration: dinat convert {path.name} FOLDER --config FILE, in Python "
+            f"{path} matches none of the published networks ({', '.join((*PRESETS, *NAT_PRESETS))}), and dilations cannot be "
+            f"inferred from weights: pass the configuration: dinat convert {path.name} FOLDER --config FILE, or in Python "
             "config=DinatConfig(...)"
         )
-    named = [name for name in fitting if _is_named(name, path.name.lower())] if len(fitting) > 1 else fitting
+    named = [name for name in matching if _matches_file_name(name, path.name.lower())] if len(matching) > 1 else matching
     if len(named) != 1:
         raise CheckpointError(
-            f"{path} may be {' or '.join(fitting)}, which differ in dilations alone, and these leave no trace in weights: name "
-            f"the file as it was published (dinat_..., nat_..., ..._224, ..._384), or say which: dinat convert {path.name} "
-            f"FOLDER --preset {fitting[0]}, in Python config=DinatConfig.preset({fitting[0]!r})"
+            f"{path} may be {' or '.join(matching)}, which differ only in dilations, which cannot be inferred from weights: "
+            f"use the published file name (dinat_..., nat_..., ..._224, ..._384), or select one: dinat convert {path.name} "
+            f"FOLDER --preset {matching[0]}, or in Python config=DinatConfig.preset({matching[0]!r})"
         )
-    return DinatConfig.preset(named[0], num_labels=labels)
+    return DinatConfig.preset(named[0], num_labels=num_labels)
 
 
-def _is_named(preset: str, file: str) -> bool:
-    """Whether a published file of this name can hold this network."""
+def _matches_file_name(preset: str, file: str) -> bool:
+    """Return whether a published file of this name (lower case) can contain this preset."""
     family = re.search(r"(?<![a-z])(di)?nat(?![a-z])", file)
     if family is None or (family[1] is None) != (preset in NAT_PRESETS):
         return False
     return not preset.startswith("large") or ("384" if preset.endswith("384") else "224") in file
 
 
-def _sizes(state_dict: StateDict, path: Path) -> dict[str, int | float | bool | list[int]]:
-    """What the shapes say of the configuration."""
+def _infer_sizes(state_dict: StateDict, path: Path) -> dict[str, int | float | bool | list[int]]:
+    """Return the configuration fields that the shapes of the weights determine."""
     layer = "dinat.encoder.levels.{}.layers.{}.{}"
     depths: list[int] = []
     while layer.format(len(depths), 0, "attention.self.rpb") in state_dict:
@@ -155,4 +164,4 @@ def _sizes(state_dict: StateDict, path: Path) -> dict[str, int | float | bool | 
             "num_labels": state_dict["classifier.weight"].shape[0] if "classifier.weight" in state_dict else 0,
         }
     except (KeyError, IndexError) as error:
-        raise CheckpointError(f"{path} is no original DiNAT or NAT: {error} is missing") from error
+        raise CheckpointError(f"{path} is not an original DiNAT or NAT: {error} is missing") from error

@@ -1,4 +1,4 @@
-"""Loading, saving and initialising a network."""
+"""Loading, saving and initializing networks."""
 
 from pathlib import Path
 from typing import Any, Self
@@ -7,24 +7,24 @@ import torch
 from torch import Tensor, nn
 
 from dinat.model.attention import check_backend
-from dinat.model.checkpoints.checkpoint import Checkpoint, fit, open_checkpoint, save_checkpoint
+from dinat.model.checkpoints.checkpoint import Checkpoint, match_state_dict, open_checkpoint, save_checkpoint
 from dinat.model.config import DinatConfig
 
 
 class PreTrainedModel(nn.Module):
-    """Loading, saving and initialising, the same for every network here."""
+    """Base class of all networks: loading, saving and initialization."""
 
-    absent_prefixes: tuple[str, ...] = ()
-    """Keys of a checkpoint that this network may leave aside."""
-    fresh_prefixes: tuple[str, ...] = ()
-    """Keys of this network that a checkpoint may leave out; they keep their initial values."""
+    ignored_prefixes: tuple[str, ...] = ()
+    """Prefixes of checkpoint keys that this network ignores."""
+    optional_prefixes: tuple[str, ...] = ()
+    """Prefixes of keys that a checkpoint may lack; these parameters keep their initial values."""
 
     def __init__(self, config: DinatConfig, attention: str = "auto") -> None:
         super().__init__()
         check_backend(attention)
         self.config = config
-        self.register_state_dict_post_hook(_part_qkv)  # type: ignore[no-untyped-call]
-        self.register_load_state_dict_pre_hook(_join_qkv)  # type: ignore[no-untyped-call]
+        self.register_state_dict_post_hook(_split_qkv)  # type: ignore[no-untyped-call]
+        self.register_load_state_dict_pre_hook(_merge_qkv)  # type: ignore[no-untyped-call]
 
     @classmethod
     def from_pretrained(
@@ -41,28 +41,39 @@ class PreTrainedModel(nn.Module):
         config: DinatConfig | None = None,
         **changes: Any,
     ) -> Self:
-        """A network with a checkpoint's weights, in eval mode.
+        """Load a network in eval mode from a checkpoint.
 
-        source: a folder in the Hub's layout, a Hub id, an original .pth or .pth.tar file, "digits", or an open checkpoint.
-        attention: backend, as neighborhood_attention takes it.  device: CPU if None.  dtype: float32 if None.
-        revision, token, cache_dir, local_files_only: for a Hub id.  config: instead of the checkpoint's own.
-        changes: fields of the configuration to replace, such as out_features.
-        Raises CheckpointError, with every missing, unexpected or wrongly shaped key, and ConfigError.
+        Args:
+            source: A folder in the Hub's layout, a Hub id, an original .pth or .pth.tar file, "digits", or an open Checkpoint.
+            attention: Backend, see neighborhood_attention.
+            device: CPU if None.
+            dtype: float32 if None.
+            revision: Branch, tag or commit of a Hub repository.
+            token: Access token of the Hub.
+            cache_dir: Cache folder of huggingface_hub.
+            local_files_only: Whether to use only cached files.
+            config: Replaces the checkpoint's configuration.
+            changes: Fields of the configuration to replace, such as out_features.
+
+        Raises:
+            CheckpointError: The checkpoint cannot be read, or its weights do not match; lists all missing, unexpected and
+                wrongly shaped keys.
+            ConfigError: The configuration is invalid.
         """
         checkpoint = source
         if not isinstance(checkpoint, Checkpoint):
-            where: dict[str, Any] = {"revision": revision, "token": token, "cache_dir": cache_dir}
-            checkpoint = open_checkpoint(checkpoint, local_files_only=local_files_only, config=config, **where)
-        settings = checkpoint.config
+            options: dict[str, Any] = {"revision": revision, "token": token, "cache_dir": cache_dir}
+            checkpoint = open_checkpoint(checkpoint, local_files_only=local_files_only, config=config, **options)
+        network_config = checkpoint.config
         if changes:
-            settings = DinatConfig.from_dict(_without_stage_pair(settings.to_dict(), changes) | changes)
+            network_config = DinatConfig.from_dict(_without_stage_pair(network_config.to_dict(), changes) | changes)
         with torch.device("meta"):
-            network = cls(settings, attention=attention)
+            network = cls(network_config, attention=attention)
         network._load(checkpoint.state_dict(), checkpoint.source)
         return network.to(device=device, dtype=dtype or torch.float32).eval()
 
     def save_pretrained(self, folder: str | Path) -> None:
-        """Write config.json and model.safetensors in the Hub's layout, as transformers 4.53.3 reads it."""
+        """Write config.json and model.safetensors in the Hub's layout, readable by transformers 4.53.3."""
         save_checkpoint(folder, self.config, self.state_dict(), architecture=type(self).__name__)
 
     def _load(self, state_dict: dict[str, Tensor], source: str) -> None:
@@ -70,15 +81,16 @@ class PreTrainedModel(nn.Module):
         prefixed = [key for key in expected if key.startswith("dinat.")]
         if not prefixed:
             state_dict = {key.removeprefix("dinat."): value for key, value in state_dict.items()}
-        fresh = {
+        initial = {
             name: torch.ones(value.shape) if name.endswith("weight") else torch.zeros(value.shape)
             for name, value in expected.items()
-            if name.startswith(self.fresh_prefixes) and self.fresh_prefixes
+            if name.startswith(self.optional_prefixes) and self.optional_prefixes
         }
-        self.load_state_dict(fit(fresh | state_dict, expected, source, ignored=self.absent_prefixes), strict=True, assign=True)
+        matched = match_state_dict(initial | state_dict, expected, source, ignored=self.ignored_prefixes)
+        self.load_state_dict(matched, strict=True, assign=True)
 
     def _initialize(self) -> None:
-        """Normal weights of standard deviation config.initializer_range, zero biases (transformers' rule)."""
+        """Initialize weights with standard deviation config.initializer_range and biases with 0, as transformers does."""
         for module in self.modules():
             if isinstance(module, nn.Linear | nn.Conv2d):
                 nn.init.normal_(module.weight, std=self.config.initializer_range)
@@ -87,30 +99,31 @@ class PreTrainedModel(nn.Module):
 
 
 def _without_stage_pair(values: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
-    """A new out_features or out_indices replaces both."""
+    """Remove out_features and out_indices if one of them changes: the other is derived from it."""
     if "out_features" in changes or "out_indices" in changes:
         return {name: value for name, value in values.items() if name not in ("out_features", "out_indices")}
     return values
 
 
 QKV = ("query", "key", "value")
-"""The Hub's names of the three products that are one in the network. They have their names in every state dict."""
+"""Names in state dicts of the three projections, which are one module, qkv, in the network."""
 
 
-def _part_qkv(module: nn.Module, state_dict: dict[str, Any], prefix: str, metadata: Any) -> None:
-    """Write a state dict as the Hub has it, in its order."""
-    whole = dict(state_dict)
+def _split_qkv(module: nn.Module, state_dict: dict[str, Any], prefix: str, metadata: Any) -> None:
+    """Convert a state dict of the network to the keys of the Hub, in their order."""
+    original = dict(state_dict)
     state_dict.clear()
-    for key, value in whole.items():
-        place, qkv, kind = key.rpartition(".qkv.")
+    for key, value in original.items():
+        parent, qkv, parameter = key.rpartition(".qkv.")
         if qkv and key.startswith(prefix):
-            state_dict.update({f"{place}.{name}.{kind}": part for name, part in zip(QKV, value.chunk(3), strict=True)})
+            parts = zip(QKV, value.chunk(3), strict=True)
+            state_dict.update({f"{parent}.{name}.{parameter}": part for name, part in parts})
         else:
             state_dict[key] = value
 
 
-def _join_qkv(module: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
-    """Read a state dict as the Hub has it."""
+def _merge_qkv(module: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
+    """Convert a state dict with the keys of the Hub to those of the network."""
     for key in [key for key in state_dict if key.startswith(prefix) and ".self.query." in key]:
         names = [key.replace(".self.query.", f".self.{name}.") for name in QKV]
         if all(name in state_dict for name in names):

@@ -1,4 +1,4 @@
-"""A checkpoint made fit for other pictures than it was trained on: other labels, another size, another kernel."""
+"""Adapt a checkpoint to other labels, another image size or another kernel size."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,8 +16,14 @@ HEAD = ("classifier.weight", "classifier.bias")
 
 
 @dataclass(frozen=True)
-class Transferred:
-    """A configuration, the weights that fit it, and in words what is not as it was."""
+class TransferResult:
+    """An adapted checkpoint.
+
+    Attributes:
+        config: The new configuration.
+        state_dict: Weights for the new configuration.
+        changes: Descriptions of all differences from the original checkpoint.
+    """
 
     config: DinatConfig
     state_dict: StateDict
@@ -31,31 +37,41 @@ def transfer(
     size: int | None = None,
     kernel_size: int | None = None,
     drop_path_rate: float | None = None,
-) -> Transferred:
-    """The checkpoint's weights for a classifier of these labels, in this order.
+) -> TransferResult:
+    """Adapt a checkpoint's weights to a classifier with these labels.
 
-    labels: a class that the checkpoint has by this name keeps its row of the head; the others start as a new head does.
-    size: pixels of a side of the square pictures to come; the checkpoint's if None.  kernel_size: the same, and positional
-    biases are interpolated, bicubic, corners on corners (as Swin's are for windows, arXiv 2103.14030).
-    Dilations that filled the maps of the old size fill those of the new one, the others stay where they fit (as the published
-    224 and 384 networks have them).  Raises ConfigError, CheckpointError.
+    A dilation that was the largest possible for the old image size becomes the largest possible for the new one. Other
+    dilations do not change if they remain possible (as in the published 224 and 384 networks).
+
+    Args:
+        checkpoint: Checkpoint to adapt.
+        labels: Class names in order. A class with a name that the checkpoint has keeps its row of the head; the others are
+            newly initialized.
+        size: Side of the square images in pixels; the checkpoint's if None.
+        kernel_size: The checkpoint's if None. For another one, positional biases are interpolated (bicubic, with aligned
+            corners, as Swin's for other window sizes, arXiv 2103.14030).
+        drop_path_rate: The checkpoint's if None.
+
+    Raises:
+        ConfigError: The checkpoint is not a single-label classifier, or the new configuration is invalid.
+        CheckpointError: The weights cannot be read.
     """
     old = checkpoint.config
     if getattr(old, "problem_type", None) not in (None, "single_label_classification"):
-        raise ConfigError(f"{checkpoint.source} is trained for {old.problem_type}, here pictures have one label each")
+        raise ConfigError(f"{checkpoint.source} is trained for {old.problem_type}, only single-label classifiers are supported")
     changes = []
     old_size = getattr(old, "image_size", 224)
     new_size, new_kernel = size or old_size, kernel_size or old.kernel_size
     dilations = old.dilations
     if (new_size, new_kernel) != (old_size, old.kernel_size):
         dilations = [
-            [_dilation(d, old_size // side // old.kernel_size, new_size // side // new_kernel) for d in stage]
-            for stage, side in zip(old.dilations, (4 * 2**i for i in range(len(old.depths))), strict=True)
+            [_dilation(d, old_size // stride // old.kernel_size, new_size // stride // new_kernel) for d in stage]
+            for stage, stride in zip(old.dilations, (4 * 2**i for i in range(len(old.depths))), strict=True)
         ]
     if new_size != old_size:
-        changes.append(f"pictures of {new_size} pixels, {old_size} before")
+        changes.append(f"images of {new_size} pixels (before: {old_size})")
     if dilations != old.dilations:
-        changes.append(f"dilations {dilations}, {old.dilations} before")
+        changes.append(f"dilations {dilations} (before: {old.dilations})")
     values = old.to_dict() | {
         "kernel_size": new_kernel,
         "dilations": dilations,
@@ -67,35 +83,37 @@ def transfer(
     config = DinatConfig.from_dict({name: value for name, value in values.items() if name != "num_labels"})
     state_dict = checkpoint.state_dict()
     if new_kernel != old.kernel_size:
-        state_dict = {key: _resized(value, new_kernel) if key.endswith(".rpb") else value for key, value in state_dict.items()}
-        changes.append(f"kernel {new_kernel}, {old.kernel_size} before: relative positional biases are interpolated")
-    known = {label: row for row, label in old.id2label.items()}
+        state_dict = {
+            key: _interpolate(value, new_kernel) if key.endswith(".rpb") else value for key, value in state_dict.items()
+        }
+        changes.append(f"kernel {new_kernel} (before: {old.kernel_size}): relative positional biases are interpolated")
+    old_rows = {label: row for row, label in old.id2label.items()}
     if all(key in state_dict for key in HEAD):
-        kept = [label for label in labels if label in known]
-        if list(labels) != [old.id2label[i] for i in range(len(known))]:
-            others = "" if len(kept) == len(labels) else ", the others new"
-            changes.append(f"a head for {len(labels)} classes: {len(kept)} of them known to the checkpoint{others}")
-        state_dict |= _head(state_dict, [known.get(label) for label in labels], old.initializer_range)
-    return Transferred(config, state_dict, changes)
+        existing = [label for label in labels if label in old_rows]
+        if list(labels) != [old.id2label[i] for i in range(len(old_rows))]:
+            others = "" if len(existing) == len(labels) else ", the others newly initialized"
+            changes.append(f"a head for {len(labels)} classes: {len(existing)} from the checkpoint{others}")
+        state_dict |= _head(state_dict, [old_rows.get(label) for label in labels], old.initializer_range)
+    return TransferResult(config, state_dict, changes)
 
 
-def _dilation(old: int, old_fill: int, new_fill: int) -> int:
-    """A layer's dilation; the fills are the largest at which a kernel lies within the map."""
+def _dilation(old: int, old_limit: int, new_limit: int) -> int:
+    """Return a layer's new dilation. The limits are the largest dilations with a window inside the feature map."""
     if old == 1:
         return 1
-    return max(1, new_fill if old == old_fill else min(old, new_fill))
+    return max(1, new_limit if old == old_limit else min(old, new_limit))
 
 
-def _resized(rpb: Tensor, kernel_size: int) -> Tensor:
-    """(heads, 2k-1, 2k-1) for another k."""
+def _interpolate(rpb: Tensor, kernel_size: int) -> Tensor:
+    """Interpolate (heads, 2k-1, 2k-1) to another kernel_size k."""
     side = 2 * kernel_size - 1
     return F.interpolate(rpb[None].float(), (side, side), mode="bicubic", align_corners=True)[0].to(rpb.dtype)
 
 
-def _head(state_dict: StateDict, rows: Sequence[int | None], spread: float) -> StateDict:
-    """The head's weights: these rows of the old one, new ones where None."""
+def _head(state_dict: StateDict, rows: Sequence[int | None], std: float) -> StateDict:
+    """Return the head's weights: the given rows of the old head, newly initialized ones for None."""
     weight, bias = (state_dict[key] for key in HEAD)
-    new_weight = torch.empty(len(rows), weight.shape[1], dtype=weight.dtype).normal_(std=spread)
+    new_weight = torch.empty(len(rows), weight.shape[1], dtype=weight.dtype).normal_(std=std)
     new_bias = torch.zeros(len(rows), dtype=bias.dtype)
     for index, row in enumerate(rows):
         if row is not None:

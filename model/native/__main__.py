@@ -1,8 +1,8 @@
-"""Compile for every kind of processor of this machine's family, beside the sources."""
+"""Compile the kernels for all targets of this machine type, into the folder of the sources."""
 
 import platform
 
-from dinat.model.native import HERE, KINDS, compile_for
+from dinat.model.native import HERE, TARGETS, compile_for
 
-for kind in KINDS.get(platform.machine(), ()):
-    print(compile_for(kind, HERE))
+for target in TARGETS.get(platform.machine(), ()):
+    print(compile_for(target, HERE))

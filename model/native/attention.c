@@ -1,8 +1,8 @@
-/* Neighborhood attention on a processor: tiles of a few queries, the lanes of a vector, against the keys they see between
- * them. Nothing is gathered in memory beforehand: rows of q, k and v are read where they lie.
+/* Neighborhood attention on a CPU, one tile at a time: a few queries, one per vector lane, and the keys of their windows.
+ * Rows of q, k and v are read in place, without a gather in memory.
  *
- * Where the processor has matrix units (AMX) bfloat16 goes through them. model/attention/compiled.py calls it;
- * model/attention/tiled.py says what a tile is. */
+ * On CPUs with matrix units (AMX), bfloat16 uses them. Called by model/attention/compiled.py; tiles are defined in
+ * model/attention/tiled.py. */
 
 #include "matrix_units.h"
 #include "vectors.h"
@@ -12,12 +12,13 @@
 #include <unistd.h>
 #endif
 
-/* DIMS: sums that are kept in registers while values are added up. */
+/* DIM: head_dim.  MOST_KEYS: maximum keys of a tile.  BLOCK: keys per iteration.  DIMS: output channels accumulated in
+ * registers at once. */
 enum { DIM = 32, MOST_KEYS = 256, BLOCK = 8, DIMS = LANES == 8 ? 8 : 16 };
 
-/* What one tile reads and writes. Positions are those of a flattened map, `stride` numbers apart. bias: a row of lanes for each
- * key, -inf where a query does not see it, then -inf up to a multiple of BLOCK rows. Both bias and scale are times log2(e): the
- * exponential is a power of 2. */
+/* Inputs and outputs of one tile. Positions are those of the flattened feature map, `stride` elements apart. bias: one row of
+ * LANES values per key, -inf where the key is outside the query's window; the rows are padded with -inf to a multiple of BLOCK.
+ * bias and scale include the factor log2(e), because the exponential is computed as a power of 2. */
 typedef struct {
     const void *q, *k, *v;
     void *out;
@@ -28,14 +29,14 @@ typedef struct {
     float scale;
 } tile;
 
-/* 2^x for x <= 0: by its Taylor series, to 2e-7 of itself, or to 4e-5, which is far less than bfloat16 tells apart, where it is
- * rough. 0 below -126, where a float has less digits and is slow. NaN stays NaN. */
+/* 2^x for x <= 0, by its Taylor series. Relative error 2e-7, or 4e-5 with is_rough, which is far below bfloat16's precision.
+ * Returns 0 below -126, where floats are denormal and slow. NaN stays NaN. */
 static inline __attribute__((always_inline)) floats power(floats x, const int is_rough) {
     static const float series[] = {1.5403530e-4f, 1.3333558e-3f, 9.6181291e-3f, 5.5504109e-2f, 2.4022651e-1f, 6.9314718e-1f, 1};
 #ifdef __AVX512F__
     floats whole = (floats)_mm512_roundscale_ps((__m512)x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
 #else
-    floats shifted = x + 12582912.0f, whole = shifted - 12582912.0f; /* 1.5 * 2^23: a float has no bits behind the point there */
+    floats shifted = x + 12582912.0f, whole = shifted - 12582912.0f; /* 1.5 * 2^23: floats have no fractional bits there */
 #endif
     floats rest = x - whole, y = splat(series[is_rough ? 2 : 0]);
 #pragma GCC unroll 6
@@ -54,7 +55,7 @@ static inline floats largest(const floats *some) {
     return most;
 }
 
-/* 2^(s - max) of each lane over its keys, in place; returns the sums. */
+/* Replace s by 2^(s - max) for each key and lane; return the sum over keys of each lane. */
 static inline __attribute__((always_inline)) floats softmax(floats *s, int64_t count, floats most, const int is_rough) {
     floats sum = {0};
     for (int64_t key = 0; key < count; key++) {
@@ -66,7 +67,7 @@ static inline __attribute__((always_inline)) floats softmax(floats *s, int64_t c
 
 #ifdef __AVX512F__
 
-/* 16 x 16 words, rows to columns. */
+/* Transpose 16 x 16 words of 32 bits: unpack pairs of rows, then pairs of pairs, then shuffle 128-bit lanes twice. */
 static inline void transpose(__m512i r[16]) {
     __m512i a[16];
     for (int i = 0; i < 16; i += 2) {
@@ -90,7 +91,7 @@ static inline void transpose(__m512i r[16]) {
     }
 }
 
-/* (LANES, DIM) to (DIM, LANES). */
+/* Transpose (LANES, DIM) to (DIM, LANES). */
 static inline void to_lanes(float rows[LANES][DIM], floats *columns) {
     for (int from = 0; from < DIM; from += LANES) {
         __m512i part[LANES];
@@ -100,7 +101,7 @@ static inline void to_lanes(float rows[LANES][DIM], floats *columns) {
     }
 }
 
-/* (DIM, LANES) to (LANES, DIM). */
+/* Transpose (DIM, LANES) to (LANES, DIM). */
 static inline void to_rows(const floats *columns, float rows[LANES][DIM]) {
     for (int from = 0; from < DIM; from += LANES) {
         __m512i part[LANES];
@@ -184,7 +185,8 @@ const char *dinat_units(void) { return "vectors"; }
 
 static inline words bfloats(floats x) { return from_halves((halves)_mm512_cvtneps_pbh((__m512)x)); }
 
-/* Scores as keys x queries, of which softmax wants nothing across lanes; outputs as queries x dims, as they are stored. */
+/* Scores are computed as keys x queries, so that softmax needs no operation across lanes. Outputs are computed as queries x
+ * channels, the memory layout of `out`. */
 static void attend_bfloat16(const tile *t) {
     floats s[MOST_KEYS];
     __m512i left[16], right[2][16];
@@ -255,7 +257,7 @@ static void attend_bfloat16(const tile *t) {
     }
 }
 
-/* Ask the system for the matrix units; nothing where it refuses. */
+/* Request AMX from Linux for this process. Returns 0 if it is denied. */
 const char *dinat_units(void) {
     enum { ARCH_REQ_XCOMP_PERM = 0x1023, XFEATURE_XTILEDATA = 18 };
     return syscall(SYS_arch_prctl, ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA) == 0 ? "matrix units" : 0;
@@ -265,11 +267,11 @@ const char *dinat_units(void) {
 
 int dinat_lanes(void) { return LANES; }
 
-/* Every tile of every head of every picture.
+/* Compute all tiles of all heads and images.
  *
- * q, k, v: heads side by side, DIM numbers each; positions `stride` numbers apart, pictures `image_stride`.  out: positions
- * without gaps.  tiles: five numbers each: where its queries, keys and bias begin, and how many queries and keys it has.
- * bias: for each kind of tile its heads, one after the other. */
+ * q, k, v: contiguous heads of DIM elements; positions are `stride` elements apart, images `image_stride`.  out: contiguous.
+ * tiles: five numbers per tile: the offsets of its queries, keys and bias, and its numbers of queries and keys.
+ * bias: for each group of tiles with the same bias, the rows of its heads one after another. */
 void dinat_attend(int is_half, const void *q, const void *k, const void *v, void *out, int64_t images, int64_t positions,
                   int64_t heads, int64_t stride, int64_t image_stride, const int64_t *tiles, int64_t tile_count,
                   const int32_t *queries, const int32_t *keys, const float *bias, float scale, int threads) {

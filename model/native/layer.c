@@ -1,7 +1,7 @@
-/* What a layer does besides its attention, in bfloat16 on matrix units (AMX): products over each position's channels, with
- * the layer norm before them and the GELU or the sum after them. A few rows at a time go through all of it, so that nothing
- * but the map itself is written to memory. And the convolutions between the stages, which are such products too.
- * model/packed.py calls it. */
+/* Everything in a layer except attention, in bfloat16 on matrix units (AMX): matrix products over the channels, fused with the
+ * layer norm before them and the GELU or residual sum after them. A few rows at a time pass through all of them, so that only
+ * the feature map itself is written to memory. Also the downsampling convolutions, which are matrix products as well.
+ * Called by model/cpu/packing.py. */
 
 #include "layer_norm.h"
 #include "matrix_units.h"
@@ -11,20 +11,20 @@
 #include <omp.h>
 #include <stdlib.h>
 
-/* ROWS: of one step of a product, two tiles.  SHARED_ROWS: below so many for each thread, all threads work on all rows, each
- * on columns of its own, if there are enough: weights are then what costs, and are read once. */
+/* ROWS: rows of one step of a product, two AMX tiles.  SHARED_ROWS: with fewer rows per thread, all threads process all rows
+ * and divide the columns, if there are enough columns: reading weights then dominates, and they are read only once. */
 enum { ROWS = 32, SHARED_ROWS = 256 };
 
-/* Rows that go through a layer together: few, which stay in the nearest cache, or more, where a layer's weights are too many for
- * the next one and are read from afar for each. As many for all threads. */
+/* Rows that pass through a layer together: few, to stay in the L1 cache; or more if the weights of a layer exceed the L2 cache,
+ * because every block reads them again. All threads get the same number. */
 static int64_t block_rows(int64_t rows, int64_t channels, int64_t threads) {
     const int64_t most = threads * (channels <= 256 ? 64 : 256);
     const int64_t blocks = (rows + most - 1) / most * threads;
     return (rows + blocks - 1) / blocks;
 }
 
-/* weight: panel by panel of outputs, PANEL inputs at a time, two tiles each: row i of a tile holds inputs 2i and 2i + 1 of its
- * 16 outputs, side by side. */
+/* weight: panels of PANEL outputs; in each, blocks of PANEL inputs, each stored as two AMX tiles of 16 outputs. Row i of a tile
+ * holds inputs 2i and 2i + 1 of each output as adjacent pairs. */
 typedef struct {
     const uint16_t *weight;
     const float *bias;
@@ -33,8 +33,9 @@ typedef struct {
 
 typedef enum { NOTHING, GELU, SUM } epilogue;
 
-/* x * Phi(x), the exact GELU to 1.2e-4, which is less than bfloat16 tells apart above 0.03: Phi(x) - 0.5 is x times a
- * polynomial of x^2, fitted for the smallest error of the GELU on [0, 4.25], beyond which Phi is 0 or 1. NaN stays NaN. */
+/* x * Phi(x), the exact GELU with an absolute error of 1.2e-4, which is below bfloat16's precision for values above 0.03.
+ * Phi(x) - 0.5 is x times a polynomial of x^2, fitted for the smallest error of GELU on [0, 4.25]; beyond that, Phi is 0 or 1.
+ * NaN stays NaN. */
 static inline floats gelu(floats x) {
     static const float series[] = {-7.82699149e-10f, 7.15992156e-8f, -2.83341634e-6f, 6.41753568e-5f,
                                    -9.31456734e-4f,  9.22922627e-3f, -6.54216918e-2f, 3.98423643e-1f};
@@ -45,13 +46,13 @@ static inline floats gelu(floats x) {
     return x * (inner * y + 0.5f);
 }
 
-/* Sums of a step of a product, ROWS x PANEL: row and column say where in the output they belong. */
+/* Sums of a step of a product, ROWS x PANEL. row and column: position in the output.  count: number of valid rows. */
 typedef struct {
     floats sums[ROWS][2];
     int64_t row, column, count;
 } step;
 
-/* Rows from `begin` on of a step: into the output, which has a matrix to be added beside it where `after` is SUM. */
+/* Apply the epilogue to rows begin to end of a step and write them to `out`. With SUM, the matrix `add` is added. */
 static inline __attribute__((always_inline)) void finish(const step *s, int64_t begin, int64_t end, const float *bias,
                                                          matrix add, matrix out, const epilogue after) {
     const floats left = load(bias, s->column, 0), right = load(bias, s->column + LANES, 0);
@@ -71,12 +72,12 @@ static inline __attribute__((always_inline)) void finish(const step *s, int64_t 
     }
 }
 
-/* Columns of a product, those of one part out of `parts`. While the matrix units make one step, the vectors finish the one
- * before. x: panels of whole tiles, of which `rows` rows count. */
+/* Compute the columns of a product that belong to one of `parts` parts. While the matrix units compute a step, the vector units
+ * finish the previous one. x: panels of whole AMX tiles, of which `rows` rows are valid. */
 static inline __attribute__((always_inline)) void multiply(matrix x, const linear *w, matrix add, matrix out, int64_t rows,
                                                            int64_t part, int64_t parts, const epilogue after) {
     const int64_t panels = w->outputs / PANEL, inner = w->inputs / PANEL, share = (ROWS + inner - 1) / inner;
-    const int64_t groups = (rows + ROWS - 1) / ROWS, lines = (PANEL + groups - 1) / groups; /* of the next panel, for a step */
+    const int64_t groups = (rows + ROWS - 1) / ROWS, lines = (PANEL + groups - 1) / groups; /* to prefetch per step */
     step steps[2], *now = &steps[0], *before = &steps[1];
     before->row = before->column = before->count = 0;
     for (int64_t panel = panels * part / parts; panel < panels * (part + 1) / parts; panel++)
@@ -123,7 +124,7 @@ static inline matrix in_rows(const void *data, int64_t columns) { return (matrix
 
 static inline matrix in_panels(void *data, int64_t rows) { return (matrix){data, PANEL, rows * PANEL}; }
 
-/* Rows as they are, or normalized, for a product. */
+/* Write rows as the input of a product, normalized if the norm has a weight. */
 static inline void lay(const norm *n, const uint16_t *x, matrix out, int64_t rows, int64_t channels) {
     if (n->weight) {
         normalize(n, x, out, rows, channels, 1);
@@ -134,21 +135,22 @@ static inline void lay(const norm *n, const uint16_t *x, matrix out, int64_t row
             memcpy((uint16_t *)out.data + place(out, row, i), x + row * channels + i, PANEL * sizeof *x);
 }
 
-/* A layer but for its attention. before, after: their norms; a weight of 0 is none. */
+/* A layer without its attention. before, after: the norms before the QKV projection and before the MLP; a null weight means no
+ * norm. */
 typedef struct {
     norm before, after;
     linear qkv, output, up, down;
 } layer;
 
-/* A convolution of 3 x 3, of stride 2 and with one position of zeros around: a product over nine positions' channels. */
+/* A 3 x 3 convolution of stride 2 with zero padding of 1, as a matrix product over the channels of nine positions. */
 typedef struct {
     linear all;
     int64_t height, width, channels;
 } convolution;
 
-/* One thread's work: `rows` rows of a map from the first on, columns of one part out of `parts`. x: the map that came in.
- * attended: what attention made of it.  laid, hidden: room for the rows as panels, with a product's inputs and with the channels
- * of the MLP; hidden is shared by all parts. */
+/* Work of one thread: `rows` rows of a feature map starting at `first`, and the columns of one of `parts` parts. x: the layer's
+ * input.  attended: output of the attention.  laid, hidden: buffers for the rows as panels, with the inputs of a product and
+ * with the hidden channels of the MLP; all parts share `hidden`. */
 typedef struct {
     const uint16_t *x, *attended;
     uint16_t *out;
@@ -204,8 +206,8 @@ static void convolve(const void *of, const work *job) {
     multiply(job->laid, &c->all, job->laid, out, job->rows, job->part, job->parts, NOTHING);
 }
 
-/* Do something to all rows of a map. inputs: of its first product;  hidden: channels of the MLP;  outputs: of its narrowest
- * product.  Returns 0, or 1 where there is no memory. */
+/* Run a function over all rows of a feature map. inputs: of its first product;  hidden: channels of the MLP;  outputs: of its
+ * narrowest product.  Returns 0, or 1 if memory allocation failed. */
 static int over_rows(void (*what)(const void *, const work *), const void *of, work all, int64_t inputs, int64_t hidden,
                      int64_t outputs, int threads) {
     const int is_shared = all.rows < SHARED_ROWS * threads && outputs / PANEL >= threads;
@@ -239,15 +241,16 @@ static int over_rows(void (*what)(const void *, const work *), const void *of, w
     return 0;
 }
 
-/* Query, key and value of every row.  x: (rows, channels);  out: (rows, outputs);  norm_weight: none if 0.  Returns 0, or 1
- * where there is no memory. */
+/* QKV projection of every row, with the layer norm before it.  x: (rows, channels);  out: (rows, outputs);  norm_weight: null
+ * for no norm.  Returns 0, or 1 if memory allocation failed. */
 int dinat_project(const void *x, void *out, int64_t rows, int64_t channels, int64_t outputs, const void *norm_weight,
                   const void *norm_bias, float eps, const void *weight, const float *bias, int threads) {
     const layer l = {.before = {norm_weight, norm_bias, eps}, .qkv = {weight, bias, channels, outputs}};
     return over_rows(project, &l, (work){.x = x, .out = out, .rows = rows}, channels, 0, outputs, threads);
 }
 
-/* The rest of a layer.  attended: what attention made;  x: what came in;  all (rows, channels).  Returns as dinat_project. */
+/* Everything in a layer after attention.  attended: output of the attention;  x: input of the layer;  all (rows, channels).
+ * Returns 0, or 1 if memory allocation failed. */
 int dinat_complete(const void *attended, const void *x, void *out, int64_t rows, int64_t channels, int64_t hidden,
                    const void *output_weight, const float *output_bias, const void *norm_weight, const void *norm_bias,
                    float eps, const void *up_weight, const float *up_bias, const void *down_weight, const float *down_bias,
@@ -262,8 +265,9 @@ int dinat_complete(const void *attended, const void *x, void *out, int64_t rows,
     return over_rows(complete, &l, all, channels, hidden, channels, threads);
 }
 
-/* x: (images, height, width, channels);  out: (images, half of them, rounded up, outputs).  weight: its inputs are the channels
- * of nine positions, row by row.  Returns as dinat_project. */
+/* 3 x 3 convolution of stride 2.  x: (images, height, width, channels);  out: (images, ceil(height / 2), ceil(width / 2),
+ * outputs).  weight: its inputs are the channels of nine positions in row-major order.  Returns 0, or 1 if memory allocation
+ * failed. */
 int dinat_convolve(const void *x, void *out, int64_t images, int64_t height, int64_t width, int64_t channels, int64_t outputs,
                    const void *weight, const float *bias, int threads) {
     const convolution c = {{weight, bias, 9 * channels, outputs}, height, width, channels};

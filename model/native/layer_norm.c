@@ -1,4 +1,4 @@
-/* Layer norm over the channels of a map. */
+/* Layer norm over the channels of a feature map. Called by model/cpu/fast_layers.py. */
 
 #include "layer_norm.h"
 
@@ -12,7 +12,7 @@ static inline __attribute__((always_inline)) void normalize_map(const norm *n, c
     }
 }
 
-/* x, out: rows of `channels` numbers, a multiple of LANES.  weight, bias: of each channel. */
+/* x, out: (rows, channels), contiguous; channels is a multiple of LANES.  weight, bias: (channels). */
 void dinat_layer_norm(int is_half, const void *x, void *out, int64_t rows, int64_t channels, const void *weight,
                       const void *bias, float eps, int threads) {
     const norm n = {weight, bias, eps};

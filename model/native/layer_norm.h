@@ -1,9 +1,9 @@
-/* Layer norm of rows of channels that lie side by side. */
+/* Layer norm of rows of contiguous channels. */
 
 #include "vectors.h"
 
-/* Numbers of a matrix: column c of a row lies at c / PANEL * panel_stride + c % PANEL of it. With a panel_stride of PANEL rows
- * lie in one piece; otherwise a panel of all rows does, as products read it. */
+/* A matrix with element (r, c) at r * row_stride + c / PANEL * panel_stride + c % PANEL. With a panel_stride of PANEL, rows are
+ * contiguous; otherwise the panels (PANEL columns of all rows) are, which is the input format of products. */
 enum { PANEL = 32 };
 
 typedef struct {
@@ -30,8 +30,8 @@ static inline float total(floats x) {
 #endif
 }
 
-/* x: rows of `channels` numbers, a multiple of LANES. Means and deviations of LANES rows come first, so that one root and one
- * quotient are for all of them. */
+/* x: (rows, channels); channels is a multiple of LANES. Means and variances of LANES rows are computed first, so that one
+ * vector square root and one division serve all of them. */
 static inline __attribute__((always_inline)) void normalize(const norm *n, const void *x, matrix out, int64_t rows,
                                                             int64_t channels, const int is_half) {
     for (int64_t first = 0; first < rows; first += LANES) {

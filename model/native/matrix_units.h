@@ -1,6 +1,6 @@
-/* The processor's matrix units (AMX): eight tiles of 16 rows of 64 bytes, for as long as a kernel runs. */
+/* Configuration of the CPU's matrix units (AMX) while a kernel runs: eight tiles of 16 rows of 64 bytes. */
 
-#if defined __AMXBF16__ && !defined __AMX_BF16__ /* Clang's name before its release 15 */
+#if defined __AMXBF16__ && !defined __AMX_BF16__ /* name in Clang before 15 */
 #define __AMX_BF16__ 1
 #endif
 
@@ -15,10 +15,10 @@ typedef struct {
     uint8_t rows[16];
 } __attribute__((aligned(64))) tile_shapes;
 
-/* For a compiler that believes GCC's own functions, by which eight bytes of a tile_shapes are read or written. */
+/* Mark the whole struct as accessed: GCC declares that _tile_loadconfig and _tile_storeconfig access only eight bytes of it. */
 #define ALL_OF(shapes) __asm__ volatile("" : "+m"(shapes))
 
-/* before: gets what was there, which may be another library's. */
+/* Configure the tiles. before: receives the previous configuration, which may belong to another library. */
 static inline void take_units(tile_shapes *before) {
     tile_shapes mine = {.palette = 1};
     for (int i = 0; i < 8; i++) {

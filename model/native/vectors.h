@@ -1,4 +1,4 @@
-/* Vectors of the processor's own width, in plain C with the extensions of GCC and Clang, and bfloat16 to and from them. */
+/* Vectors of the CPU's native width, by the vector extensions of GCC and Clang, and conversions from and to bfloat16. */
 
 #include <stdint.h>
 #include <string.h>
@@ -7,7 +7,7 @@
 #include <immintrin.h>
 #endif
 
-/* Numbers of a vector. */
+/* 32-bit elements per vector. */
 #if defined __AVX512F__
 enum { LANES = 16 };
 #elif defined __AVX__
@@ -25,7 +25,7 @@ static inline floats splat(float x) { return x - (floats){0}; }
 
 static inline floats choose(ints mask, floats a, floats b) { return (floats)((mask & (ints)a) | (~mask & (ints)b)); }
 
-/* b where one is NaN. */
+/* Maximum; returns b if an operand is NaN. */
 static inline floats larger(floats a, floats b) {
 #ifdef __AVX512F__
     return (floats)_mm512_max_ps((__m512)a, (__m512)b);
@@ -36,13 +36,13 @@ static inline floats larger(floats a, floats b) {
 
 static inline words from_halves(halves x) {
 #ifdef __AVX512F__
-    return (words)_mm512_cvtepu16_epi32((__m256i)x); /* which not every compiler finds by itself */
+    return (words)_mm512_cvtepu16_epi32((__m256i)x); /* not every compiler generates this instruction below */
 #else
     return __builtin_convertvector(x, words);
 #endif
 }
 
-/* To the nearest bfloat16, of two as near the even one, in the upper half of each word. NaN stays NaN. */
+/* Round to the nearest bfloat16, ties to even. The result is in the upper half of each word. NaN stays NaN. */
 static inline words rounded_words(floats x) {
     words bits = (words)x;
     words odd = bits >> 16 & 1;
@@ -51,7 +51,7 @@ static inline words rounded_words(floats x) {
     return (~is_nan & nearest) | (is_nan & (bits | 0x400000));
 }
 
-/* LANES numbers from where they lie, as floats; `at` counts numbers. */
+/* Load LANES float32 or bfloat16 elements as floats. at: offset in elements. */
 static inline floats load(const void *from, int64_t at, int is_half) {
     if (is_half) {
         halves half;

@@ -20,7 +20,7 @@ DIGITS = Path(__file__).parents[2] / "examples" / "digits"
 
 @dataclass
 class Service:
-    """A running server, its engine, and a client that talks to it over loopback."""
+    """A running server, its engine, and a client that is connected to it over loopback."""
 
     client: httpx.Client
     engine: Engine
@@ -28,7 +28,7 @@ class Service:
 
 @contextmanager
 def running(create_backend: BackendFactory = LocalBackend, wait: bool = True, **changes: Any) -> Iterator[Service]:
-    """Serve on a free port from a thread of its own; `wait` until the model is loaded, or has failed to. fp32 if not told."""
+    """Serve on a free port in another thread, in fp32 by default; `wait` until the model is loaded or has failed to load."""
     settings = Settings(_env_file=None, **({"precision": "fp32"} | changes))
     engine = Engine(settings, create_backend)
     started = threading.Event()
@@ -50,19 +50,20 @@ def running(create_backend: BackendFactory = LocalBackend, wait: bool = True, **
     assert not thread.is_alive()
 
 
-def server_timing(answer: httpx.Response) -> dict[str, float]:
-    """What each part took, in milliseconds."""
-    return {part: float(dur) for part, dur in (one.split(";dur=") for one in answer.headers["Server-Timing"].split(", "))}
+def server_timing(response: httpx.Response) -> dict[str, float]:
+    """Return the time of each stage in milliseconds."""
+    metrics = (metric.split(";dur=") for metric in response.headers["Server-Timing"].split(", "))
+    return {stage: float(duration) for stage, duration in metrics}
 
 
 @pytest.fixture(scope="session")
 def service() -> Iterator[Service]:
-    """A server of the embedded model, shared by the tests that leave it as it is."""
+    """A server of the embedded model, shared by the tests that do not change its state."""
     with running(max_upload_bytes=4 * 2**20) as service:
         yield service
 
 
 @pytest.fixture(scope="session")
 def seven() -> bytes:
-    """A picture of a 7."""
+    """An image of a 7."""
     return (DIGITS / "7-1.png").read_bytes()

@@ -1,4 +1,4 @@
-"""Pictures that a service had better be ready for."""
+"""Generated images, valid and malicious."""
 
 import io
 import struct
@@ -21,13 +21,13 @@ def noise(height: int, width: int, seed: int = 0) -> Image.Image:
 
 
 def png_bomb(width: int, height: int) -> bytes:
-    """A PNG that says it is that large, with the black rows to go with it, well packed."""
+    """Return a small PNG file of a black image of this size."""
 
     def chunk(kind: bytes, data: bytes) -> bytes:
         return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
 
-    packer = zlib.compressobj(9)
+    compressor = zlib.compressobj(9)
     row = bytes(1 + 3 * width)
-    rows = b"".join(packer.compress(row) for _ in range(height)) + packer.flush()
+    rows = b"".join(compressor.compress(row) for _ in range(height)) + compressor.flush()
     header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
     return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", rows) + chunk(b"IEND", b"")

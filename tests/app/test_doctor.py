@@ -1,4 +1,4 @@
-"""`dinat doctor` with a small network in the place of a published one."""
+"""`dinat doctor` with a small network instead of a published one."""
 
 import json
 from collections.abc import Callable
@@ -21,17 +21,19 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
-def examined(capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, dict[str, Any]]]:
-    def examine(*flags: str) -> tuple[int, dict[str, Any]]:
+def examine(capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, dict[str, Any]]]:
+    """A function that runs the command and returns its exit status and report."""
+
+    def run(*flags: str) -> tuple[int, dict[str, Any]]:
         status = main(["doctor", "--json", "--device", "cpu", *flags])
         return status, json.loads(capsys.readouterr().out)
 
-    return examine
+    return run
 
 
-def test_a_sound_machine_is_told_so(examined: Callable[..., tuple[int, dict[str, Any]]]) -> None:
-    status, report = examined()
-    assert (status, report["wrong"], report["missing"]) == (0, [], [])
+def test_report_without_problems(examine: Callable[..., tuple[int, dict[str, Any]]]) -> None:
+    status, report = examine()
+    assert (status, report["problems"], report["missing"]) == (0, [], [])
     assert report["machine"]["cores"] >= 1
     assert report["versions"]["torch"].startswith("2.")
     assert [row["what"].split()[0] for row in report["ceilings"]] == ["copy", "2048x2048", "2048x2048"]
@@ -45,68 +47,68 @@ def test_a_sound_machine_is_told_so(examined: Callable[..., tuple[int, dict[str,
         assert row["backend"] == "reference" or row["error"] < (1e-6 if row["precision"] == "float32" else 1e-2)
     decode, torch, openvino, http = report["rates"]
     assert "decode" in decode["what"]
-    assert f"by torch, {'bf16' if has_bf16() else 'fp32'}" in torch["what"]
-    assert "by openvino" in openvino["what"]
+    assert f"with torch, {'bf16' if has_bf16() else 'fp32'}" in torch["what"]
+    assert "with openvino" in openvino["what"]
     assert "HTTP" in http["what"]
-    assert all(row["pictures/s"] > 0 for row in report["rates"])
+    assert all(row["images/s"] > 0 for row in report["rates"])
     assert http["seconds to ready"] > 0
 
 
-def test_numbers_that_are_off_end_in_status_1(
-    examined: Callable[..., tuple[int, dict[str, Any]]], monkeypatch: pytest.MonkeyPatch
+def test_inaccurate_backend_sets_exit_status_1(
+    examine: Callable[..., tuple[int, dict[str, Any]]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    true = attention.BACKENDS["tiled"]
-    monkeypatch.setitem(attention.BACKENDS, "tiled", lambda *args: true(*args) * 1.05)
+    exact = attention.BACKENDS["tiled"]
+    monkeypatch.setitem(attention.BACKENDS, "tiled", lambda *args: exact(*args) * 1.05)
     monkeypatch.setattr(doctor, "runtimes", lambda *_: [])
     monkeypatch.setattr(doctor, "served_rate", lambda *_: {"what": "nothing"})
-    status, report = examined()
+    status, report = examine()
     assert status == 1
-    assert len(report["wrong"]) == (6 if has_bf16() else 3)  # three layers in each precision
-    assert all("attention tiled" in wrong and "off the definition" in wrong for wrong in report["wrong"])
+    assert len(report["problems"]) == (6 if has_bf16() else 3)  # three layers in each precision
+    assert all("attention tiled" in problem and "relative error" in problem for problem in report["problems"])
 
 
-def test_a_service_that_does_not_start_is_said(
-    examined: Callable[..., tuple[int, dict[str, Any]]], monkeypatch: pytest.MonkeyPatch
+def test_service_startup_failure_is_reported(
+    examine: Callable[..., tuple[int, dict[str, Any]]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(doctor, "runtimes", lambda *_: [])
     monkeypatch.setenv("DINAT_PRECISION", "int8")
-    status, report = examined()
+    status, report = examine()
     assert status == 1
-    assert len(report["wrong"]) == 1
-    assert report["wrong"][0].startswith("the service: ")
-    assert "precision int8" in report["wrong"][0]
+    assert len(report["problems"]) == 1
+    assert report["problems"][0].startswith("the service: ")
+    assert "precision int8" in report["problems"][0]
 
 
-def test_what_is_missing_comes_with_the_command_that_adds_it(
-    examined: Callable[..., tuple[int, dict[str, Any]]], monkeypatch: pytest.MonkeyPatch
+def test_missing_packages_come_with_install_commands(
+    examine: Callable[..., tuple[int, dict[str, Any]]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    known = doctor._version
-    monkeypatch.setattr(doctor, "_version", lambda name: doctor.ABSENT if name == "openvino" else known(name))
+    version = doctor._version
+    monkeypatch.setattr(doctor, "_version", lambda name: doctor.NOT_INSTALLED if name == "openvino" else version(name))
     monkeypatch.setattr(native, "library", lambda: None)
     monkeypatch.setattr(native, "compiler", list)
     monkeypatch.setattr(doctor, "served_rate", lambda *_: {"what": "nothing"})
-    status, report = examined()
+    status, report = examine()
     assert status == 0
     assert report["missing"] == [
-        {"what": "kernels for this processor: no C compiler: install gcc or clang", "command": "apt-get install gcc libc6-dev"},
-        {"what": "openvino, the fastest on this processor", "command": "pip install 'dinat-serve[cpu]'"},
+        {"what": "compiled CPU kernels: no C compiler: install gcc or clang", "command": "apt-get install gcc libc6-dev"},
+        {"what": "openvino, the fastest runtime on this CPU", "command": "pip install 'dinat-serve[cpu]'"},
     ]
 
 
-def test_a_driver_whose_card_pytorch_does_not_see_is_wrong(
-    examined: Callable[..., tuple[int, dict[str, Any]]], monkeypatch: pytest.MonkeyPatch
+def test_driver_without_gpu_in_pytorch_is_a_problem(
+    examine: Callable[..., tuple[int, dict[str, Any]]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(doctor, "driver", lambda: "580.1")
     monkeypatch.setattr(doctor, "runtimes", lambda *_: [])
     monkeypatch.setattr(doctor, "served_rate", lambda *_: {"what": "nothing"})
-    status, report = examined()
+    status, report = examine()
     assert status == 1
-    assert "NVIDIA's driver 580.1 is here, and PyTorch sees no card: this PyTorch has no CUDA" in report["wrong"][0]
+    assert "NVIDIA driver 580.1 is installed, but PyTorch sees no GPU: this PyTorch has no CUDA" in report["problems"][0]
     assert report["missing"][0]["command"].startswith("pip install --force-reinstall torch==2.")
 
 
 @pytest.mark.parametrize("has_matrix_units", [True, False])
-def test_matrix_units_are_named_where_the_kernels_have_them(monkeypatch: pytest.MonkeyPatch, has_matrix_units: bool) -> None:
+def test_amx_is_named_if_the_kernels_use_it(monkeypatch: pytest.MonkeyPatch, has_matrix_units: bool) -> None:
     class Library:
         def __init__(self) -> None:
             self.has_matrix_units = has_matrix_units
@@ -115,15 +117,15 @@ def test_matrix_units_are_named_where_the_kernels_have_them(monkeypatch: pytest.
     assert doctor.machine()["instructions"].endswith(", AMX") == has_matrix_units
 
 
-def test_the_tables_can_be_read(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_tables(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr(doctor, "runtimes", lambda *_: [])
-    monkeypatch.setattr(doctor, "served_rate", lambda *_: {"what": "HTTP", "pictures/s": 12.5})
+    monkeypatch.setattr(doctor, "served_rate", lambda *_: {"what": "HTTP", "images/s": 12.5})
     assert main(["doctor", "--device", "cpu"]) == 0
-    shown = capsys.readouterr().out
-    for part in ("Attention", "8x8, 1 heads, k3 d2", "tiled", "Pictures a second", "12.5", "Nothing is wrong."):
-        assert part in shown
+    output = capsys.readouterr().out
+    for part in ("Attention", "8x8, 1 heads, k3 d2", "tiled", "Throughput", "12.5", "No problems found."):
+        assert part in output
 
 
-def test_a_card_that_is_not_there_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+def test_missing_gpu_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["doctor", "--device", "cuda:7"]) == 1
     assert "dinat: device 'cuda:7' is not there" in capsys.readouterr().err

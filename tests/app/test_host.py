@@ -9,14 +9,14 @@ from dinat.app import host
 from dinat.app.server.supervisor import resolve_frontends
 from dinat.app.settings import Settings
 
-HERE = len(os.sched_getaffinity(0))
+AVAILABLE = len(os.sched_getaffinity(0))
 
 
 @pytest.mark.parametrize(
     ("limit", "cores"),
-    [(None, HERE), ("max 100000", HERE), ("100000 100000", 1), ("50000 100000", 1), ("99900000 100000", HERE)],
+    [(None, AVAILABLE), ("max 100000", AVAILABLE), ("100000 100000", 1), ("50000 100000", 1), ("99900000 100000", AVAILABLE)],
 )
-def test_cores_are_no_more_than_the_container_has(
+def test_cores_are_limited_by_the_container(
     limit: str | None, cores: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(host, "CGROUP", tmp_path)
@@ -25,28 +25,27 @@ def test_cores_are_no_more_than_the_container_has(
     assert host.cores() == cores
 
 
-def test_free_memory_is_no_more_than_the_container_has(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_free_memory_is_limited_by_the_container(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(host, "CGROUP", tmp_path)
-    there = host.free_memory()
-    assert there > 10 * 2**20
+    assert host.free_memory() > 10 * 2**20
     (tmp_path / "memory.max").write_text("max\n")
     (tmp_path / "memory.current").write_text("7340032\n")
     (tmp_path / "memory.stat").write_text("anon 3145728\ninactive_file 4194304\n")
     assert host.free_memory() > 10 * 2**20
     (tmp_path / "memory.max").write_text("10485760\n")
-    assert host.free_memory() == 10 * 2**20 - 3 * 2**20  # what the kernel can drop is not in use
+    assert host.free_memory() == 10 * 2**20 - 3 * 2**20  # inactive page cache counts as free
 
 
 def settings(**values: Any) -> Settings:
     return Settings(_env_file=None, **values)
 
 
-def test_frontends_are_one_on_a_processor_and_one_a_core_but_two_beside_a_card(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_auto_frontends_are_1_on_a_cpu_and_cores_minus_2_with_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     assert resolve_frontends(settings()) == 1
     assert resolve_frontends(settings(frontends=5)) == 5
     monkeypatch.setattr("torch.version.cuda", "13.0")
     monkeypatch.setattr(dinat.app.server.supervisor, "cores", lambda: 16)
-    assert resolve_frontends(settings()) == 1  # PyTorch for CUDA, and no card
+    assert resolve_frontends(settings()) == 1  # PyTorch for CUDA, but no GPU
     monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
     assert resolve_frontends(settings()) == 14
     assert resolve_frontends(settings(device="cpu")) == 1
@@ -56,7 +55,7 @@ def test_frontends_are_one_on_a_processor_and_one_a_core_but_two_beside_a_card(m
 
 def test_frontends_share_threads_and_connections(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("dinat.app.settings.cores", lambda: 16)
-    share = settings(max_connections=100).share(3)
-    assert (share.decode_threads, share.max_connections) == (6, 34)
-    assert settings().share(14).decode_threads == 2
-    assert settings(decode_threads=7).share(14).decode_threads == 7
+    frontend = settings(max_connections=100).for_frontend(3)
+    assert (frontend.decode_threads, frontend.max_connections) == (6, 34)
+    assert settings().for_frontend(14).decode_threads == 2
+    assert settings(decode_threads=7).for_frontend(14).decode_threads == 7

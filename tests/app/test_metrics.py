@@ -15,14 +15,14 @@ def values(text: str) -> dict[tuple[str, tuple[tuple[str, str], ...]], float]:
     }
 
 
-def test_what_happened_is_counted(seven: bytes) -> None:
+def test_requests_images_and_batches_are_counted(seven: bytes) -> None:
     with running() as service:
         for body in (seven, seven, b"text"):
             service.client.post("/classify", content=body)
         service.client.post("/classify", content=seven, params={"features": "pooled"})
         response = service.client.get("/metrics")
         service.client.get("/nowhere")
-        again = values(service.client.get("/metrics").text)
+        after_404 = values(service.client.get("/metrics").text)
     assert response.headers["content-type"].startswith("text/plain; version=0.0.4")
     counted = values(response.text)
     assert counted["dinat_requests_total", (("route", "/classify"), ("status", "200"))] == 3
@@ -37,12 +37,12 @@ def test_what_happened_is_counted(seven: bytes) -> None:
         assert counted["dinat_part_duration_seconds_sum", (("part", part),)] > 0
     assert any(name == "dinat_build_info" and dict(labels)["version"] for name, labels in counted)
     assert any(name == "dinat_model_info" and dict(labels)["model"] == "digits" for name, labels in counted)
-    assert again["dinat_requests_total", (("route", "none"), ("status", "404"))] == 1
-    assert not any("nowhere" in str(labels) for _, labels in again)
+    assert after_404["dinat_requests_total", (("route", "none"), ("status", "404"))] == 1
+    assert not any("nowhere" in str(labels) for _, labels in after_404)
 
 
 @pytest.mark.skipif(shutil.which("promtool") is None, reason="promtool (Debian's package prometheus) is not installed")
-def test_promtool_finds_nothing_wrong(seven: bytes) -> None:
+def test_promtool_reports_no_problems(seven: bytes) -> None:
     with running() as service:
         service.client.post("/classify", content=seven)
         text = service.client.get("/metrics").text

@@ -20,11 +20,11 @@ from dinat.app.natten_wheel import main, requirement
         ("2.14.0", "13.0", None),
     ],
 )
-def test_the_wheel_is_named_for_pytorch_and_cuda(pytorch: str, cuda: str | None, wheel: str | None) -> None:
+def test_requirement_for_pytorch_and_cuda(pytorch: str, cuda: str | None, wheel: str | None) -> None:
     assert requirement(pytorch, cuda) == wheel
 
 
-def test_a_page_without_it_is_said_and_no_error(
+def test_missing_wheel_is_reported_without_error(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("PIP_NO_INDEX", "1")
@@ -32,5 +32,4 @@ def test_a_page_without_it_is_said_and_no_error(
     monkeypatch.setenv("NATTEN_CUDA", "cu130")
     monkeypatch.setattr(natten_wheel, "RELEASES", {".".join(torch.__version__.split(".")[:2]): "0.21.7"})
     main(str(tmp_path / "wheels"))
-    said = capfd.readouterr().out
-    assert f"cu130 is not at {tmp_path}: triton and tiled attention serve" in said
+    assert f"cu130 is not at {tmp_path}; attention uses triton and tiled" in capfd.readouterr().out

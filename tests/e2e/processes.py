@@ -1,4 +1,4 @@
-"""Servers as processes of their own, found by what they log and ended by their own pid."""
+"""Servers in processes of their own, whose address is read from their log."""
 
 import json
 import os
@@ -27,38 +27,38 @@ def free_port() -> int:
 
 
 @contextmanager
-def load_until_refused(url: str, picture: bytes, clients: int = 16, first: int = 100) -> Iterator[list[int]]:
-    """The statuses of POST /classify, asked by many clients, each until it gets another than 200 or nobody listens any more.
+def load_until_rejected(url: str, image: bytes, clients: int = 16, min_responses: int = 100) -> Iterator[list[int]]:
+    """Send POST /classify from many clients, each until a status other than 200 or "connection refused".
 
-    Entered once more than `first` have come, left once every client has ended.
+    Yields the statuses. Enters after more than `min_responses` responses, and exits when every client has ended.
     """
     statuses: list[int] = []
     in_flight = threading.Event()
 
-    def ask(_: int) -> None:
+    def client_loop(_: int) -> None:
         with httpx.Client(base_url=url, timeout=60) as client:
             while True:
                 try:
-                    status = client.post("/classify", content=picture).status_code
+                    status = client.post("/classify", content=image).status_code
                 except httpx.ConnectError:
-                    return  # it no longer listens: nothing was sent
+                    return  # the server is closed; no request was sent
                 statuses.append(status)
-                if len(statuses) > first:
+                if len(statuses) > min_responses:
                     in_flight.set()
                 if status != 200:
                     return
 
     with ThreadPoolExecutor(clients) as threads:
-        asking = [threads.submit(ask, n) for n in range(clients)]
+        futures = [threads.submit(client_loop, n) for n in range(clients)]
         assert in_flight.wait(60)
         yield statuses
-        for asked in asking:
-            asked.result()
+        for future in futures:
+            future.result()
 
 
 @contextmanager
 def servers(ports: list[int], **settings: Any) -> Iterator[list["Server"]]:
-    """Several, started at once."""
+    """Several servers, started at the same time."""
     with ThreadPoolExecutor(len(ports)) as threads, ExitStack() as stack:
         starting = [threads.submit(Server(port, **settings).__enter__) for port in ports]
         for started in starting:
@@ -67,7 +67,12 @@ def servers(ports: list[int], **settings: Any) -> Iterator[list["Server"]]:
 
 
 class Server:
-    """`dinat serve`, ready when entered, told to stop when left. events: what it logged."""
+    """`dinat serve` as a context manager: ready on entry, stopped on exit.
+
+    Attributes:
+        events: Logged events.
+        url: Base URL.
+    """
 
     def __init__(self, port: int = 0, **settings: Any) -> None:
         self._port = port
@@ -94,17 +99,17 @@ class Server:
             self.stop()
 
     def stop(self) -> int:
-        """SIGTERM, and wait; the exit status."""
+        """Send SIGTERM and return the exit status."""
         self.process.send_signal(signal.SIGTERM)
         return self.wait()
 
     def kill(self) -> None:
-        """SIGKILL, by which it says nothing to anybody."""
+        """Send SIGKILL and wait."""
         self.process.kill()
         self.wait()
 
     def wait(self) -> int:
-        """The exit status, when it comes."""
+        """Wait for the exit status."""
         try:
             status = self.process.wait(60)
         finally:
@@ -115,7 +120,7 @@ class Server:
         return int(status)
 
     def _read(self) -> None:
-        """Read the log to its end; ready once the address is known and the model warm, or when it has ended."""
+        """Read the log. Sets `_ready` once the address is known and the model is ready, or when the process has exited."""
         assert self.process.stderr is not None
         ready = False
         for line in self.process.stderr:

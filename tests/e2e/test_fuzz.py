@@ -1,4 +1,4 @@
-"""`make fuzz`: mutated pictures through decode, and mutated requests through HTTP. Bounded; too long for `make test`."""
+"""`make fuzz`: mutated images through decode and mutated requests through HTTP, a limited number; too slow for `make test`."""
 
 import base64
 import gc
@@ -21,20 +21,21 @@ from dinat.app.images import decode, formats
 from tests.app.sample_images import encoded, noise
 from tests.e2e.processes import DIGITS, Server
 
-PICTURES = int(os.environ.get("DINAT_FUZZ", "0"))
-REQUESTS = PICTURES // 10
+IMAGES = int(os.environ.get("DINAT_FUZZ", "0"))
+REQUESTS = IMAGES // 10
 CLIENTS = 32
-GROWTH = 64 * 2**20
+MAX_GROWTH = 64 * 2**20
+"""Bytes that the resident memory may grow by."""
 
 pytestmark = [
-    pytest.mark.skipif(not PICTURES, reason="set DINAT_FUZZ to a number of pictures (make fuzz)"),
+    pytest.mark.skipif(not IMAGES, reason="set DINAT_FUZZ to a number of images (make fuzz)"),
     pytest.mark.timeout(3600),
     pytest.mark.filterwarnings("ignore"),
 ]
 
 
 def seeds() -> list[bytes]:
-    """Small pictures of every format, in several modes."""
+    """Return small images of every format, in several modes."""
     smooth = noise(5, 7).resize((40, 30), Image.Resampling.BICUBIC)
     kinds = [(kind, smooth) for kind in formats()]
     kinds += [("PNG", smooth.convert(mode)) for mode in ("1", "L", "P", "LA", "RGBA")]
@@ -50,7 +51,7 @@ def seeds() -> list[bytes]:
 
 
 def mutated(data: bytes, choose: random.Random) -> bytes:
-    """One of the ways in which files break, or are broken."""
+    """Return the data with random bytes changed, removed, inserted or copied."""
     changed = bytearray(data)
     for _ in range(choose.choice((1, 1, 1, 2, 4, 16))):
         if not changed:
@@ -81,38 +82,38 @@ def resident() -> int:
     return psutil.Process().memory_info().rss
 
 
-def test_mutated_pictures_are_pictures_or_errors_with_a_status() -> None:
+def test_mutated_images_are_decoded_or_raise_client_errors() -> None:
     choose = random.Random(0)
     sources = seeds()
-    slowest, early, outcomes = 0.0, 0, {"read": 0, "refused": 0}
-    for n in range(PICTURES):
+    slowest, early, outcomes = 0.0, 0, {"decoded": 0, "rejected": 0}
+    for n in range(IMAGES):
         data = mutated(choose.choice(sources), choose)
         started = time.monotonic()
         try:
             assert decode(data, max_pixels=4_000_000).mode == "RGB"
-            outcomes["read"] += 1
+            outcomes["decoded"] += 1
         except ServiceError as error:
             assert 400 <= error.status < 500
-            outcomes["refused"] += 1
+            outcomes["rejected"] += 1
         except BaseException:
-            Path("fuzz-picture").write_bytes(data)
+            Path("fuzz-image").write_bytes(data)
             raise
-        taken = time.monotonic() - started
-        if taken > 2:
-            Path("fuzz-picture").write_bytes(data)
-        slowest = max(slowest, taken)
-        if n == PICTURES // 5:
+        seconds = time.monotonic() - started
+        if seconds > 2:
+            Path("fuzz-image").write_bytes(data)
+        slowest = max(slowest, seconds)
+        if n == IMAGES // 5:
             early = resident()
     growth = resident() - early
     print(outcomes, f"slowest {slowest:.3f} s, memory {growth / 2**20:+.1f} MiB", flush=True)
     assert slowest < 2
-    assert growth < GROWTH
+    assert growth < MAX_GROWTH
 
 
 def requests() -> list[bytes]:
-    """Whole requests for every door, as they go through a socket."""
-    picture = (DIGITS / "7-1.png").read_bytes()
-    text = base64.b64encode(picture).decode()
+    """Return complete HTTP requests to every endpoint."""
+    image = (DIGITS / "7-1.png").read_bytes()
+    text = base64.b64encode(image).decode()
 
     def request(method: str, path: str, body: bytes = b"", **headers: str) -> bytes:
         lines = [f"{method} {path} HTTP/1.1", "Host: x", f"Content-Length: {len(body)}"]
@@ -123,14 +124,14 @@ def requests() -> list[bytes]:
         return request("POST", path, json.dumps(body).encode(), Content_Type="application/json")
 
     form = (
-        b'--b\r\nContent-Disposition: form-data; name="image"; filename="x.png"\r\n\r\n' + picture + b"\r\n"
+        b'--b\r\nContent-Disposition: form-data; name="image"; filename="x.png"\r\n\r\n' + image + b"\r\n"
         b'--b\r\nContent-Disposition: form-data; name="top_k"\r\n\r\n2\r\n--b--\r\n'
     )
     v2 = {"inputs": [{"name": "image", "datatype": "BYTES", "shape": [1], "data": [text]}], "outputs": [{"name": "scores"}]}
     head = json.dumps(
-        {"inputs": [{"name": "image", "datatype": "BYTES", "shape": [1], "parameters": {"binary_data_size": len(picture) + 4}}]}
+        {"inputs": [{"name": "image", "datatype": "BYTES", "shape": [1], "parameters": {"binary_data_size": len(image) + 4}}]}
     ).encode()
-    blob = len(picture).to_bytes(4, "little") + picture
+    blob = len(image).to_bytes(4, "little") + image
     floats = np.zeros((1, 3, 64, 64), np.float32)
     tensor = json.dumps(
         {
@@ -145,14 +146,14 @@ def requests() -> list[bytes]:
         }
     ).encode()
     return [
-        request("POST", "/classify?top_k=3", picture, X_Deadline_Ms="9000"),
+        request("POST", "/classify?top_k=3", image, X_Deadline_Ms="9000"),
         request("POST", "/classify", form, Content_Type="multipart/form-data; boundary=b"),
         as_json("/classify", {"image": text, "top_k": 2, "features": ["pooled"]}),
         as_json("/classify/batch", {"images": [text, text], "feature_format": "base64", "features": "stage3"}),
-        request("POST", "/features?features=stage2", picture, Accept="application/x-npz"),
+        request("POST", "/features?features=stage2", image, Accept="application/x-npz"),
         as_json("/", {"inputs": text, "parameters": {"top_k": 3, "function_to_apply": "sigmoid"}}),
         as_json("/predict", {"instances": [{"b64": text}], "parameters": {"top_k": 1}}),
-        request("POST", "/invocations", picture, Content_Type="image/png"),
+        request("POST", "/invocations", image, Content_Type="image/png"),
         as_json("/v2/models/digits/infer", v2),
         request("POST", "/v2/models/digits/infer", head + blob, Inference_Header_Content_Length=str(len(head))),
         request("POST", "/v2/models/digits/infer", tensor + floats.tobytes(), Inference_Header_Content_Length=str(len(tensor))),
@@ -164,7 +165,7 @@ def requests() -> list[bytes]:
 
 
 def exchange(port: int, request: bytes) -> tuple[bytes, float]:
-    """The first line of the answer, and the seconds it took; nothing where the connection was closed without one."""
+    """Send a request; return the status line, empty if the connection was closed without a response, and the seconds."""
     with socket.create_connection(("127.0.0.1", port)) as connection:
         connection.settimeout(30)
         started = time.monotonic()
@@ -176,19 +177,19 @@ def exchange(port: int, request: bytes) -> tuple[bytes, float]:
         return line, time.monotonic() - started
 
 
-def drawn(choose: random.Random, sources: list[bytes]) -> bytes:
-    """A request whose head, body or whole is mutated."""
+def mutated_request(choose: random.Random, sources: list[bytes]) -> bytes:
+    """Return a random request with a mutated head, body, or both."""
     source = choose.choice(sources)
-    head, gap, body = source.partition(b"\r\n\r\n")
+    head, separator, body = source.partition(b"\r\n\r\n")
     match choose.randrange(3):
         case 0:
-            return mutated(head, choose) + gap + body
+            return mutated(head, choose) + separator + body
         case 1:
-            return head + gap + mutated(body, choose)
+            return head + separator + mutated(body, choose)
     return mutated(source, choose)
 
 
-def test_mutated_requests_are_answered_and_never_with_500() -> None:
+def test_mutated_requests_never_get_500() -> None:
     sources = requests()
     statuses: Counter[str] = Counter()
     slowest, early = 0.0, 0
@@ -199,22 +200,22 @@ def test_mutated_requests_are_answered_and_never_with_500() -> None:
             assert line == b"HTTP/1.1 200 OK", (line, request[:80])
         process = psutil.Process(server.process.pid)
 
-        def ask(seed: int) -> tuple[str, float]:
-            request = drawn(random.Random(seed), sources)
-            line, taken = exchange(port, request)
+        def send(seed: int) -> tuple[str, float]:
+            request = mutated_request(random.Random(seed), sources)
+            line, seconds = exchange(port, request)
             status = line[9:12].decode("latin-1") or "closed"
-            if status == "500" or taken > 2:
+            if status == "500" or seconds > 2:
                 Path("fuzz-request").write_bytes(request)
             assert status != "500", request[:300]
-            return status, taken
+            return status, seconds
 
-        for n, (status, taken) in enumerate(threads.map(ask, range(REQUESTS))):
+        for n, (status, seconds) in enumerate(threads.map(send, range(REQUESTS))):
             statuses[status] += 1
-            slowest = max(slowest, taken)
+            slowest = max(slowest, seconds)
             if n == REQUESTS // 5:
                 early = process.memory_info().rss
         growth = process.memory_info().rss - early
         print(dict(statuses), f"slowest {slowest:.3f} s, memory {growth / 2**20:+.1f} MiB", flush=True)
         assert slowest < 2
-        assert growth < GROWTH
+        assert growth < MAX_GROWTH
         assert server.stop() == 0

@@ -1,4 +1,4 @@
-"""A real Ray with a real Ray Serve on loopback, two replicas of the service on it."""
+"""The service on a real Ray cluster with Ray Serve on loopback, with two replicas."""
 
 import io
 import subprocess
@@ -12,21 +12,22 @@ import psutil
 import pytest
 from PIL import Image
 
-from dinat.app.client import Classification, DinatClient
+from dinat.client import Classification, DinatClient
 from tests.e2e.processes import DIGITS, Server
 
 pytest.importorskip("ray", reason="Ray is not installed")
 
 ROOT = Path(__file__).parents[2]
 CLIENTS = 8
-KNOWN = {"runtime": "torch", "precision": "fp32"}
+SETTINGS = {"runtime": "torch", "precision": "fp32"}
 
 
 @pytest.fixture(scope="module")
-def on_ray() -> Iterator[str]:
-    words = [f"{name}={value}" for name, value in {"min_replicas": 2, **KNOWN}.items()]
+def ray_url() -> Iterator[str]:
+    """Address of a Ray cluster that serves two replicas."""
+    arguments = [f"{name}={value}" for name, value in {"min_replicas": 2, **SETTINGS}.items()]
     with subprocess.Popen(
-        [sys.executable, "-m", "tests.e2e.ray_service", *words],
+        [sys.executable, "-m", "tests.e2e.ray_service", *arguments],
         cwd=ROOT,
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
@@ -41,70 +42,70 @@ def on_ray() -> Iterator[str]:
         assert process.wait(60) == 0, process.stderr.read()
 
 
-def pictures(count: int) -> list[bytes]:
-    """As many different ones, of the digits that come with the project."""
-    found = []
+def distinct_images(count: int) -> list[bytes]:
+    """Encode `count` different images: the digits of the project, rotated."""
+    images = []
     for n in range(count):
         paths = sorted(DIGITS.glob("*.png"))
         buffer = io.BytesIO()
         Image.open(paths[n % len(paths)]).convert("L").rotate(n // len(paths) * 3 - 15, fillcolor=0).save(buffer, "PNG")
-        found.append(buffer.getvalue())
-    return found
+        images.append(buffer.getvalue())
+    return images
 
 
-def ask(url: str, several: list[bytes]) -> list[Classification]:
+def classify_all(url: str, images: list[bytes]) -> list[Classification]:
     with DinatClient(url) as client, ThreadPoolExecutor(CLIENTS) as threads:
-        return list(threads.map(client.classify, several))
+        return list(threads.map(client.classify, images))
 
 
 @pytest.mark.timeout(180)
-def test_it_answers_as_the_service_does(on_ray: str) -> None:
-    asked = pictures(200)
-    with Server(**KNOWN) as server:
-        alone = ask(server.url, asked)
-    for one, other in zip(ask(on_ray, asked), alone, strict=True):
+def test_predictions_match_dinat_serve(ray_url: str) -> None:
+    images = distinct_images(200)
+    with Server(**SETTINGS) as server:
+        expected = classify_all(server.url, images)
+    for one, other in zip(classify_all(ray_url, images), expected, strict=True):
         assert [each.class_id for each in one.predictions] == [each.class_id for each in other.predictions]
         assert [each.score for each in one.predictions] == pytest.approx(
             [each.score for each in other.predictions], rel=0, abs=1e-5
         )
 
 
-def test_every_door_is_there_and_an_answer_has_one_id(on_ray: str) -> None:
-    picture = pictures(1)[0]
-    answer = httpx.post(f"{on_ray}/classify", content=picture, headers={"X-Request-ID": "mine"})
-    assert answer.headers["x-request-id"] == answer.json()["request_id"] == "mine"
-    assert "compute;dur=" in answer.headers["server-timing"]
-    assert httpx.get(f"{on_ray}/v2/models/digits/ready").status_code == 200
-    assert httpx.get(f"{on_ray}/health").json()["status"] == "ready"
-    assert httpx.post(f"{on_ray}/features", content=picture, headers={"Accept": "application/x-npz"}).content[:2] == b"PK"
-    refused = httpx.post(f"{on_ray}/classify", content=b"text")
-    assert (refused.status_code, refused.headers["content-type"]) == (415, "application/problem+json")
+def test_all_endpoints_and_one_request_id(ray_url: str) -> None:
+    image = distinct_images(1)[0]
+    response = httpx.post(f"{ray_url}/classify", content=image, headers={"X-Request-ID": "mine"})
+    assert response.headers["x-request-id"] == response.json()["request_id"] == "mine"
+    assert "compute;dur=" in response.headers["server-timing"]
+    assert httpx.get(f"{ray_url}/v2/models/digits/ready").status_code == 200
+    assert httpx.get(f"{ray_url}/health").json()["status"] == "ready"
+    assert httpx.post(f"{ray_url}/features", content=image, headers={"Accept": "application/x-npz"}).content[:2] == b"PK"
+    error = httpx.post(f"{ray_url}/classify", content=b"text")
+    assert (error.status_code, error.headers["content-type"]) == (415, "application/problem+json")
 
 
-def test_a_replica_is_killed_under_load_and_nothing_is_lost(on_ray: str) -> None:
-    asked = pictures(400)
-    with DinatClient(on_ray) as client, ThreadPoolExecutor(CLIENTS) as threads:
-        asking = [threads.submit(client.classify, one) for one in asked]
-        asking[50].result()
-        replicas = [one for one in psutil.process_iter() if one.name().startswith("ray::ServeRepl")]
+def test_no_request_is_lost_when_a_replica_is_killed(ray_url: str) -> None:
+    images = distinct_images(400)
+    with DinatClient(ray_url) as client, ThreadPoolExecutor(CLIENTS) as threads:
+        requests = [threads.submit(client.classify, image) for image in images]
+        requests[50].result()
+        replicas = [process for process in psutil.process_iter() if process.name().startswith("ray::ServeRepl")]
         assert len(replicas) == 2
         replicas[0].kill()
-        answers = [one.result() for one in asking]
-    assert [one.best.label for one in answers] == [one.best.label for one in ask(on_ray, asked)]
+        results = [request.result() for request in requests]
+    assert [one.best.label for one in results] == [one.best.label for one in classify_all(ray_url, images)]
 
 
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # Ray's own, when it is imported
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # raised by importing Ray
 @pytest.mark.parametrize(
-    ("arguments", "said"),
+    ("arguments", "message"),
     [
-        ({"port": 80}, "port: that is Ray's own here"),
+        ({"port": 80}, "port: set by Ray"),
         ({"replica": 2}, "replica=2: Extra inputs are not permitted"),
         ({"queue_limit": 0}, "queue_limit=0: "),
         ({"min_replicas": 3, "max_replicas": 2}, "min_replicas is 3, above max_replicas, 2"),
     ],
 )
-def test_a_wrong_argument_is_named(arguments: dict[str, object], said: str) -> None:
-    from dinat.app.ray.deployment import dinat
+def test_invalid_argument_is_named(arguments: dict[str, object], message: str) -> None:
+    from dinat.ray import dinat
 
-    with pytest.raises(ValueError, match=said):
+    with pytest.raises(ValueError, match=message):
         dinat(arguments)

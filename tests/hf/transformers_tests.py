@@ -1,9 +1,9 @@
-"""Run transformers' own tests of DiNAT, with their common mixins, on this project's network.
+"""Run transformers' tests of DiNAT, including the common mixins, on this project's network.
 
     python -m tests.hf.transformers_tests CHECKOUT [pytest's arguments]
 
-CHECKOUT: a clone of https://github.com/huggingface/transformers at the release that is installed. Wants pytest-xdist's and
-transformers' test requirements (parameterized, evaluate, datasets) where their tests do.
+CHECKOUT: a clone of https://github.com/huggingface/transformers at the installed release. Requires pytest-xdist and the test
+requirements of transformers (parameterized, evaluate, datasets), as far as the tests use them.
 """
 
 import os
@@ -13,11 +13,11 @@ from pathlib import Path
 import pytest
 
 
-class OnThisNetwork:
-    """Registers it, and lets run what transformers skips for want of NATTEN."""
+class RegisterNetwork:
+    """pytest plugin that registers this project's network and enables the tests that transformers skips without NATTEN."""
 
     def pytest_configure(self) -> None:
-        """Before any test is imported."""
+        """Runs before any test is imported."""
         from transformers import testing_utils
 
         from dinat.model import hf
@@ -33,12 +33,12 @@ def main() -> int:
     checkout = Path(sys.argv[1]).resolve()
     tests = checkout / "tests" / "models" / "dinat"
     if not tests.is_dir():
-        sys.exit(f"{checkout} is no checkout of transformers: it has no tests/models/dinat")
+        sys.exit(f"{checkout} is not a checkout of transformers: it has no tests/models/dinat")
     os.chdir(checkout)
     for name in [name for name in sys.modules if name.partition(".")[0] == "tests"]:
-        del sys.modules[name]  # theirs have this name too
+        del sys.modules[name]  # the package of transformers' tests has the same name
     sys.path[:0] = [str(checkout), str(checkout / "utils")]
-    return pytest.main([str(tests), "-c", os.devnull, "--rootdir", str(checkout), "-rs", *sys.argv[2:]], [OnThisNetwork()])
+    return pytest.main([str(tests), "-c", os.devnull, "--rootdir", str(checkout), "-rs", *sys.argv[2:]], [RegisterNetwork()])
 
 
 if __name__ == "__main__":

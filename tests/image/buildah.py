@@ -1,4 +1,4 @@
-"""Images and containers by buildah, as root without an engine. Storage is a folder of the caller's: nothing is left behind."""
+"""Build and run container images with buildah, as root without a container engine."""
 
 import json
 import os
@@ -8,7 +8,7 @@ from typing import Any
 
 
 class Buildah:
-    """buildah with storage of its own in a folder: overlays, or where the folder's file system has none, whole copies."""
+    """buildah with its storage in a folder: overlays, or complete copies if the file system does not support overlays."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
@@ -23,31 +23,33 @@ class Buildah:
         ]
 
     def __call__(self, *arguments: str | Path, **options: Any) -> str:
-        """Run a command to its end; what it printed on standard output."""
-        done = subprocess.run(self.command(*arguments), env=self._environment, text=True, stdout=subprocess.PIPE, **options)
-        assert done.returncode == 0, f"buildah ended with {done.returncode}: {done.stdout[-3000:]}"
-        return done.stdout.strip()
+        """Run a command and return its standard output."""
+        completed = subprocess.run(
+            self.command(*arguments), env=self._environment, text=True, stdout=subprocess.PIPE, **options
+        )
+        assert completed.returncode == 0, f"buildah exited with {completed.returncode}: {completed.stdout[-3000:]}"
+        return completed.stdout.strip()
 
     def clear(self) -> None:
-        """Remove all containers and images, and what is mounted of them."""
+        """Unmount and remove all containers and images."""
         self("umount", "--all")
         self("rm", "--all")
         self("rmi", "--all", "--force")
 
     def start(self, container: str, environment: dict[str, str], command: list[str], **options: Any) -> subprocess.Popen[str]:
-        """Run a command in a container, as the image's user."""
-        settings = [word for name, value in environment.items() for word in ("--env", f"{name}={value}")]
+        """Start a command in a container, as the image's user."""
+        flags = [flag for name, value in environment.items() for flag in ("--env", f"{name}={value}")]
         return subprocess.Popen(
-            self.command("run", *settings, container, "--", *command), env=self._environment, text=True, **options
+            self.command("run", *flags, container, "--", *command), env=self._environment, text=True, **options
         )
 
     def config(self, image: str) -> dict[str, Any]:
-        """The image's configuration, by Docker's names."""
+        """The image's configuration, in Docker's format."""
         inspected: dict[str, Any] = json.loads(self("inspect", "--type", "image", image))
         return inspected["Docker"]
 
     def layers(self, image: str, folder: Path) -> list[tuple[int, str]]:
-        """Bytes of each layer, uncompressed, and the step that made it, first one first."""
+        """Uncompressed size in bytes of each layer, and the instruction that created it, in build order."""
         self("push", "--quiet", "--disable-compression", image, f"dir:{folder}")
         manifest = json.loads((folder / "manifest.json").read_text())
         steps = [step["created_by"] for step in self.config(image)["history"] if not step.get("empty_layer")]

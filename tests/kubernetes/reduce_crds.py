@@ -1,9 +1,9 @@
-"""What custom resources may say, into schemas.json, from their CustomResourceDefinitions: names, types, choices, requirements.
+"""Reduce CustomResourceDefinitions to the names, types, choices and required fields of custom resources, in schemas.json.
 
     python -m tests.kubernetes.reduce_crds KIND=CRD.yaml ...
 
-The whole definitions take megabytes, most of it prose, and the parts of a pod again and again. What the chart does not use is
-left open (any value is taken) or out (none is).
+The complete definitions take megabytes, most of them descriptions and repeated pod fields. Fields that the chart does not use
+are either unrestricted (any value is valid) or excluded (no value is valid).
 """
 
 import json
@@ -15,7 +15,7 @@ import yaml
 
 SCHEMAS = Path(__file__).with_name("schemas.json")
 
-WORDS = [
+KEYWORDS = [
     "type",
     "required",
     "enum",
@@ -26,7 +26,7 @@ WORDS = [
     "x-kubernetes-preserve-unknown-fields",
 ]
 
-OPEN = [
+UNRESTRICTED = [
     "affinity",
     "volumes",
     "initContainers",
@@ -35,7 +35,7 @@ OPEN = [
     "lifecycle",
     "managedFields",
 ]
-OUT = [
+EXCLUDED = [
     "canary",
     "explainer",
     "transformer",
@@ -57,30 +57,33 @@ OUT = [
 ]
 
 
-def reduced(schema: dict[str, Any]) -> dict[str, Any]:
-    small = {word: schema[word] for word in WORDS if word in schema}
+def reduce_schema(schema: dict[str, Any]) -> dict[str, Any]:
+    reduced = {keyword: schema[keyword] for keyword in KEYWORDS if keyword in schema}
     if "properties" in schema:
-        small["properties"] = {
-            name: {} if name in OPEN else reduced(one) for name, one in schema["properties"].items() if name not in OUT
+        reduced["properties"] = {
+            name: {} if name in UNRESTRICTED else reduce_schema(field)
+            for name, field in schema["properties"].items()
+            if name not in EXCLUDED
         }
         if not schema.get("x-kubernetes-preserve-unknown-fields"):
-            small["additionalProperties"] = False  # as a cluster in strict validation has it
-    for word in ("items", "additionalProperties"):
-        if isinstance(schema.get(word), dict):
-            small[word] = reduced(schema[word])
-    return small
+            reduced["additionalProperties"] = False  # like a cluster's strict field validation
+    for keyword in ("items", "additionalProperties"):
+        if isinstance(schema.get(keyword), dict):
+            reduced[keyword] = reduce_schema(schema[keyword])
+    return reduced
 
 
 def main() -> None:
-    found = {}
-    for given in sys.argv[1:]:
-        kind, _, path = given.partition("=")
+    schemas = {}
+    for argument in sys.argv[1:]:
+        kind, _, path = argument.partition("=")
         definition = yaml.safe_load(Path(path).read_text())
         assert definition["spec"]["names"]["kind"] == kind
         for version in definition["spec"]["versions"]:
             if version["storage"]:
-                found[f"{definition['spec']['group']}/{version['name']} {kind}"] = reduced(version["schema"]["openAPIV3Schema"])
-    SCHEMAS.write_text(json.dumps(found, separators=(",", ":"), sort_keys=True) + "\n")
+                name = f"{definition['spec']['group']}/{version['name']} {kind}"
+                schemas[name] = reduce_schema(version["schema"]["openAPIV3Schema"])
+    SCHEMAS.write_text(json.dumps(schemas, separators=(",", ":"), sort_keys=True) + "\n")
 
 
 if __name__ == "__main__":

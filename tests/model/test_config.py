@@ -21,7 +21,7 @@ TENSORS = {"mini": 325, "base": 559}
 
 
 @pytest.mark.parametrize("name", PRESETS)
-def test_presets_are_the_published_networks(name: str) -> None:
+def test_presets_match_the_published_networks(name: str) -> None:
     with torch.device("meta"):
         network = DinatForImageClassification(DinatConfig.preset(name))
     assert sum(p.numel() for p in network.parameters()) == PARAMETERS[name]
@@ -29,7 +29,7 @@ def test_presets_are_the_published_networks(name: str) -> None:
     assert name in HUB_IDS
 
 
-def test_large_384_dilates_by_13_6_3_1() -> None:
+def test_dilations_of_large_384() -> None:
     assert DinatConfig.preset("large-384").dilations == [[1, 13, 1], [1, 6, 1, 6], [1, 3] * 9, [1] * 5]
 
 
@@ -43,12 +43,12 @@ def test_defaults() -> None:
     assert config.num_attention_heads == [2, 4, 8, 16]
 
 
-def test_dilations_of_one_config_are_its_own() -> None:
+def test_configs_do_not_share_default_dilations() -> None:
     DinatConfig().dilations[0][0] = 5
     assert DinatConfig().dilations[0][0] == 1
 
 
-def test_stale_hidden_size_of_published_files_is_left_aside() -> None:
+def test_derived_fields_of_published_files_are_ignored() -> None:
     values = DinatConfig.preset("base").to_dict() | {"hidden_size": 512, "stage_names": None, "num_layers": 9}
     config = DinatConfig.from_dict(values)
     assert config.hidden_size == 1024
@@ -56,16 +56,16 @@ def test_stale_hidden_size_of_published_files_is_left_aside() -> None:
     assert config.num_layers == 4
 
 
-def test_unknown_fields_are_kept() -> None:
+def test_unknown_fields_are_preserved() -> None:
     assert DinatConfig(path_norm=True).to_dict()["path_norm"] is True
 
 
-def test_nat_reads_as_a_dinat_without_dilation() -> None:
+def test_nat_is_read_as_a_dinat_without_dilation() -> None:
     config = DinatConfig.from_dict({"model_type": "nat", "depths": [3, 4, 6, 5], "layer_scale_init_value": 1e-5})
     assert config.dilations == [[1] * 3, [1] * 4, [1] * 6, [1] * 5]
 
 
-def test_written_configuration_reads_back(tmp_path: Path) -> None:
+def test_configuration_round_trip(tmp_path: Path) -> None:
     config = DinatConfig.preset("large-11x11-384", out_indices=[0, -1], id2label={0: "cat", 1: "dog"}, num_labels=2)
     config.save_pretrained(tmp_path)
     assert DinatConfig.from_dict(json.loads((tmp_path / "config.json").read_text())) == config
@@ -73,7 +73,7 @@ def test_written_configuration_reads_back(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("given", "expected"),
+    ("fields", "expected"),
     [
         ({"out_indices": [0, -1]}, (["stem", "stage4"], [0, -1])),
         ({"out_indices": (1, 2)}, (["stage1", "stage2"], [1, 2])),
@@ -81,12 +81,12 @@ def test_written_configuration_reads_back(tmp_path: Path) -> None:
         ({"out_features": ["stem", "stage4"], "out_indices": [0, -1]}, (["stem", "stage4"], [0, -1])),
     ],
 )
-def test_out_features_and_out_indices_derive_each_other(given: dict[str, Any], expected: tuple[list[str], list[int]]) -> None:
-    config = DinatConfig(**given)
+def test_out_features_and_out_indices_are_derived(fields: dict[str, Any], expected: tuple[list[str], list[int]]) -> None:
+    config = DinatConfig(**fields)
     assert (config.out_features, config.out_indices) == expected
 
 
-def test_setting_one_of_the_pair_sets_the_other() -> None:
+def test_out_features_and_out_indices_set_each_other() -> None:
     config = DinatConfig(out_features=["stage1"])
     config.out_indices = [2, 3]
     assert config.out_features == ["stage2", "stage3"]
@@ -95,7 +95,7 @@ def test_setting_one_of_the_pair_sets_the_other() -> None:
 
 
 @pytest.mark.parametrize(
-    ("given", "message"),
+    ("fields", "message"),
     [
         ({"out_features": ["stage9"]}, "stage9"),
         ({"out_features": ("stage1",)}, "must be a list"),
@@ -104,24 +104,24 @@ def test_setting_one_of_the_pair_sets_the_other() -> None:
         ({"out_indices": [5]}, "outside the 5 stages"),
         ({"out_features": ["stage1"], "out_indices": [2]}, "must name the same stages"),
         ({"out_features": ["stage1"], "out_indices": [1, 2]}, "must name the same stages"),
-        ({"depths": [3, 4, 18, 5]}, "dilations must name one number for each layer"),
-        ({"num_heads": [2, 4]}, "one number for each stage"),
+        ({"depths": [3, 4, 18, 5]}, "dilations must contain one number per layer"),
+        ({"num_heads": [2, 4]}, "one number per stage"),
         ({"dilations": [[1, 0, 1], [1] * 4, [1] * 6, [1] * 5]}, "at least 1"),
         ({"kernel_size": 4}, "odd and at least 3, got 4"),
         ({"id2label": {0: "a", 2: "b"}}, "ids 0 to 1"),
-        ({"num_labels": 3, "id2label": {0: "a"}}, "num_labels is 3 but id2label names 1"),
-        ({"num_hidden_layers": 3}, "follows from depths"),
+        ({"num_labels": 3, "id2label": {0: "a"}}, "num_labels is 3 but id2label has 1"),
+        ({"num_hidden_layers": 3}, "is derived from depths"),
     ],
 )
-def test_contradictions_are_named(given: dict[str, Any], message: str) -> None:
+def test_invalid_fields_raise_config_error(fields: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
-        DinatConfig(**given)
+        DinatConfig(**fields)
 
 
-def test_other_kinds_of_model_are_refused() -> None:
-    with pytest.raises(ConfigError, match="model_type 'swin'"):
+def test_unsupported_models_raise_config_error() -> None:
+    with pytest.raises(ConfigError, match="model_type 'swin' is not supported"):
         DinatConfig.from_dict({"model_type": "swin"})
-    with pytest.raises(ConfigError, match="preset 'huge' is not known: take one of mini"):
+    with pytest.raises(ConfigError, match="preset 'huge' is not known: use one of mini"):
         DinatConfig.preset("huge")
     with pytest.raises(ConfigError, match="is a function"):
         DinatConfig(hidden_act=torch.relu).save_pretrained("unused")

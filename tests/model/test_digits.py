@@ -1,4 +1,4 @@
-"""The embedded checkpoint reads what it is for."""
+"""Accuracy of the included checkpoint."""
 
 from pathlib import Path
 
@@ -8,7 +8,7 @@ import torch
 from PIL import Image, ImageDraw
 
 from dinat.model import DinatForImageClassification, DinatImageProcessor
-from examples.digits_data import picture, split
+from examples.digits_data import split, upscaled_image
 
 EXAMPLES = sorted((Path(__file__).parents[2] / "examples" / "digits").glob("*.png"))
 
@@ -31,47 +31,47 @@ def network() -> DinatForImageClassification:
     return DinatForImageClassification.from_pretrained("digits")
 
 
-def read(network: DinatForImageClassification, pictures: list[Image.Image]) -> list[int]:
+def predict(network: DinatForImageClassification, images: list[Image.Image]) -> list[int]:
     with torch.inference_mode():
-        return network(DinatImageProcessor.from_pretrained("digits")(pictures)).logits.argmax(dim=1).tolist()
+        return network(DinatImageProcessor.from_pretrained("digits")(images)).logits.argmax(dim=1).tolist()
 
 
 def test_held_out_accuracy(network: DinatForImageClassification) -> None:
     training, _, held_out, labels = split()
     assert (len(training), len(held_out)) == (1437, 360)
-    assert np.mean(np.equal(read(network, [picture(grey) for grey in held_out]), labels)) >= 0.985
+    assert np.mean(np.equal(predict(network, [upscaled_image(grey) for grey in held_out]), labels)) >= 0.985
 
 
-def test_examples_are_read_as_their_names_say(network: DinatForImageClassification) -> None:
+def test_example_images_are_classified_correctly(network: DinatForImageClassification) -> None:
     assert len(EXAMPLES) == 20
-    assert read(network, [Image.open(path) for path in EXAMPLES]) == [int(path.name[0]) for path in EXAMPLES]
+    assert predict(network, [Image.open(path) for path in EXAMPLES]) == [int(path.name[0]) for path in EXAMPLES]
 
 
 @pytest.mark.parametrize(("paper", "ink"), [("white", "black"), ("black", "white"), ("#fdf6e3", "#268bd2")])
 @pytest.mark.parametrize("width", [11, 22])
-def test_digits_drawn_in_strokes_are_read(network: DinatForImageClassification, paper: str, ink: str, width: int) -> None:
-    pictures = []
+def test_drawn_digits_are_classified(network: DinatForImageClassification, paper: str, ink: str, width: int) -> None:
+    images = []
     for digit in range(10):
-        picture = Image.new("RGB", (280, 280), paper)
+        image = Image.new("RGB", (280, 280), paper)
         points = [(x * 2.8, y * 2.8) for x, y in STROKES[digit]]
-        ImageDraw.Draw(picture).line(points, fill=ink, width=width, joint="curve")
-        pictures.append(picture)
-    assert sum(digit == found for digit, found in enumerate(read(network, pictures))) >= 9
+        ImageDraw.Draw(image).line(points, fill=ink, width=width, joint="curve")
+        images.append(image)
+    assert sum(digit == predicted for digit, predicted in enumerate(predict(network, images))) >= 9
 
 
 @pytest.mark.parametrize(("attention", "count"), [("tiled", 360), ("natten", 40), ("triton", 2)])
 @pytest.mark.filterwarnings("ignore:.*flex_attention:UserWarning", "ignore:return_lse is deprecated:FutureWarning")
-def test_in_bf16_every_attention_reads_the_same_and_is_within_a_hundredth(
+def test_every_attention_backend_in_bf16_matches_float32(
     network: DinatForImageClassification, attention: str, count: int
 ) -> None:
     if attention != "tiled":
         pytest.importorskip(attention, reason=f"{attention} is not installed")
     half = DinatForImageClassification.from_pretrained("digits", attention=attention, dtype=torch.bfloat16)
-    pictures = [Image.fromarray(np.asarray(picture)) for picture in split()[2][:count]]
-    pixels = DinatImageProcessor.from_pretrained("digits")(pictures)
+    images = [Image.fromarray(np.asarray(grey)) for grey in split()[2][:count]]
+    pixels = DinatImageProcessor.from_pretrained("digits")(images)
     with torch.inference_mode():
-        expected, got = network(pixels).logits, half.classify(pixels.bfloat16())[0]
-    assert len(pictures) == count
-    assert got.dtype == torch.float32
-    assert got.argmax(1).tolist() == expected.argmax(1).tolist()
-    assert (got - expected).norm() <= 0.01 * expected.norm()
+        expected, logits = network(pixels).logits, half.classify(pixels.bfloat16())[0]
+    assert len(images) == count
+    assert logits.dtype == torch.float32
+    assert logits.argmax(1).tolist() == expected.argmax(1).tolist()
+    assert (logits - expected).norm() <= 0.01 * expected.norm()

@@ -9,8 +9,8 @@ from dinat.model import ConfigError, DinatBackbone, DinatConfig, DinatError, Din
 
 
 def small(**changes: Any) -> DinatConfig:
-    """The configuration of transformers' own tests."""
-    settings: dict[str, Any] = {
+    """The configuration of transformers' tests."""
+    fields: dict[str, Any] = {
         "embed_dim": 16,
         "depths": [1, 2, 1],
         "num_heads": [2, 4, 8],
@@ -19,7 +19,7 @@ def small(**changes: Any) -> DinatConfig:
         "mlp_ratio": 2.0,
         "num_labels": 10,
     }
-    return DinatConfig(**(settings | changes))
+    return DinatConfig(**(fields | changes))
 
 
 @pytest.fixture
@@ -27,7 +27,7 @@ def pixels() -> torch.Tensor:
     return torch.randn(13, 3, 64, 64)
 
 
-def test_model_shapes(pixels: torch.Tensor) -> None:
+def test_output_shapes(pixels: torch.Tensor) -> None:
     output = DinatModel(small())(pixels, output_hidden_states=True, output_attentions=True)
     assert output.last_hidden_state.shape == (13, 4, 4, 64)
     assert output.pooler_output.shape == (13, 64)
@@ -41,7 +41,7 @@ def test_model_shapes(pixels: torch.Tensor) -> None:
     assert [tuple(weights.shape[1:]) for weights in output.attentions] == [(2, 16, 16, 9), (4, 8, 8, 9), (8, 4, 4, 9)]
 
 
-def test_outputs_not_asked_for_are_none_and_the_tuple_leaves_them_out(pixels: torch.Tensor) -> None:
+def test_outputs_not_requested_are_none_and_not_in_the_tuple(pixels: torch.Tensor) -> None:
     network = DinatForImageClassification(small()).eval()
     output = network(pixels)
     assert output.hidden_states is None
@@ -53,31 +53,31 @@ def test_outputs_not_asked_for_are_none_and_the_tuple_leaves_them_out(pixels: to
     assert DinatModel(small(), add_pooling_layer=False)(pixels).pooler_output is None
 
 
-def test_configuration_decides_what_is_returned(pixels: torch.Tensor) -> None:
+def test_configuration_sets_the_default_outputs(pixels: torch.Tensor) -> None:
     output = DinatModel(small(output_hidden_states=True, output_attentions=True))(pixels)
     assert len(output.hidden_states) == 4
     assert len(output.attentions) == 3
     assert isinstance(DinatModel(small(return_dict=False))(pixels), tuple)
 
 
-def test_attention_weights_asked_for_do_not_change_the_logits(pixels: torch.Tensor) -> None:
+def test_output_attentions_does_not_change_the_logits(pixels: torch.Tensor) -> None:
     network = DinatForImageClassification(small()).eval()
     torch.testing.assert_close(network(pixels, output_attentions=True).logits, network(pixels).logits)
 
 
-def test_greyscale(pixels: torch.Tensor) -> None:
+def test_one_channel(pixels: torch.Tensor) -> None:
     assert DinatForImageClassification(small(num_channels=1))(pixels[:, :1]).logits.shape == (13, 10)
 
 
 @pytest.mark.parametrize("size", [(1, 1), (33, 17), (5, 200), (97, 64)])
-def test_any_size_goes_through(size: tuple[int, int]) -> None:
+def test_any_image_size_is_supported(size: tuple[int, int]) -> None:
     backbone = DinatBackbone(small(out_features=["stem", "stage3"])).eval()
     stem, last = backbone(torch.randn(2, 3, *size)).feature_maps
     assert stem.shape == (2, 16, *[math.ceil(side / 4) for side in size])
     assert last.shape == (2, 64, *[math.ceil(side / 16) for side in size])
 
 
-def test_backbone_maps_channels_and_default(pixels: torch.Tensor) -> None:
+def test_backbone_feature_maps_and_channels(pixels: torch.Tensor) -> None:
     backbone = DinatBackbone(small(out_features=["stage1", "stage2"], out_indices=[1, 2]))
     output = backbone(pixels)
     assert [tuple(feature_map.shape) for feature_map in output.feature_maps] == [(13, 16, 16, 16), (13, 32, 8, 8)]
@@ -89,24 +89,24 @@ def test_backbone_maps_channels_and_default(pixels: torch.Tensor) -> None:
     assert (len(maps), len(states)) == (2, 4)
 
 
-def test_zero_initializer_leaves_only_zeros_and_ones() -> None:
+def test_zero_initializer_range_gives_only_zeros_and_ones() -> None:
     network = DinatForImageClassification(small(initializer_range=0.0))
     assert {p.mean().item() for p in network.parameters()} == {0.0, 1.0}
 
 
-def test_initial_weights_have_the_asked_deviation() -> None:
+def test_initial_weights_have_the_configured_deviation() -> None:
     network = DinatForImageClassification(small(initializer_range=0.5))
     assert network.dinat.encoder.levels[2].layers[0].intermediate.dense.weight.std().item() == pytest.approx(0.5, rel=0.1)
     assert not network.dinat.encoder.levels[0].layers[0].attention.self.rpb.any()
 
 
-def test_layer_scale_starts_at_its_value() -> None:
+def test_layer_scale_has_its_initial_value() -> None:
     network = DinatModel(small(layer_scale_init_value=0.25))
     assert (network.encoder.levels[0].layers[0].layer_scale_parameters == 0.25).all()
     assert network.encoder.levels[0].layers[0].layer_scale_parameters.shape == (2, 16)
 
 
-def test_drop_path_grows_over_the_layers_and_acts_in_training_only(pixels: torch.Tensor) -> None:
+def test_drop_path_rate_increases_and_applies_in_training_only(pixels: torch.Tensor) -> None:
     network = DinatModel(small(drop_path_rate=0.6))
     rates = [getattr(layer.drop_path, "probability", 0.0) for level in network.encoder.levels for layer in level.layers]
     assert rates == pytest.approx([0.0, 0.2, 0.4, 0.6])
@@ -116,29 +116,30 @@ def test_drop_path_grows_over_the_layers_and_acts_in_training_only(pixels: torch
 
 
 @pytest.mark.parametrize("dropout", ["hidden_dropout_prob", "attention_probs_dropout_prob"])
-def test_dropout_acts_in_training_only(pixels: torch.Tensor, dropout: str) -> None:
+def test_dropout_applies_in_training_only(pixels: torch.Tensor, dropout: str) -> None:
     network = DinatModel(small(drop_path_rate=0.0, **{dropout: 0.5}))
     assert not torch.equal(network(pixels).pooler_output, network(pixels).pooler_output)
     network.eval()
     assert torch.equal(network(pixels).pooler_output, network(pixels).pooler_output)
 
 
-def test_every_parameter_learns(pixels: torch.Tensor) -> None:
+def test_every_parameter_gets_a_gradient(pixels: torch.Tensor) -> None:
     network = DinatForImageClassification(small(layer_scale_init_value=0.1))
     network(pixels, labels=torch.arange(13) % 10).loss.backward()
-    still = {name for name, p in network.named_parameters() if p.grad is None or not p.grad.abs().max() > 1e-7}
-    assert still <= {name for name in still if name.endswith("key.bias")}  # softmax does not see a shift of every score
+    without_gradient = {name for name, p in network.named_parameters() if p.grad is None or not p.grad.abs().max() > 1e-7}
+    # Softmax is invariant to a shift of all scores, which is the effect of the key's bias.
+    assert without_gradient <= {name for name in without_gradient if name.endswith("key.bias")}
 
 
 def test_hidden_act_by_name_or_function(pixels: torch.Tensor) -> None:
     torch.manual_seed(0)
-    named = DinatModel(small(hidden_act="relu")).eval()
-    given = DinatModel(small(hidden_act=F.relu)).eval()
-    given.load_state_dict(named.state_dict())
-    assert torch.equal(named(pixels).pooler_output, given(pixels).pooler_output)
+    by_name = DinatModel(small(hidden_act="relu")).eval()
+    by_function = DinatModel(small(hidden_act=F.relu)).eval()
+    by_function.load_state_dict(by_name.state_dict())
+    assert torch.equal(by_name(pixels).pooler_output, by_function(pixels).pooler_output)
 
 
-def test_no_labels_gives_the_pooled_map(pixels: torch.Tensor) -> None:
+def test_no_labels_returns_pooled_features(pixels: torch.Tensor) -> None:
     network = DinatForImageClassification(small(num_labels=0)).eval()
     assert torch.equal(network(pixels).logits, network.dinat(pixels).pooler_output)
 
@@ -153,15 +154,15 @@ def test_input_embeddings() -> None:
     [
         ({"patch_size": 8}, "Dinat only supports patch size of 4 at the moment"),
         ({"num_heads": [3, 4, 8]}, r"The hidden size \(16\) is not a multiple of the number of attention heads \(3\)"),
-        ({"hidden_act": "geglu"}, "hidden_act 'geglu' is not known: take one of gelu"),
+        ({"hidden_act": "geglu"}, "hidden_act 'geglu' is not known: use one of gelu"),
     ],
 )
-def test_networks_that_cannot_be_built_are_named(changes: dict[str, Any], message: str) -> None:
+def test_invalid_networks_raise_config_error(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         DinatModel(small(**changes))
 
 
-def test_wrong_calls_are_named() -> None:
+def test_invalid_calls_raise_an_error() -> None:
     network = DinatForImageClassification(small())
     with pytest.raises(DinatError, match="You have to specify pixel_values"):
         network(None)

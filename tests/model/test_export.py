@@ -1,4 +1,4 @@
-"""Exported graphs run without this project, and are checked before they are written."""
+"""Exported graphs run without this project, and are compared with PyTorch before they are written."""
 
 import json
 import subprocess
@@ -41,13 +41,13 @@ def network() -> DinatForImageClassification:
 
 @pytest.mark.parametrize("file_format", FORMATS)
 @pytest.mark.parametrize("batch", [None, 3])
-def test_every_format_computes_the_same(
+def test_every_format_matches_pytorch(
     network: DinatForImageClassification, tmp_path: Path, file_format: str, batch: int | None
 ) -> None:
     path = tmp_path / "new" / f"graph{FORMATS[file_format][0]}"
     assert export(network, PROCESSOR, path, file_format, batch=batch, features=FEATURES) < 1e-5
     assert format_of(path) == file_format
-    assert {one.suffix for one in path.parent.iterdir()} == ({".xml", ".bin"} if path.suffix == ".xml" else {path.suffix})
+    assert {file.suffix for file in path.parent.iterdir()} == ({".xml", ".bin"} if path.suffix == ".xml" else {path.suffix})
     pixels = torch.randn(batch or 5, 3, 24, 20)
     with torch.inference_mode():
         expected = network(pixels, output_hidden_states=True)
@@ -58,51 +58,51 @@ def test_every_format_computes_the_same(
     assert outputs["stage2"].shape == (batch or 5, 16, 3, 3)
 
 
-def test_labels_and_preprocessing_are_in_the_metadata(network: DinatForImageClassification, tmp_path: Path) -> None:
+def test_metadata_contains_labels_and_preprocessing(network: DinatForImageClassification, tmp_path: Path) -> None:
     for suffix in (".onnx", ".xml", ".pt2"):
         export(network, PROCESSOR, tmp_path / f"graph{suffix}", format_of(Path(f"x{suffix}")), batch=1)
     session = onnxruntime.InferenceSession(tmp_path / "graph.onnx")
-    about = [session.get_modelmeta().custom_metadata_map]
+    metadata = [session.get_modelmeta().custom_metadata_map]
     info = openvino.Core().read_model(tmp_path / "graph.xml").get_rt_info()["dinat"]
-    about.append({name: info[name].value for name in ("labels", "image_processor", "config", "outputs")})
-    files = {f"{name}.json": "" for name in about[1]}
+    metadata.append({name: info[name].value for name in ("labels", "image_processor", "config", "outputs")})
+    files = {f"{name}.json": "" for name in metadata[1]}
     torch.export.load(tmp_path / "graph.pt2", extra_files=files)
-    about.append({name.removesuffix(".json"): value for name, value in files.items()})
-    for values in about:
+    metadata.append({name.removesuffix(".json"): value for name, value in files.items()})
+    for values in metadata:
         assert json.loads(values["labels"]) == ["LABEL_0", "LABEL_1", "LABEL_2", "LABEL_3"]
         assert DinatImageProcessor.from_dict(json.loads(values["image_processor"])) == PROCESSOR
         assert DinatConfig.from_dict(json.loads(values["config"])).depths == [2, 1]
         assert json.loads(values["outputs"]) == ["logits"]
 
 
-def test_an_onnx_file_needs_nothing_of_this_project(tmp_path: Path) -> None:
+def test_onnx_file_runs_without_this_project(tmp_path: Path) -> None:
     network, processor = DinatForImageClassification.from_pretrained("digits"), DinatImageProcessor.from_pretrained("digits")
     export(network, processor, tmp_path / "digits.onnx", "onnx")
     script = tmp_path / "alone.py"
     script.write_text(
-        (ROOT / "examples" / "classify_onnx.py").read_text() + "\nassert not {'model', 'app', 'torch'} & set(sys.modules)\n"
+        (ROOT / "examples" / "classify_onnx.py").read_text() + "\nassert not {'dinat', 'torch'} & set(sys.modules)\n"
     )
-    picture = ROOT / "examples" / "digits" / "7-1.png"
-    said = subprocess.run(
-        [sys.executable, script, "digits.onnx", picture], cwd=tmp_path, capture_output=True, text=True, timeout=100, check=True
+    image = ROOT / "examples" / "digits" / "7-1.png"
+    done = subprocess.run(
+        [sys.executable, script, "digits.onnx", image], cwd=tmp_path, capture_output=True, text=True, timeout=100, check=True
     )
     with torch.inference_mode():
-        scores = network(processor(Image.open(picture).convert("RGB"))).logits.softmax(-1)[0]
-    best = [(float(line.split()[0]), line.split()[1]) for line in said.stdout.splitlines()]
-    assert [label for _, label in best] == [network.config.id2label[i] for i in scores.argsort(descending=True)[:5].tolist()]
-    np.testing.assert_allclose([score for score, _ in best], scores.sort(descending=True).values[:5].numpy(), rtol=0, atol=1e-5)
+        scores = network(processor(Image.open(image).convert("RGB"))).logits.softmax(-1)[0]
+    top5 = [(float(line.split()[0]), line.split()[1]) for line in done.stdout.splitlines()]
+    assert [label for _, label in top5] == [network.config.id2label[i] for i in scores.argsort(descending=True)[:5].tolist()]
+    np.testing.assert_allclose([score for score, _ in top5], scores.sort(descending=True).values[:5].numpy(), rtol=0, atol=1e-5)
 
 
-def test_a_graph_that_differs_is_not_written(
+def test_graph_with_different_outputs_is_not_written(
     network: DinatForImageClassification, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     suffix, write, load = FORMATS["torch-export"]
 
-    def load_wrong(path: Path):  # type: ignore[no-untyped-def]
+    def load_inexact(path: Path):  # type: ignore[no-untyped-def]
         run = load(path)
         return lambda pixels: [output + 1e-2 for output in run(pixels)]
 
-    monkeypatch.setitem(FORMATS, "torch-export", (suffix, write, load_wrong))
+    monkeypatch.setitem(FORMATS, "torch-export", (suffix, write, load_inexact))
     with pytest.raises(ExportError, match="logits of the exported graph differs from PyTorch's"):
         export(network, PROCESSOR, tmp_path / "graph.pt2", "torch-export", batch=1)
     assert list(tmp_path.iterdir()) == []
@@ -111,12 +111,12 @@ def test_a_graph_that_differs_is_not_written(
 @pytest.mark.parametrize(
     ("file", "file_format", "options", "message"),
     [
-        ("graph.pt2", "torchscript", {}, "format 'torchscript' is not known: take one of onnx, openvino, torch-export"),
-        ("graph.pt", "torch-export", {}, r"a file of format torch-export is named \*.pt2, got graph.pt"),
-        ("graph.pt2", "torch-export", {"features": ["stage9"]}, "features stage9 are not known: take some of stem, stage1"),
+        ("graph.pt2", "torchscript", {}, "format 'torchscript' is not known: use one of onnx, openvino, torch-export"),
+        ("graph.pt", "torch-export", {}, r"a file of format torch-export must be named \*.pt2, got graph.pt"),
+        ("graph.pt2", "torch-export", {"features": ["stage9"]}, "features stage9 are not known: use stem, stage1"),
     ],
 )
-def test_what_cannot_be_exported_is_said(
+def test_invalid_arguments_raise_export_error(
     network: DinatForImageClassification,
     tmp_path: Path,
     file: str,
@@ -128,8 +128,8 @@ def test_what_cannot_be_exported_is_said(
         export(network, PROCESSOR, tmp_path / file, file_format, **options)
 
 
-def test_pictures_that_keep_their_aspect_need_a_size(network: DinatForImageClassification, tmp_path: Path) -> None:
+def test_size_is_required_if_the_aspect_ratio_is_preserved(network: DinatForImageClassification, tmp_path: Path) -> None:
     processor = DinatImageProcessor(size={"shortest_edge": 24})
-    with pytest.raises(ExportError, match="a graph has one input size: give it"):
+    with pytest.raises(ExportError, match="a graph has one input size: specify it"):
         export(network, processor, tmp_path / "graph.pt2", "torch-export")
     assert export(network, processor, tmp_path / "graph.pt2", "torch-export", batch=1, size=(24, 28)) < 1e-5

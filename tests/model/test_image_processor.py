@@ -13,7 +13,7 @@ from dinat.model.image_processor import to_rgb
 GRADIENT = np.tile(np.arange(256, dtype=np.uint8), (16, 1))
 
 
-def test_batch_of_pictures_of_any_size() -> None:
+def test_batch_of_images_of_any_size() -> None:
     pixels = DinatImageProcessor(size=24)(
         [Image.new("RGB", (50, 30)), np.zeros((7, 9, 3), np.uint8), torch.zeros(3, 8, 8).byte()]
     )
@@ -28,12 +28,12 @@ def test_int_size_is_height_and_width() -> None:
 
 
 @pytest.mark.parametrize(("size", "expected"), [((500, 375), (224, 298)), ((375, 500), (298, 224)), ((10, 1000), (22400, 224))])
-def test_shortest_edge_keeps_the_aspect(size: tuple[int, int], expected: tuple[int, int]) -> None:
+def test_shortest_edge_preserves_the_aspect_ratio(size: tuple[int, int], expected: tuple[int, int]) -> None:
     pixels = DinatImageProcessor(size={"shortest_edge": 224}).resize(Image.new("RGB", size))
     assert pixels.shape[:2] == expected
 
 
-def test_center_crop_cuts_and_pads() -> None:
+def test_center_crop_crops_and_pads() -> None:
     processor = DinatImageProcessor(do_resize=False, do_center_crop=True, crop_size=4, do_rescale=False, do_normalize=False)
     ramp = np.repeat(np.arange(49, dtype=np.uint8).reshape(7, 7, 1), 3, axis=2)
     assert processor(ramp)[0, 0].tolist() == [[8, 9, 10, 11], [15, 16, 17, 18], [22, 23, 24, 25], [29, 30, 31, 32]]
@@ -41,22 +41,22 @@ def test_center_crop_cuts_and_pads() -> None:
 
 
 def test_original_evaluation_resizes_the_short_side_and_crops() -> None:
-    picture = Image.fromarray(np.random.default_rng(0).integers(0, 256, (375, 500, 3), dtype=np.uint8))
-    expected = np.asarray(picture.resize((341, 256), Image.Resampling.BICUBIC))[16:240, 58:282]
-    assert np.array_equal(DinatImageProcessor.original().resize(picture), expected)
-    assert DinatImageProcessor.original(384, crop_pct=1.0).resize(picture).shape == (384, 384, 3)
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (375, 500, 3), dtype=np.uint8))
+    expected = np.asarray(image.resize((341, 256), Image.Resampling.BICUBIC))[16:240, 58:282]
+    assert np.array_equal(DinatImageProcessor.original().resize(image), expected)
+    assert DinatImageProcessor.original(384, crop_pct=1.0).resize(image).shape == (384, 384, 3)
 
 
-def test_whole_and_half_steps_can_be_left_out() -> None:
-    picture = np.full((4, 4, 3), 51, np.uint8)
-    plain = DinatImageProcessor(do_resize=False, do_rescale=False, do_normalize=False)
-    assert (plain(picture) == 51).all()
-    assert DinatImageProcessor(do_resize=False, do_normalize=False)(picture)[0, 0, 0, 0] == pytest.approx(0.2)
-    assert DinatImageProcessor(do_resize=False)(picture)[0, 0, 0, 0] == pytest.approx(-0.6)
+def test_steps_are_optional() -> None:
+    image = np.full((4, 4, 3), 51, np.uint8)
+    no_steps = DinatImageProcessor(do_resize=False, do_rescale=False, do_normalize=False)
+    assert (no_steps(image) == 51).all()
+    assert DinatImageProcessor(do_resize=False, do_normalize=False)(image)[0, 0, 0, 0] == pytest.approx(0.2)
+    assert DinatImageProcessor(do_resize=False)(image)[0, 0, 0, 0] == pytest.approx(-0.6)
 
 
 @pytest.mark.parametrize("mode", ["1", "L", "P", "CMYK", "YCbCr", "LAB", "HSV", "LA", "RGBA", "RGBX", "I", "I;16", "F"])
-def test_every_mode_becomes_rgb(mode: str) -> None:
+def test_every_mode_is_converted_to_rgb(mode: str) -> None:
     if mode == "I;16":
         image = Image.fromarray(GRADIENT.astype(np.uint16) * 257)
     elif mode in ("LAB", "HSV", "I", "F"):
@@ -71,22 +71,22 @@ def test_every_mode_becomes_rgb(mode: str) -> None:
 
 
 @pytest.mark.parametrize("kind", ["png", "tiff"])
-def test_16_bit_files_are_scaled_down_not_cut_off(kind: str) -> None:
+def test_16_bit_files_are_scaled_not_clipped(kind: str) -> None:
     buffer = BytesIO()
     Image.fromarray(GRADIENT.astype(np.uint16) * 257).save(buffer, kind)
     assert np.array_equal(np.asarray(to_rgb(Image.open(buffer)))[..., 1], GRADIENT)
 
 
-def test_transparent_parts_lie_over_white() -> None:
-    picture = Image.new("RGBA", (2, 1), (255, 0, 0, 255))
-    picture.putpixel((1, 0), (0, 0, 0, 0))
-    assert np.asarray(to_rgb(picture)).tolist() == [[[255, 0, 0], [255, 255, 255]]]
-    palette = picture.convert("P")
+def test_transparent_pixels_become_white() -> None:
+    image = Image.new("RGBA", (2, 1), (255, 0, 0, 255))
+    image.putpixel((1, 0), (0, 0, 0, 0))
+    assert np.asarray(to_rgb(image)).tolist() == [[[255, 0, 0], [255, 255, 255]]]
+    palette = image.convert("P")
     palette.info["transparency"] = palette.getpixel((1, 0))
     assert np.asarray(to_rgb(palette)).tolist()[0][1] == [255, 255, 255]
 
 
-def test_published_file_reads_and_reads_back(tmp_path: Path) -> None:
+def test_published_file_round_trip(tmp_path: Path) -> None:
     published: dict[str, Any] = {
         "do_normalize": True,
         "do_resize": True,
@@ -102,7 +102,7 @@ def test_published_file_reads_and_reads_back(tmp_path: Path) -> None:
     assert DinatImageProcessor.from_pretrained(tmp_path) == processor
 
 
-def test_no_processor_file_means_the_published_one(tmp_path: Path) -> None:
+def test_missing_file_means_the_published_processor(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text('{"image_size": 384}')
     processor = DinatImageProcessor.from_pretrained(tmp_path)
     assert (processor.size, processor.resample, processor.image_mean) == (384, 3, (0.485, 0.456, 0.406))
@@ -111,15 +111,15 @@ def test_no_processor_file_means_the_published_one(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"size": 0}, "size must be a whole number of pixels or"),
+        ({"size": 0}, "size must be a positive integer or"),
         ({"size": {"height": 3}}, "size must be"),
         ({"do_center_crop": True}, "crop_size must be"),
-        ({"resample": 9}, "resample must be one of Pillow's numbers"),
+        ({"resample": 9}, "resample must be one of Pillow's filter numbers"),
         ({"crop_pct": 1.5}, "crop_pct must be above 0"),
-        ({"image_std": [1, 0, 1]}, "no std 0"),
+        ({"image_std": [1, 0, 1]}, "image_std without 0"),
     ],
 )
-def test_wrong_fields_are_named(fields: dict[str, Any], message: str) -> None:
+def test_invalid_fields_raise_image_error(fields: dict[str, Any], message: str) -> None:
     with pytest.raises(ImageError, match=message):
         DinatImageProcessor(**fields)
 
@@ -127,17 +127,17 @@ def test_wrong_fields_are_named(fields: dict[str, Any], message: str) -> None:
 @pytest.mark.parametrize(
     ("images", "message"),
     [
-        ([], "no picture"),
+        ([], "at least one image is required"),
         ("cat.jpg", "must be a Pillow image"),
         (np.zeros((4, 4, 3), np.float32), "must be uint8"),
         (np.zeros((4, 4, 7), np.uint8), "must be uint8"),
     ],
 )
-def test_what_is_no_picture_is_named(images: Any, message: str) -> None:
+def test_invalid_images_raise_image_error(images: Any, message: str) -> None:
     with pytest.raises(ImageError, match=message):
         DinatImageProcessor()(images)
 
 
-def test_pictures_left_at_different_sizes_are_named() -> None:
-    with pytest.raises(ImageError, match="turn do_resize on"):
+def test_images_of_different_sizes_raise_image_error() -> None:
+    with pytest.raises(ImageError, match=r"must have one size after processing.*set do_resize"):
         DinatImageProcessor(do_resize=False)([Image.new("RGB", (2, 2)), Image.new("RGB", (3, 2))])

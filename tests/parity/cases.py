@@ -1,4 +1,4 @@
-"""Networks, weights and inputs of the parity cases, from numpy alone: both sides of the comparison make the same ones."""
+"""Networks, weights and inputs of the parity cases, created with numpy only, so that they are equal on both sides."""
 
 import zlib
 from typing import Any
@@ -16,11 +16,11 @@ NETWORKS = {
 }
 STAGES = ["stem", "stage1", "stage2", "stage3", "stage4"]
 SAMPLE = 48
-"""Elements kept of each tensor, besides its projection on a random vector, which every element takes part in."""
+"""Elements stored of each tensor, in addition to its projection on a random vector, which depends on all elements."""
 
 
-def settings(network: str) -> dict[str, Any]:
-    """Keywords for DinatConfig: small, four stages, the published pattern of dilations."""
+def config_fields(network: str) -> dict[str, Any]:
+    """Arguments of DinatConfig for a small network of four stages with the published pattern of dilations."""
     kernel_size, pattern, layer_scale = NETWORKS[network]
     depths = [2, 2, 2, 1]
     return {
@@ -35,7 +35,7 @@ def settings(network: str) -> dict[str, Any]:
 
 
 def weight(name: str, shape: tuple[int, ...]) -> np.ndarray:
-    """A weight by its name: norms around 1, biases and RPB wide enough to matter, products keeping their scale. float64."""
+    """Random weights for a parameter, float64: norms around 1, large biases and RPB, and matrices that preserve the scale."""
     values = np.random.default_rng(zlib.crc32(name.encode())).standard_normal(shape)
     if name.endswith("rpb"):
         return values
@@ -49,21 +49,21 @@ def weight(name: str, shape: tuple[int, ...]) -> np.ndarray:
 
 
 def pixel_values(height: int, width: int, channels: int = 3) -> np.ndarray:
-    """Two pictures: (2, channels, height, width) float64, standard normal."""
+    """Two images: (2, channels, height, width) float64, standard normal."""
     return np.random.default_rng(height * 1000 + width).standard_normal((2, channels, height, width))
 
 
 def fingerprint(values: np.ndarray) -> np.ndarray:
-    """A sample of a tensor's elements, then its projection on a random unit vector. float64, at most SAMPLE + 1 long."""
+    """A sample of a tensor's elements, and its projection on a random unit vector: float64, at most SAMPLE + 1 values."""
     flat = np.asarray(values, dtype=np.float64).ravel()
     random = np.random.default_rng(flat.size)
-    places = random.choice(flat.size, min(SAMPLE, flat.size), replace=False)
+    indices = random.choice(flat.size, min(SAMPLE, flat.size), replace=False)
     direction = random.standard_normal(flat.size)
-    return np.append(flat[places], flat @ direction / np.linalg.norm(direction))
+    return np.append(flat[indices], flat @ direction / np.linalg.norm(direction))
 
 
 def loss_cases() -> dict[str, tuple[dict[str, Any], np.ndarray]]:
-    """Settings and labels that lead to each of the losses, with problem_type left to the network where it can be."""
+    """Configuration fields and labels for each loss; problem_type is derived from the labels where possible."""
     random = np.random.default_rng(7)
     return {
         "single": ({"num_labels": 10}, np.array([3, -100])),
@@ -73,15 +73,15 @@ def loss_cases() -> dict[str, tuple[dict[str, Any], np.ndarray]]:
     }
 
 
-def picture(height: int, width: int) -> np.ndarray:
-    """A picture with edges, gradients and noise: (height, width, 3) uint8."""
+def synthetic_image(height: int, width: int) -> np.ndarray:
+    """An image with edges, gradients and noise: (height, width, 3) uint8."""
     random = np.random.default_rng(height * 10_000 + width)
     y, x = np.mgrid[0:height, 0:width]
     values = np.stack([x * 255 / width, y * 255 / height, ((x // 7 + y // 5) % 2) * 255], axis=-1)
     return (values * 0.7 + random.integers(0, 77, (height, width, 3))).clip(0, 255).astype(np.uint8)
 
 
-PICTURES = [(375, 500), (500, 333), (64, 64), (17, 1000), (1, 1), (224, 224)]
+IMAGE_SIZES = [(375, 500), (500, 333), (64, 64), (17, 1000), (1, 1), (224, 224)]
 PUBLISHED = {"resample": 3, "image_mean": [0.485, 0.456, 0.406], "image_std": [0.229, 0.224, 0.225]}
 PROCESSORS: dict[str, dict[str, Any]] = {
     "published-224": PUBLISHED | {"size": {"height": 224, "width": 224}},

@@ -1,11 +1,11 @@
-"""Make golden.npz with transformers 4.53.3, in an environment of its own:
+"""Create golden.npz with transformers 4.53.3, in a separate environment:
 
     python -m venv /tmp/golden
     /tmp/golden/bin/pip install torch==2.13.0
     /tmp/golden/bin/pip install transformers==4.53.3 pillow numpy
     /tmp/golden/bin/python -m tests.parity.make_golden
 
-transformers' DiNAT calls two operators of NATTEN 0.14, which no current torch can load: natten_rules.py states them.
+transformers' DiNAT calls two operators of NATTEN 0.14, which does not run with current PyTorch: natten_rules.py has them.
 """
 
 import hashlib
@@ -15,16 +15,16 @@ import numpy as np
 import torch
 
 from tests.parity.cases import (
+    IMAGE_SIZES,
     INPUTS,
     NETWORKS,
-    PICTURES,
     PROCESSORS,
     STAGES,
+    config_fields,
     fingerprint,
     loss_cases,
-    picture,
     pixel_values,
-    settings,
+    synthetic_image,
     weight,
 )
 from tests.parity.natten_rules import natten2dav, natten2dqkrpb
@@ -47,47 +47,47 @@ def main() -> None:
     modeling_dinat.natten2dqkrpb, modeling_dinat.natten2dav = natten2dqkrpb, natten2dav
     golden: dict[str, np.ndarray] = {}
 
-    def keep(name: str, values: torch.Tensor) -> None:
+    def store(name: str, values: torch.Tensor) -> None:
         golden[f"{name}/shape"] = np.array(values.shape)
         golden[name] = fingerprint(values.detach().numpy())
 
     with torch.no_grad():
         for network in NETWORKS:
-            classifier = with_weights(DinatForImageClassification(DinatConfig(**settings(network))))
-            backbone = with_weights(DinatBackbone(DinatConfig(**settings(network), out_features=STAGES)))
+            classifier = with_weights(DinatForImageClassification(DinatConfig(**config_fields(network))))
+            backbone = with_weights(DinatBackbone(DinatConfig(**config_fields(network), out_features=STAGES)))
             for height, width in INPUTS:
                 case = f"{network}/{height}x{width}"
                 pixels = torch.from_numpy(pixel_values(height, width))
                 output = classifier(pixels, output_hidden_states=True, output_attentions=True)
-                keep(f"{case}/logits", output.logits)
+                store(f"{case}/logits", output.logits)
                 for i, state in enumerate(output.hidden_states):
-                    keep(f"{case}/hidden_states/{i}", state)
-                    keep(f"{case}/reshaped_hidden_states/{i}", output.reshaped_hidden_states[i])
+                    store(f"{case}/hidden_states/{i}", state)
+                    store(f"{case}/reshaped_hidden_states/{i}", output.reshaped_hidden_states[i])
                 for i, attention in enumerate(output.attentions):
-                    keep(f"{case}/attentions/{i}", attention)
+                    store(f"{case}/attentions/{i}", attention)
                 maps = backbone(pixels, output_hidden_states=True)
                 for stage, feature_map, state in zip(STAGES, maps.feature_maps, maps.hidden_states, strict=True):
-                    keep(f"{case}/feature_maps/{stage}", feature_map)
-                    keep(f"{case}/backbone_hidden_states/{stage}", state)
+                    store(f"{case}/feature_maps/{stage}", feature_map)
+                    store(f"{case}/backbone_hidden_states/{stage}", state)
         for name, (changes, labels) in loss_cases().items():
-            classifier = with_weights(DinatForImageClassification(DinatConfig(**(settings("k7-8421") | changes))))
+            classifier = with_weights(DinatForImageClassification(DinatConfig(**(config_fields("k7-8421") | changes))))
             output = classifier(torch.from_numpy(pixel_values(64, 96)), labels=torch.from_numpy(labels))
             golden[f"loss/{name}"] = np.array(output.loss.item())
             golden[f"problem_type/{name}"] = np.array(classifier.config.problem_type)
 
     for name, changes in PROCESSORS.items():
-        for height, width in PICTURES:
-            pixels = picture(height, width)
+        for height, width in IMAGE_SIZES:
+            pixels = synthetic_image(height, width)
             exact = ViTImageProcessor(**(changes | {"do_normalize": False}))(
                 pixels, return_tensors="np", input_data_format="channels_last"
             )["pixel_values"][0]
             case = f"processor/{name}/{height}x{width}"
             golden[f"{case}/sha256"] = np.array(hashlib.sha256(exact.astype(np.float32).tobytes()).hexdigest())
-            normalised = ViTImageProcessor(**changes)(pixels, return_tensors="pt", input_data_format="channels_last")
-            keep(f"{case}/pixel_values", normalised["pixel_values"])
+            normalized = ViTImageProcessor(**changes)(pixels, return_tensors="pt", input_data_format="channels_last")
+            store(f"{case}/pixel_values", normalized["pixel_values"])
 
     np.savez_compressed(Path(__file__).with_name("golden.npz"), **golden)
-    print(len(golden), "values kept")
+    print(len(golden), "values stored")
 
 
 if __name__ == "__main__":

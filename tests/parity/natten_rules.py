@@ -1,6 +1,6 @@
-"""NATTEN 0.14's two operators, by NATTEN 0.14.6's own index rules, get_window_start and get_pb_start, position by position.
+"""Two operators of NATTEN 0.14, with the index rules of NATTEN 0.14.6 (get_window_start and get_pb_start) for each position.
 
-Another form than the project's own (model/attention/geometry.py), so that an error in either shows.
+This implementation is independent of the project's (model/attention/geometry.py), so that an error in either is detected.
 """
 
 import torch

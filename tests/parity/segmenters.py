@@ -1,6 +1,6 @@
-"""transformers' Mask2Former and OneFormer over a DiNAT, small, with weights by their names.
+"""Small Mask2Former and OneFormer of transformers with a DiNAT backbone and the weights of cases.py.
 
-Run in the environment that make_golden.py describes, with scipy, it makes segmenters.npz:
+Running this module in the environment of make_golden.py, with scipy, creates segmenters.npz:
 
     /tmp/golden/bin/python -m tests.parity.segmenters
 """
@@ -15,11 +15,12 @@ from tests.parity.cases import fingerprint, pixel_values, weight
 
 GOLDEN = Path(__file__).with_name("segmenters.npz")
 SIZES = [(64, 96), (160, 224)]
-"""Of the pictures. Kernel times dilation goes to 84, as in published segmenters: over 16 x 24 positions, and over 40 x 56."""
+"""(height, width) of the images. kernel_size * dilation is up to 84, as in published segmenters, and exceeds the feature maps,
+16 x 24 and 40 x 56."""
 
 
 def build(name: str) -> torch.nn.Module:
-    """mask2former or oneformer, in float64."""
+    """Create mask2former or oneformer in float64."""
     import transformers
 
     backbone = transformers.DinatConfig(
@@ -59,18 +60,18 @@ def build(name: str) -> torch.nn.Module:
 
 
 def outputs(name: str, network: torch.nn.Module, height: int, width: int) -> dict[str, np.ndarray]:
-    """Fingerprints of what it says of two pictures."""
+    """Fingerprints of the outputs for two images."""
     inputs = {"pixel_values": torch.from_numpy(pixel_values(height, width))}
     if name == "oneformer":
         inputs["task_inputs"] = torch.arange(16).view(2, 8).double()
     with torch.no_grad():
-        said = network(**inputs)
-    kept = {"classes": said.class_queries_logits, "masks": said.masks_queries_logits}
-    return {f"{name}/{height}x{width}/{what}": fingerprint(value.numpy()) for what, value in kept.items()}
+        output = network(**inputs)
+    logits = {"classes": output.class_queries_logits, "masks": output.masks_queries_logits}
+    return {f"{name}/{height}x{width}/{key}": fingerprint(value.numpy()) for key, value in logits.items()}
 
 
 def main() -> None:
-    """Make the golden values."""
+    """Create the golden values."""
     import transformers
     from transformers.models.dinat import modeling_dinat
 
@@ -85,7 +86,7 @@ def main() -> None:
         for height, width in SIZES:
             golden |= outputs(name, network, height, width)
     np.savez_compressed(GOLDEN, **golden)
-    print(len(golden), "values kept")
+    print(len(golden), "values stored")
 
 
 if __name__ == "__main__":

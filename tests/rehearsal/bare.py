@@ -1,4 +1,4 @@
-"""`-p tests.rehearsal.bare`: as if nothing of the service's own packages were installed, as on a machine that lends a card."""
+"""pytest plugin that hides the service's dependencies, as on a GPU machine with PyTorch only: `-p tests.rehearsal.bare`."""
 
 import sys
 

@@ -1,4 +1,4 @@
-"""benchmarks.gpu on the stand-in, from its first line to its last: `python -m tests.rehearsal.benchmark FILE`."""
+"""Run all of benchmarks.gpu on the fake GPU: `python -m tests.rehearsal.benchmark FILE`."""
 
 import sys
 from pathlib import Path
@@ -11,7 +11,7 @@ from torch import nn
 import tests.rehearsal.plugin  # noqa: F401  # before anything imports Triton
 from benchmarks import gpu, serving
 from dinat.model import AttentionError, DinatForImageClassification, DinatImageProcessor, attention
-from tests.rehearsal import card
+from tests.rehearsal.fake_gpu.tensors import shapes_only
 
 SERVER = "import tests.rehearsal.plugin; from dinat.app.cli import main; raise SystemExit(main(__import__('sys').argv[1:]))"
 
@@ -20,7 +20,7 @@ def swin() -> nn.Module:
     return nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(3, 1000))
 
 
-class Broken(nn.Module):
+class FailingNetwork(nn.Module):
     def forward(self, pixels: torch.Tensor) -> torch.Tensor:
         raise RuntimeError("broken")
 
@@ -30,17 +30,17 @@ def save_digits(folder: Path) -> None:
     DinatImageProcessor.from_pretrained("digits").save_pretrained(folder)
 
 
-def natten_without_float32(*args: Any, true: Any = attention.BACKENDS["natten"]) -> torch.Tensor:
+def natten_without_float32(*args: Any, natten: Any = attention.BACKENDS["natten"]) -> torch.Tensor:
     if args[0].dtype == torch.float32:
         raise AttentionError("natten has no kernel")
-    result: torch.Tensor = true(*args)
-    return result
+    output: torch.Tensor = natten(*args)
+    return output
 
 
 def main(file: str) -> None:
     torchvision = ModuleType("torchvision")
     torchvision.models = ModuleType("models")  # type: ignore[attr-defined]
-    torchvision.models.swin_t, torchvision.models.swin_b = swin, Broken  # type: ignore[attr-defined]
+    torchvision.models.swin_t, torchvision.models.swin_b = swin, FailingNetwork  # type: ignore[attr-defined]
     sys.modules["torchvision"] = torchvision
     attention.BACKENDS["natten"] = natten_without_float32
     serving.save_network = save_digits
@@ -49,7 +49,7 @@ def main(file: str) -> None:
     command = serving.command
     serving.command = lambda *args: [sys.executable, "-c", SERVER, *command(*args)[3:]]
     sys.argv = ["gpu", "--quick", "--json", file]
-    with card.shapes_only():
+    with shapes_only():
         gpu.main()
         rows = gpu.served_rows()
         gpu.SERVED_FLAGS = ["--device", "cuda:7"]

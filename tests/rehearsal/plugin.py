@@ -1,13 +1,16 @@
-"""`python -m pytest -p tests.rehearsal.plugin tests/gpu`: as if this machine had a card."""
+"""pytest plugin that installs the fake GPU: `python -m pytest -p tests.rehearsal.plugin tests/gpu`.
+
+REHEARSAL_GPUS is the number of GPUs, 1 by default.
+"""
 
 import os
 
 os.environ["TRITON_INTERPRET"] = "1"
 
-from tests.rehearsal import card
+from tests.rehearsal.fake_gpu.install import install
 
-card.install(cards=int(os.environ.get("REHEARSAL_CARDS", "1")))
+install(gpus=int(os.environ.get("REHEARSAL_GPUS", "1")))
 
-from dinat.model.attention import choice  # noqa: E402
+from dinat.model.attention import autotune  # noqa: E402
 
-choice.ROUNDS, choice.REPEATS = 1, 1  # what takes no time is timed in no time
+autotune.ROUNDS, autotune.REPEATS = 1, 1  # timings on the fake GPU mean nothing

@@ -1,4 +1,4 @@
-"""benchmarks/on_gpu.sh with a Python that only says what it was asked."""
+"""benchmarks/on_gpu.sh with a fake Python that prints its arguments."""
 
 import os
 import subprocess
@@ -9,7 +9,7 @@ import pytest
 ROOT = Path(__file__).parents[2]
 PYTHON = """#!/bin/sh
 case "$*" in
-    -) cat >/dev/null; echo {card} ;;
+    -) cat >/dev/null; echo {gpu} ;;
     *"import natten"*) exit 1 ;;
     *pip*) echo "$@"; exit {pip} ;;
     *doctor*) echo "$@"; exit 1 ;;
@@ -18,43 +18,43 @@ esac
 """
 
 
-def run(folder: Path, *parts: str, card: str = "a-card", pip: int = 0, natten: str = "") -> subprocess.CompletedProcess[str]:
+def run(folder: Path, *parts: str, gpu: str = "a-gpu", pip: int = 0, natten: str = "") -> subprocess.CompletedProcess[str]:
     python = folder / "python"
-    python.write_text(PYTHON.format(card=card, pip=pip))
+    python.write_text(PYTHON.format(gpu=gpu, pip=pip))
     python.chmod(0o755)
     environment = {**os.environ, "PYTHON": str(python), "NATTEN": natten, "NATTEN_CUDA_ARCH": "9.0"}
     command = [ROOT / "benchmarks" / "on_gpu.sh", folder / "results", *parts]
     return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60)
 
 
-def test_every_part_runs_and_leaves_what_it_printed(tmp_path: Path) -> None:
-    done = run(tmp_path)
-    assert done.returncode == 1  # the doctor's
-    assert "natten is not installed, and NATTEN names no sdist or wheel: it is left out" in done.stdout
-    assert "== doctor ended with 1" in done.stdout
+def test_every_part_runs_and_its_output_is_stored(tmp_path: Path) -> None:
+    completed = run(tmp_path)
+    assert completed.returncode == 1  # that of dinat doctor
+    assert "natten is not installed, and NATTEN is not set to an sdist or wheel: skipped" in completed.stdout
+    assert "== doctor exited with status 1" in completed.stdout
     results = {path.name: path.read_text() for path in (tmp_path / "results").iterdir()}
-    assert results.keys() == {f"gpu-a-card.{part}.txt" for part in ("tests", "doctor", "benchmark")}
-    assert results["gpu-a-card.tests.txt"] == "-m pytest -ra tests/gpu\n"
-    assert results["gpu-a-card.doctor.txt"] == "-m dinat doctor --device cuda --json\n"
-    assert results["gpu-a-card.benchmark.txt"].startswith("-m benchmarks.gpu --seconds 480 --json ")
+    assert results.keys() == {f"gpu-a-gpu.{part}.txt" for part in ("tests", "doctor", "benchmark")}
+    assert results["gpu-a-gpu.tests.txt"] == "-m pytest -ra tests/gpu\n"
+    assert results["gpu-a-gpu.doctor.txt"] == "-m dinat doctor --device cuda --json\n"
+    assert results["gpu-a-gpu.benchmark.txt"].startswith("-m benchmarks.gpu --seconds 480 --json ")
 
 
-def test_parts_can_be_named(tmp_path: Path) -> None:
-    done = run(tmp_path, "tests")
-    assert done.returncode == 0
-    assert [path.name for path in (tmp_path / "results").iterdir()] == ["gpu-a-card.tests.txt"]
+def test_parts_are_selected_by_name(tmp_path: Path) -> None:
+    completed = run(tmp_path, "tests")
+    assert completed.returncode == 0
+    assert [path.name for path in (tmp_path / "results").iterdir()] == ["gpu-a-gpu.tests.txt"]
     assert run(tmp_path, "everything").returncode == 2
 
 
 @pytest.mark.parametrize("pip", [0, 1])
-def test_natten_is_built_or_left_out_with_a_word(tmp_path: Path, pip: int) -> None:
-    done = run(tmp_path, "natten", "tests", natten="natten-0.21.7.tar.gz", pip=pip)
-    assert done.returncode == 0
-    assert "--no-build-isolation --target build/natten natten-0.21.7.tar.gz" in done.stdout
-    assert ("natten could not be built within 9 minutes: it is left out" in done.stdout) == bool(pip)
+def test_natten_is_built_or_skipped_with_a_message(tmp_path: Path, pip: int) -> None:
+    completed = run(tmp_path, "natten", "tests", natten="natten-0.21.7.tar.gz", pip=pip)
+    assert completed.returncode == 0
+    assert "--no-build-isolation --target build/natten natten-0.21.7.tar.gz" in completed.stdout
+    assert ("natten could not be built within 9 minutes: skipped" in completed.stdout) == bool(pip)
 
 
-def test_without_a_card_it_says_so(tmp_path: Path) -> None:
-    done = run(tmp_path, card="")
-    assert done.returncode == 1
-    assert "PyTorch sees no CUDA card" in done.stderr
+def test_script_fails_without_a_gpu(tmp_path: Path) -> None:
+    completed = run(tmp_path, gpu="")
+    assert completed.returncode == 1
+    assert "PyTorch finds no CUDA GPU" in completed.stderr

@@ -1,6 +1,6 @@
-"""The GPU's code on a machine with none: tests/gpu, tests/rehearsal/on_fake_gpu and benchmarks.gpu, on a stand-in for the card.
+"""Run GPU code on a machine without a GPU: tests/gpu, tests/rehearsal/on_fake_gpu and benchmarks.gpu on a fake GPU.
 
-Each in a process of its own, which believes that PyTorch sees a card (tests/rehearsal/card.py).
+Each runs in its own process, in which PyTorch reports a GPU (tests/rehearsal/fake_gpu).
 """
 
 import json
@@ -21,38 +21,37 @@ ROOT = Path(__file__).parents[2]
 pytest.importorskip("triton", reason="triton is not installed")
 pytest.importorskip("natten", reason="natten is not installed")
 pytestmark = [
-    pytest.mark.skipif(torch.cuda.is_available(), reason="a card is there: nothing needs to stand in for it"),
+    pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU"),
     pytest.mark.timeout(600),
 ]
 
+ON_FAKE_GPU = "tests/rehearsal/on_fake_gpu"
+SUITES = ["tests/gpu", *sorted(str(path.relative_to(ROOT)) for path in (ROOT / ON_FAKE_GPU).glob("test_*.py"))]
+QUICK = f"{ON_FAKE_GPU}/test_self_check.py"
+"""Part of `make test`; the others take minutes."""
+TWO_GPUS = f"{ON_FAKE_GPU}/test_devices.py"
+"""The suite that requires two GPUs."""
 
-SUITES = [
-    "tests/gpu",
-    *sorted(str(path.relative_to(ROOT)) for path in (ROOT / "tests/rehearsal/on_fake_gpu").glob("test_*.py")),
-]
-QUICK = "tests/rehearsal/on_fake_gpu/test_self_check.py"
-"""What is part of `make test`; all else takes minutes."""
-
-whole = pytest.mark.skipif("DINAT_REHEARSAL" not in os.environ, reason="DINAT_REHEARSAL is not set (make rehearsal)")
-
-
-def run(*arguments: str | Path, cards: int = 1) -> str:
-    """What Python printed."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "REHEARSAL_CARDS": str(cards), "TRITON_INTERPRET": "1"}
-    done = subprocess.run([sys.executable, *arguments], cwd=ROOT, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout[-20_000:] + done.stderr[-5_000:]
-    return done.stdout
+full_only = pytest.mark.skipif("DINAT_REHEARSAL" not in os.environ, reason="DINAT_REHEARSAL is not set (make rehearsal)")
 
 
-def run_suite(tests: str) -> str:
-    cards = 2 if "test_cards" in tests else 1
-    return run("-m", "pytest", "-q", "-p", "tests.rehearsal.plugin", "--tb=short", tests, cards=cards)
+def run(*arguments: str | Path, gpus: int = 1) -> str:
+    """Run Python with these arguments, and return its standard output."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "REHEARSAL_GPUS": str(gpus), "TRITON_INTERPRET": "1"}
+    completed = subprocess.run([sys.executable, *arguments], cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert completed.returncode == 0, completed.stdout[-20_000:] + completed.stderr[-5_000:]
+    return completed.stdout
+
+
+def run_suite(suite: str) -> str:
+    gpus = 2 if suite == TWO_GPUS else 1
+    return run("-m", "pytest", "-q", "-p", "tests.rehearsal.plugin", "--tb=short", suite, gpus=gpus)
 
 
 def run_bare() -> str:
-    """Some of tests/gpu with none of the service's own packages."""
-    chosen = ["-k", "fp32_is_fp32 or auto_keeps or keep_their_aspect", "tests/gpu"]
-    return run("-m", "pytest", "-q", "-p", "tests.rehearsal.bare", "-p", "tests.rehearsal.plugin", "--tb=short", *chosen)
+    """Run some of tests/gpu without the service's dependencies."""
+    selected = ["-k", "fp32_is_fp32 or auto_keeps or keep_their_aspect", "tests/gpu"]
+    return run("-m", "pytest", "-q", "-p", "tests.rehearsal.bare", "-p", "tests.rehearsal.plugin", "--tb=short", *selected)
 
 
 def run_benchmark(folder: Path) -> None:
@@ -68,30 +67,30 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def runs(folder: Path) -> Iterator[dict[str, Future[Any]]]:
-    """All of them, two at a time."""
+    """Start all runs, two at a time."""
     with ThreadPoolExecutor(2) as threads:
         runs = {"bare": threads.submit(run_bare)}
         if "DINAT_REHEARSAL" in os.environ:
-            runs |= {tests: threads.submit(run_suite, tests) for tests in SUITES}
+            runs |= {suite: threads.submit(run_suite, suite) for suite in SUITES}
             runs["benchmark"] = threads.submit(run_benchmark, folder)
         else:
             runs[QUICK] = threads.submit(run_suite, QUICK)
         yield runs
 
 
-@pytest.mark.parametrize("tests", [one if one == QUICK else pytest.param(one, marks=whole) for one in SUITES])
-def test_what_is_for_a_card_passes_on_a_stand_in(tests: str, runs: dict[str, Future[Any]]) -> None:
-    printed = runs[tests].result()
-    assert re.search(r"^\d+ passed", printed, re.MULTILINE), printed
-    assert "skipped" not in printed
+@pytest.mark.parametrize("suite", [suite if suite == QUICK else pytest.param(suite, marks=full_only) for suite in SUITES])
+def test_gpu_suite_passes_on_the_fake_gpu(suite: str, runs: dict[str, Future[Any]]) -> None:
+    output = runs[suite].result()
+    assert re.search(r"^\d+ passed", output, re.MULTILINE), output
+    assert "skipped" not in output
 
 
-def test_a_card_needs_nothing_of_the_services_own_packages(runs: dict[str, Future[Any]]) -> None:
+def test_gpu_code_runs_without_the_dependencies_of_the_service(runs: dict[str, Future[Any]]) -> None:
     assert re.search(r"^3 passed", runs["bare"].result(), re.MULTILINE)
 
 
-@whole
-def test_the_benchmark_runs_from_its_first_line_to_its_last(folder: Path, runs: dict[str, Future[Any]]) -> None:
+@full_only
+def test_benchmark_runs_every_line(folder: Path, runs: dict[str, Future[Any]]) -> None:
     runs["benchmark"].result()
     lines = json.loads((folder / "lines.json").read_text())["files"]["benchmarks/gpu.py"]
     assert lines["missing_lines"] == []

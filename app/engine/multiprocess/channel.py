@@ -1,7 +1,7 @@
-"""Messages between the processes of one service: JSON over a Unix socket, and beside it arrays in shared memory.
+"""Transport between the processes of one service: JSON over a Unix socket, and arrays in shared memory.
 
-The memory is anonymous (memfd) and travels as a file descriptor: it has no name that could be left behind, and needs nothing of
-/dev/shm. It is gone when the last process that holds it lets go of it or dies, also while it is still on its way.
+The memory is anonymous (memfd) and is passed as a file descriptor: it has no name that could be left behind, and does not use
+/dev/shm. The kernel frees it when the last process that holds it closes it or exits, also while the message is in transit.
 """
 
 import array
@@ -19,56 +19,64 @@ import numpy as np
 import numpy.typing as npt
 import orjson
 
-SMALL = 64 * 1024
-"""Bytes of JSON that go through the socket itself, which takes some 200 kB at once."""
+MAX_INLINE_BYTES = 64 * 1024
+"""Largest JSON that is sent through the socket itself, whose buffer holds some 200 kB."""
 
 _JSON = orjson.OPT_SERIALIZE_NUMPY | orjson.OPT_NON_STR_KEYS
-_HEAD = struct.Struct("<I")
-_LARGEST = SMALL + _HEAD.size
-_ALIGNED = 64
-_DESCRIPTORS = 2
+_LENGTH = struct.Struct("<I")
+_MAX_PACKET = MAX_INLINE_BYTES + _LENGTH.size
+_ALIGNMENT = 64
+_MAX_DESCRIPTORS = 2
 
 Arrays = Sequence[npt.NDArray[Any]]
-Received = Callable[[Any, Arrays, Sequence[int]], object]
+OnMessage = Callable[[Any, Arrays, Sequence[int]], object]
 
 
 class Channel:
-    """One end. A message is [kind, ...], of what JSON has, and arrays.
+    """One end of a connection. A message is a JSON value, arrays, and file descriptors.
 
-    received: called on the event loop's thread with each message, its arrays, and descriptors that it brings.  ended: called
-    then, once, when the other end has gone.
+    Args:
+        connection: A SOCK_SEQPACKET socket.
+        on_message: Called on the event loop's thread with the body, the arrays and the descriptors of each message. It owns
+            the descriptors.
+        on_closed: Called once on that thread, when the other end has closed the connection.
     """
 
-    def __init__(self, connection: socket.socket, received: Received, ended: Callable[[], object]) -> None:
+    def __init__(self, connection: socket.socket, on_message: OnMessage, on_closed: Callable[[], object]) -> None:
         self._connection = connection
-        self._received, self._ended = received, ended
+        self._on_message, self._on_closed = on_message, on_closed
         self._loop = asyncio.get_running_loop()
         self._lock = threading.Lock()
-        self._kept: deque[tuple[bytes, Sequence[int]]] = deque()
+        self._unsent: deque[tuple[bytes, Sequence[int]]] = deque()
         self._open = True
         connection.setblocking(False)
         self._loop.add_reader(connection, self._read)
 
-    def send(self, message: Any, arrays: Arrays = (), descriptors: Sequence[int] = ()) -> None:
-        """Send, from any thread. Never waits: what the socket does not take now is kept, and sent as soon as it does.
+    def send(self, body: Any, arrays: Arrays = (), descriptors: Sequence[int] = ()) -> None:
+        """Send a message, from any thread, without blocking. What the socket does not accept now is sent later.
 
-        To an end that has gone nothing is sent. descriptors: stay open here, and are open there.
+        A message to a closed connection is discarded.
+
+        Args:
+            body: A value that orjson encodes.
+            arrays: Sent in shared memory.
+            descriptors: Duplicated for the receiver; they stay open here.
         """
-        body = orjson.dumps([message, [[one.dtype.str, one.shape] for one in arrays]], option=_JSON)
+        data = orjson.dumps([body, [[one.dtype.str, one.shape] for one in arrays]], option=_JSON)
         own = [os.dup(descriptor) for descriptor in descriptors]
-        if arrays or len(body) > SMALL:
-            own.insert(0, share([np.frombuffer(body, np.uint8), *arrays]))
-            body = _HEAD.pack(len(body))
+        if arrays or len(data) > MAX_INLINE_BYTES:
+            own.insert(0, share([np.frombuffer(data, np.uint8), *arrays]))
+            data = _LENGTH.pack(len(data))
         with self._lock:
-            self._kept.append((body, own))
-            if len(self._kept) > 1:
+            self._unsent.append((data, own))
+            if len(self._unsent) > 1:
                 return
             if self._write() or not self._open:
                 return
         self._loop.call_soon_threadsafe(self._wait_to_write)
 
     def close(self) -> None:
-        """End it. On the event loop's thread."""
+        """Close the connection. On the event loop's thread."""
         if not self._open:
             return
         self._open = False
@@ -76,29 +84,29 @@ class Channel:
         self._loop.remove_writer(self._connection)
         with self._lock:
             self._connection.close()
-            while self._kept:
-                _close(self._kept.popleft()[1])
+            while self._unsent:
+                _close(self._unsent.popleft()[1])
 
     def _write(self) -> bool:
-        """Send what is kept; whether all of it went. With the lock held."""
-        while self._kept:
-            body, descriptors = self._kept[0]
+        """Send the unsent messages. Return whether all were sent. The caller holds the lock."""
+        while self._unsent:
+            data, descriptors = self._unsent[0]
             rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", descriptors))] if descriptors else []
             try:
-                self._connection.sendmsg([body], rights)
+                self._connection.sendmsg([data], rights)
             except BlockingIOError:
                 return False
             except OSError:
-                pass  # it has gone, which _read sees
+                pass  # the connection is closed, which _read notices
             _close(descriptors)
-            self._kept.popleft()
+            self._unsent.popleft()
         return True
 
     def _wait_to_write(self) -> None:
         if self._open:
-            self._loop.add_writer(self._connection, self._write_on)
+            self._loop.add_writer(self._connection, self._resume_writing)
 
-    def _write_on(self) -> None:
+    def _resume_writing(self) -> None:
         with self._lock:
             if self._write():
                 self._loop.remove_writer(self._connection)
@@ -106,28 +114,28 @@ class Channel:
     def _read(self) -> None:
         while self._open:
             try:
-                body, rights, _, _ = self._connection.recvmsg(
-                    _LARGEST, socket.CMSG_SPACE(_DESCRIPTORS * 4), socket.MSG_CMSG_CLOEXEC
+                data, rights, _, _ = self._connection.recvmsg(
+                    _MAX_PACKET, socket.CMSG_SPACE(_MAX_DESCRIPTORS * 4), socket.MSG_CMSG_CLOEXEC
                 )
             except BlockingIOError:
                 return
             except OSError:
-                body, rights = b"", []
-            if not body:
+                data, rights = b"", []
+            if not data:
                 self.close()
-                self._ended()
+                self._on_closed()
                 return
             descriptors = array.array("i")
-            for _, _, data in rights:
-                descriptors.frombytes(data)
-            if body[0] != ord("["):
-                self._received(*_unpacked(descriptors.pop(0), *_HEAD.unpack(body)), descriptors)
+            for _, _, received in rights:
+                descriptors.frombytes(received)
+            if data[0] != ord("["):
+                self._on_message(*_unpack(descriptors.pop(0), *_LENGTH.unpack(data)), descriptors)
             else:
-                self._received(orjson.loads(body)[0], (), descriptors)
+                self._on_message(orjson.loads(data)[0], (), descriptors)
 
 
 def share(arrays: Arrays) -> int:
-    """A descriptor of shared memory that holds these arrays, one after the other."""
+    """Copy arrays into shared memory, one after the other. Return its file descriptor."""
     descriptor = os.memfd_create("dinat", os.MFD_CLOEXEC)
     offset = 0
     for one in arrays:
@@ -135,33 +143,33 @@ def share(arrays: Arrays) -> int:
         written = 0
         while written < len(data):  # a call writes 2 GiB at most
             written += os.pwrite(descriptor, data[written:], offset + written)
-        offset = _aligned(offset + len(data))
+        offset = _align(offset + len(data))
     os.ftruncate(descriptor, max(1, offset))
     return descriptor
 
 
 def mapped(descriptor: int, shape: Sequence[int], dtype: str) -> npt.NDArray[Any]:
-    """The array that is alone in shared memory. Closes the descriptor; the memory stays while the array does."""
+    """The only array in shared memory. Closes the descriptor; the memory lives as long as the array."""
     memory = mmap.mmap(descriptor, 0, prot=mmap.PROT_READ)
     os.close(descriptor)
     return np.frombuffer(memory, dtype, int(np.prod(shape))).reshape(shape)
 
 
-def _unpacked(descriptor: int, length: int) -> tuple[Any, Arrays]:
-    """The message and the arrays in shared memory, which stays for as long as they do."""
+def _unpack(descriptor: int, length: int) -> tuple[Any, Arrays]:
+    """Body and arrays of a message in shared memory, which lives as long as the arrays. Closes the descriptor."""
     memory = mmap.mmap(descriptor, 0, prot=mmap.PROT_READ)
     os.close(descriptor)
-    message, kinds = orjson.loads(memory[:length])
-    arrays, offset = [], _aligned(length)
-    for kind, shape in kinds:
+    body, types = orjson.loads(memory[:length])
+    arrays, offset = [], _align(length)
+    for dtype, shape in types:
         count = int(np.prod(shape))
-        arrays.append(np.frombuffer(memory, kind, count, offset).reshape(shape))
-        offset = _aligned(offset + count * np.dtype(kind).itemsize)
-    return message, arrays
+        arrays.append(np.frombuffer(memory, dtype, count, offset).reshape(shape))
+        offset = _align(offset + count * np.dtype(dtype).itemsize)
+    return body, arrays
 
 
-def _aligned(offset: int) -> int:
-    return -(-offset // _ALIGNED) * _ALIGNED
+def _align(offset: int) -> int:
+    return -(-offset // _ALIGNMENT) * _ALIGNMENT
 
 
 def _close(descriptors: Sequence[int]) -> None:

@@ -1,4 +1,4 @@
-"""The network in another process, as a front-end process sees it."""
+"""The backend of a frontend process: a client of the engine process."""
 
 import asyncio
 import itertools
@@ -6,51 +6,75 @@ import os
 import socket
 import threading
 from collections.abc import Sequence
-from http import HTTPStatus
-from typing import Any
+from dataclasses import dataclass
 
 import numpy as np
-import torch
 
 from dinat.app.engine.backend import State
-from dinat.app.engine.batcher import Job, ResultCallback
-from dinat.app.engine.multiprocess.channel import Arrays, Channel, share
+from dinat.app.engine.events import BackendEvents
+from dinat.app.engine.job import Job
+from dinat.app.engine.multiprocess import wire
+from dinat.app.engine.multiprocess.channel import Channel, share
 from dinat.app.engine.multiprocess.shared_slots import Slots
-from dinat.app.engine.runtimes.runtime import Disabled, InferenceResult, LoadedModel
-from dinat.app.errors import ServiceError, Unavailable
+from dinat.app.engine.multiprocess.wire import (
+    CancelMessage,
+    FailedMessage,
+    JobMessage,
+    JobResult,
+    LoadedMessage,
+    ReadyMessage,
+    ResultsMessage,
+)
+from dinat.app.engine.runtimes.runtime import InferenceResult, LoadedModel
+from dinat.app.errors import Unavailable
 from dinat.app.metrics import Metrics
 from dinat.app.settings import Settings
-from dinat.model import DinatConfig, DinatImageProcessor
-from dinat.model.neighborhoods import Neighborhood
 
 RECONNECT_SECONDS = 0.1
 
 
-class EngineClient:
-    """A Backend that is the engine process listening at `address`; when that dies, the one that is started in its place.
+@dataclass(eq=False, slots=True)
+class PendingJob:
+    """A job that has a place in the queue and is not released.
 
-    A picture's place in the queue is a slot of memory that all processes share. It belongs to this process until the picture is
-    sent, then to the engine, which frees it.
+    Attributes:
+        slot: The slot that this process owns; None once the job is sent.
+        number: Identifies the job to the engine process; None until it is sent.
     """
 
-    def __init__(self, settings: Settings, metrics: Metrics, answered: ResultCallback, address: str) -> None:
+    job: Job
+    slot: int | None
+    number: int | None = None
+
+
+class EngineClient:
+    """A Backend that sends jobs to the engine process. It reconnects when the engine process exits and is restarted.
+
+    A place in the queue is a slot of memory that all processes share. This process owns the slot until the job is sent, then
+    the engine process owns it and frees it.
+
+    Args:
+        events: Receives results.
+        address: Path of the Unix socket on which the engine process listens.
+    """
+
+    def __init__(self, settings: Settings, metrics: Metrics, events: BackendEvents, address: str) -> None:
         self.settings = settings
         self.state = State.LOADING
         self.failure: BaseException | None = None
         self.loaded: LoadedModel | None = None
         self.rate: float | None = None
-        self._answered = answered
+        self._events = events
         self._address = address
-        self._settled = asyncio.Event()
+        self._start_ended = asyncio.Event()
         self._stopping = False
-        self._lock = threading.Lock()  # of all that follows
+        self._lock = threading.Lock()  # guards everything below
         self._channel: Channel | None = None
         self._slots: Slots | None = None
         self._owner = 0
-        self._places: dict[Job, int] = {}
-        self._sent: dict[int, Job] = {}
-        self._numbers: dict[Job, int] = {}
-        self._number = itertools.count()
+        self._pending: dict[Job, PendingJob] = {}
+        self._sent: dict[int, PendingJob] = {}
+        self._numbers = itertools.count()
 
     @property
     def waiting(self) -> int:
@@ -60,55 +84,68 @@ class EngineClient:
     async def start(self) -> None:
         """See Backend."""
         self._connect()
-        await self._settled.wait()
+        await self._start_ended.wait()
 
-    def take(self, jobs: Sequence[Job]) -> bool:
+    def reserve(self, jobs: Sequence[Job]) -> bool:
         """See Backend."""
         with self._lock:
-            slots = None if self._slots is None else self._slots.take(self._owner, len(jobs))
+            slots = None if self._slots is None else self._slots.acquire(self._owner, len(jobs))
             if slots is None:
                 return False
-            self._places.update(zip(jobs, slots, strict=True))
+            for job, slot in zip(jobs, slots, strict=True):
+                self._pending[job] = PendingJob(job, slot)
             return True
 
     def put(self, job: Job) -> None:
         """See Backend."""
         pixels = job.pixels
         assert pixels is not None
-        wanted = job.wanted.top_k, sorted(job.wanted.features), job.wanted.point
         fits = self._slots is not None and pixels.nbytes <= self._slots.size and pixels.dtype == np.uint8
-        shared = [] if fits else [share([pixels])]
+        descriptor = None if fits else share([pixels])
         with self._lock:
-            slot = self._places.pop(job, None)
-            if slot is not None and self._slots is not None and self._channel is not None:
+            pending = self._pending.get(job)
+            if pending is not None and pending.slot is not None and self._slots is not None and self._channel is not None:
                 if fits:
-                    self._slots.view(slot, pixels.shape)[:] = pixels
-                number = next(self._number)
-                self._sent[number], self._numbers[job] = job, number
-                times = job.arrived, job.deadline, job.decoded
-                self._channel.send(["job", number, slot, pixels.shape, pixels.dtype.str, *times, *wanted], (), shared)
-            elif not job.dropped:
-                self._answered([job], [_died()])
+                    self._slots.view(pending.slot, pixels.shape)[:] = pixels
+                number = next(self._numbers)
+                message = JobMessage(
+                    number,
+                    pending.slot,
+                    pixels.shape,
+                    pixels.dtype.str,
+                    job.arrived,
+                    job.deadline,
+                    job.decoded,
+                    job.options,
+                    descriptor,
+                )
+                pending.slot, pending.number = None, number
+                self._sent[number] = pending
+                self._channel.send(*message.encode())
+            elif not job.cancelled:
+                self._events.on_results([job], [_engine_exited()])
         job.pixels = None
-        for descriptor in shared:
+        if descriptor is not None:
             os.close(descriptor)
 
-    def withdraw(self, job: Job) -> None:
+    def release(self, job: Job) -> None:
         """See Backend."""
-        job.dropped = True
+        job.cancelled = True
         with self._lock:
-            slot, number = self._places.pop(job, None), self._numbers.pop(job, None)
-            if slot is not None and self._slots is not None:
-                self._slots.free(slot)
-            if number in self._sent and self._channel is not None:
-                del self._sent[number]
-                self._channel.send(["drop", number])
+            pending = self._pending.pop(job, None)
+            if pending is None:
+                return
+            if pending.slot is not None and self._slots is not None:
+                self._slots.release(pending.slot)
+            if pending.number in self._sent and self._channel is not None:
+                del self._sent[pending.number]
+                self._channel.send(*CancelMessage(pending.number).encode())
 
     async def stop(self) -> None:
         """See Backend."""
         self._stopping = True
-        self._settled.set()
-        self._forget(Unavailable("the service stopped before this picture's turn came"))
+        self._start_ended.set()
+        self._disconnect(Unavailable("the service stopped before this image was computed"))
 
     def _connect(self) -> None:
         if self._stopping:
@@ -120,86 +157,60 @@ class EngineClient:
             connection.close()
             asyncio.get_running_loop().call_later(RECONNECT_SECONDS, self._connect)
             return
-        self._channel = Channel(connection, self._received, self._ended)
+        self._channel = Channel(connection, lambda *received: self._on_message(wire.decode(*received)), self._on_closed)
 
-    def _received(self, message: Any, arrays: Arrays, descriptors: Sequence[int]) -> None:
-        kind, *rest = message
-        match kind:
-            case "answers":
-                self.rate, answers = rest
-                self._give([(number, times, _answer(given, arrays)) for number, *times, given in answers])
-            case "loaded":
-                self._open(*rest, *descriptors)
-            case "failed":
-                self.state, self.failure = State.FAILED, RuntimeError(rest[0])
-                self._settled.set()
+    def _on_message(self, message: wire.Message) -> None:
+        match message:
+            case ResultsMessage():
+                self.rate = message.rate
+                self._on_results(message.results)
+            case LoadedMessage():
+                self._on_loaded(message)
+            case FailedMessage():
+                self.state, self.failure = State.FAILED, RuntimeError(message.reason)
+                self._start_ended.set()
 
-    def _open(self, owner: int, count: int, size: int, loaded: dict[str, Any], descriptor: int) -> None:
-        """The engine is ready."""
-        disabled = [Disabled(**left) for left in loaded.pop("disabled")]
-        config, processor = DinatConfig.from_dict(loaded.pop("config")), DinatImageProcessor.from_dict(loaded.pop("processor"))
-        self.loaded = LoadedModel(config, processor, disabled=disabled, **loaded)
+    def _on_loaded(self, message: LoadedMessage) -> None:
+        self.loaded = message.model
         with self._lock:
-            self._owner, self._slots = owner, Slots(descriptor, count, size)
+            self._owner, self._slots = message.owner, Slots(message.slots, message.slot_count, message.slot_size)
         self.state, self.failure = State.READY, None
         assert self._channel is not None
-        self._channel.send(["ready"])
-        self._settled.set()
+        self._channel.send(*ReadyMessage().encode())
+        self._start_ended.set()
 
-    def _give(self, answers: Sequence[tuple[int, Sequence[float], InferenceResult | Exception]]) -> None:
-        given: list[Job] = []
-        of_given: list[InferenceResult | Exception] = []
+    def _on_results(self, results: Sequence[JobResult]) -> None:
+        jobs: list[Job] = []
+        of_jobs: list[InferenceResult | Exception] = []
         with self._lock:
-            for number, times, answer in answers:
-                job = self._sent.pop(number, None)
-                if job is not None:
-                    job.started, job.computed = times
-                    given.append(job)
-                    of_given.append(answer)
-        self._answered(given, of_given)
+            for one in results:
+                pending = self._sent.pop(one.number, None)
+                if pending is not None:
+                    pending.job.started, pending.job.computed = one.started, one.computed
+                    jobs.append(pending.job)
+                    of_jobs.append(one.result)
+        self._events.on_results(jobs, of_jobs)
 
-    def _ended(self) -> None:
-        """The engine has died, or ended."""
+    def _on_closed(self) -> None:
+        """The engine process exited."""
         if self.state is not State.FAILED:
-            self.state, self.failure = State.LOADING, _died()
-        self._forget(_died())
+            self.state, self.failure = State.LOADING, _engine_exited()
+        self._disconnect(_engine_exited())
         self._connect()
 
-    def _forget(self, why: Unavailable) -> None:
-        """Answer all that was sent with an error, and let go of the engine's memory."""
+    def _disconnect(self, error: Unavailable) -> None:
+        """Fail all sent jobs with an error, and close the connection and the shared slots."""
         with self._lock:
-            lost = list(self._sent.values())
+            failed = [pending.job for pending in self._sent.values()]
             self._sent.clear()
-            self._numbers.clear()
-            self._places.clear()
+            self._pending.clear()
             if self._slots is not None:
                 self._slots.close()
             self._slots, channel, self._channel = None, self._channel, None
         if channel is not None:
             channel.close()
-        self._answered(lost, [why] * len(lost))
+        self._events.on_results(failed, [error] * len(failed))
 
 
-def _died() -> Unavailable:
-    return Unavailable("the engine process died and is being started again: come back soon", {"Retry-After": "1"})
-
-
-def _answer(given: Any, arrays: Arrays) -> InferenceResult | Exception:
-    match given:
-        case ["answer", class_ids, scores, features, neighborhoods]:
-            named = {
-                name: arrays[at] if isinstance(at, int) else [arrays[one] for one in at]  # a map, or a list of them
-                for name, at in features.items()
-            }
-            seen = [
-                Neighborhood(**told, size=(h, w), query=(y, x), weights=torch.from_numpy(np.array(arrays[at])))
-                for at, (h, w), (y, x), told in neighborhoods
-            ]
-            return InferenceResult(np.array(class_ids, np.int64), np.array(scores, np.float32), named, seen)
-        case ["refused", status, detail, headers]:
-            error = ServiceError(detail, headers)
-            error.status = HTTPStatus(status)
-            return error
-        case ["error", detail]:
-            return RuntimeError(detail)
-    raise ValueError(f"an answer of the engine process that is not known: {given!r}")
+def _engine_exited() -> Unavailable:
+    return Unavailable("the engine process exited and is being restarted: retry later", {"Retry-After": "1"})

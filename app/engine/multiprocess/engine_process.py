@@ -1,4 +1,4 @@
-"""The engine process: the network, and the front-end processes that send it pictures."""
+"""The engine process: runs the model for the frontend processes that connect to it."""
 
 import asyncio
 import os
@@ -8,16 +8,26 @@ import threading
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import structlog
 
 from dinat.app.engine.backend import State
-from dinat.app.engine.batcher import Job
+from dinat.app.engine.events import BackendEvents
+from dinat.app.engine.job import Job
 from dinat.app.engine.local_backend import LocalBackend
-from dinat.app.engine.multiprocess.channel import Arrays, Channel, mapped
+from dinat.app.engine.multiprocess import wire
+from dinat.app.engine.multiprocess.channel import Channel, mapped
 from dinat.app.engine.multiprocess.shared_slots import Slots
-from dinat.app.engine.runtimes.runtime import Array, InferenceOptions, InferenceResult, LoadedModel
+from dinat.app.engine.multiprocess.wire import (
+    CancelMessage,
+    FailedMessage,
+    JobMessage,
+    JobResult,
+    LoadedMessage,
+    ReadyMessage,
+    ResultsMessage,
+)
+from dinat.app.engine.runtimes.runtime import InferenceResult, LoadedModel
 from dinat.app.errors import ServiceError
 from dinat.app.metrics import Metrics
 from dinat.app.settings import Settings
@@ -25,28 +35,37 @@ from dinat.app.settings import Settings
 log = structlog.get_logger("dinat")
 
 LOAD_FAILED_STATUS = 3
-"""The exit status of an engine process that another try would not help."""
+"""Exit status when the model cannot be loaded: a restart would not help."""
 
 READY_SECONDS = 10
-"""How long "ready" waits for the front ends to be so too."""
+"""How long the state "ready" is delayed until the frontend processes are ready too."""
 
 FLUSH_SECONDS = 0.2
-"""How long a failed engine stays, for its last messages to be sent."""
+"""How long a failed engine process sends its last messages before it exits."""
 
 
 @dataclass(eq=False, kw_only=True)
-class Sent(Job):
-    """A job of a front end. number: by which that knows it.  slot: which it holds until its pixels are copied, then None."""
+class FrontendJob(Job):
+    """A job of a frontend process.
 
-    front: "_FrontEnd"
+    Attributes:
+        number: Identifies the job to the frontend process.
+        slot: The slot that the job holds; None once its pixels are copied.
+    """
+
+    frontend: "Frontend"
     number: int
     slot: int | None
 
 
-class EngineProcess:
-    """Serves front ends, which connect to `listener`, until `lifeline` is closed at its other end.
+class EngineProcess(BackendEvents):
+    """Serves frontend processes until the other end of `lifeline` is closed.
 
-    say: told where the engine is in its life.  frontends: how many there are to be.
+    Args:
+        listener: Unix socket to which frontend processes connect.
+        lifeline: File descriptor of a pipe whose other end the supervisor holds.
+        report_status: Receives the engine's state, or the error that it failed with.
+        frontends: Number of frontend processes to expect.
     """
 
     def __init__(
@@ -55,41 +74,42 @@ class EngineProcess:
         metrics: Metrics,
         listener: socket.socket,
         lifeline: int,
-        say: Callable[[str], object],
+        report_status: Callable[[str], object],
         frontends: int,
     ) -> None:
         self._settings = settings
-        self._listener, self._lifeline, self._say, self._expected = listener, lifeline, say, frontends
-        self._backend = LocalBackend(settings, metrics, self._answered, self._started, self._changed, restarts=0)
-        self._frontends: dict[int, _FrontEnd] = {}
+        self._listener, self._lifeline = listener, lifeline
+        self._report_status, self._expected = report_status, frontends
+        self._backend = LocalBackend(settings, metrics, self, restarts=0)
+        self._frontends: dict[int, Frontend] = {}
         self._slots: Slots | None = None
-        self._freeing = threading.Lock()
-        self._ready: set[_FrontEnd] = set()
+        self._slots_lock = threading.Lock()
+        self._ready: set[Frontend] = set()
         self._all_ready = asyncio.Event()
-        self._over = asyncio.Event()
+        self._stopped = asyncio.Event()
 
     async def run(self) -> int:
-        """Until it is over; the exit status, 0 if it was the lifeline that ended it."""
+        """Run until the lifeline is closed or the engine fails. Return the exit status, 0 after a closed lifeline."""
         loop = asyncio.get_running_loop()
-        for ignored in (signal.SIGTERM, signal.SIGINT):  # it ends after the front ends, when it is told so
+        for ignored in (signal.SIGTERM, signal.SIGINT):  # the supervisor ends it, after the frontend processes
             signal.signal(ignored, signal.SIG_IGN)
         self._listener.setblocking(False)
         loop.add_reader(self._listener, self._accept)
-        loop.add_reader(self._lifeline, self._over.set)
-        self._say(State.LOADING)
+        loop.add_reader(self._lifeline, self._stopped.set)
+        self._report_status(State.LOADING)
         loading = asyncio.create_task(self._backend.start())
-        await self._over.wait()
+        await self._stopped.wait()
         loop.remove_reader(self._lifeline)
         failed = self._backend.state is State.FAILED
         if failed:
             await asyncio.sleep(FLUSH_SECONDS)
         elif not loading.done():
-            os._exit(0)  # nobody waits for it any more, and a thread that loads cannot be stopped
+            os._exit(0)  # the thread that loads the model cannot be stopped
         else:
             await self._backend.stop()
         loop.remove_reader(self._listener)
-        for front in list(self._frontends.values()):
-            front.channel.close()
+        for frontend in list(self._frontends.values()):
+            frontend.channel.close()
         return 0 if not failed else LOAD_FAILED_STATUS if self._slots is None else 1
 
     def _accept(self) -> None:
@@ -98,152 +118,130 @@ class EngineProcess:
         except BlockingIOError:
             return
         owner = next(number for number in range(1, 256) if number not in self._frontends)
-        self._frontends[owner] = front = _FrontEnd(self, owner, connection)
+        self._frontends[owner] = frontend = Frontend(self, owner, connection)
         if self._backend.state is State.FAILED:
-            front.channel.send(["failed", str(self._backend.failure)])
+            frontend.send(FailedMessage(str(self._backend.failure)))
         elif self._backend.loaded is not None and self._slots is not None:
-            self._welcome(front, self._backend.loaded, self._slots)
+            self._send_loaded(frontend, self._backend.loaded, self._slots)
 
-    async def _changed(self) -> None:
-        """The core's state has changed."""
+    async def on_state_change(self) -> None:
+        """See BackendEvents."""
         if self._backend.state is State.READY and self._backend.loaded is not None:
             if self._slots is None:
-                height, width = self._backend.loaded.processor.output_size or (
-                    0,
-                    0,
-                )  # pictures of no fixed size are sent beside
+                # Images of no fixed size do not fit into slots; they are sent in shared memory of their own.
+                height, width = self._backend.loaded.processor.output_size or (0, 0)
                 self._slots = Slots.create(self._settings.queue_limit, max(1, height * width * 3))
-            for front in self._frontends.values():
-                self._welcome(front, self._backend.loaded, self._slots)
+            for frontend in self._frontends.values():
+                self._send_loaded(frontend, self._backend.loaded, self._slots)
             try:
                 await asyncio.wait_for(self._all_ready.wait(), READY_SECONDS)
             except TimeoutError:
-                log.warning("not every front end is ready", ready=len(self._ready), expected=self._expected)
-            self._say(State.READY)
+                log.warning("frontend processes not ready", ready=len(self._ready), expected=self._expected)
+            self._report_status(State.READY)
         elif self._backend.state is State.FAILED:
-            self._say(str(self._backend.failure))
-            for front in self._frontends.values():
-                front.channel.send(["failed", str(self._backend.failure)])
-            self._over.set()
+            self._report_status(str(self._backend.failure))
+            for frontend in self._frontends.values():
+                frontend.send(FailedMessage(str(self._backend.failure)))
+            self._stopped.set()
 
-    def _welcome(self, front: "_FrontEnd", loaded: LoadedModel, slots: Slots) -> None:
-        told = {
-            "config": loaded.config.to_dict(),
-            "processor": loaded.processor.to_dict(),
-            "runtime": loaded.runtime,
-            "device": loaded.device,
-            "precision": loaded.precision,
-            "attention": loaded.attention,
-            "disabled": [{"what": left.what, "why": left.why} for left in loaded.disabled],
-        }
-        front.channel.send(["loaded", front.owner, slots.count, slots.size, told], (), [slots.descriptor])
+    def _send_loaded(self, frontend: "Frontend", loaded: LoadedModel, slots: Slots) -> None:
+        frontend.send(LoadedMessage(frontend.owner, slots.count, slots.size, slots.descriptor, loaded))
 
-    def received(self, front: "_FrontEnd", message: Any, arrays: Arrays, descriptors: Sequence[int]) -> None:
-        """A message from a front end."""
+    def on_message(self, frontend: "Frontend", message: wire.Message) -> None:
+        """Handle a message of a frontend process."""
         match message:
-            case ["job", *rest]:
-                self._put(front, descriptors, *rest)
-            case ["drop", number]:
-                job = front.jobs.pop(number, None)
+            case JobMessage():
+                self._put(frontend, message)
+            case CancelMessage():
+                job = frontend.jobs.pop(message.number, None)
                 if job is not None:
-                    self._drop([job])
-            case ["ready"]:
-                self._ready.add(front)
+                    self._cancel([job])
+            case ReadyMessage():
+                self._ready.add(frontend)
                 if len(self._ready) >= self._expected:
                     self._all_ready.set()
 
-    def _put(
-        self,
-        front: "_FrontEnd",
-        descriptors: Sequence[int],
-        number: int,
-        slot: int,
-        shape: list[int],
-        dtype: str,
-        arrived: float,
-        deadline: float,
-        decoded: float,
-        top_k: int,
-        features: list[str],
-        point: list[float] | None,
-    ) -> None:
+    def _put(self, frontend: "Frontend", message: JobMessage) -> None:
         assert self._slots is not None
-        pixels = mapped(descriptors[0], shape, dtype) if descriptors else self._slots.view(slot, shape)
-        wanted = InferenceOptions(top_k, frozenset(features), (point[0], point[1]) if point else None)
-        job = Sent(wanted, arrived, deadline, pixels, decoded, front=front, number=number, slot=slot)
-        front.jobs[number] = job
+        if message.pixels is None:
+            pixels = self._slots.view(message.slot, message.shape)
+        else:
+            pixels = mapped(message.pixels, message.shape, message.dtype)
+        job = FrontendJob(
+            message.options,
+            message.arrived,
+            message.deadline,
+            pixels,
+            message.decoded,
+            frontend=frontend,
+            number=message.number,
+            slot=message.slot,
+        )
+        frontend.jobs[message.number] = job
         self._backend.put(job)
 
-    def gone(self, front: "_FrontEnd") -> None:
-        """A front end has died, or ended: nobody waits for its pictures, and its places are free."""
-        del self._frontends[front.owner]
-        self._ready.discard(front)
-        self._drop(list(front.jobs.values()))
+    def on_closed(self, frontend: "Frontend") -> None:
+        """A frontend process exited: cancel its jobs and free its slots."""
+        del self._frontends[frontend.owner]
+        self._ready.discard(frontend)
+        self._cancel(list(frontend.jobs.values()))
         if self._slots is not None:
-            with self._freeing:
-                for slot in self._slots.owned(front.owner):  # taken, and not sent yet
-                    self._slots.free(slot)
+            with self._slots_lock:
+                for slot in self._slots.owned(frontend.owner):  # reserved, and their jobs not sent
+                    self._slots.release(slot)
 
-    def _drop(self, jobs: Sequence[Job]) -> None:
+    def _cancel(self, jobs: Sequence[Job]) -> None:
         for job in jobs:
-            job.dropped = True
-        self._free(jobs)
+            job.cancelled = True
+        self._release_slots(jobs)
 
-    def _started(self, batch: Sequence[Job]) -> None:
-        """In a thread of the core's: the pixels of a batch are copied."""
-        self._free(batch)
-
-    def _free(self, jobs: Sequence[Job]) -> None:
-        with self._freeing:
+    def _release_slots(self, jobs: Sequence[Job]) -> None:
+        with self._slots_lock:
             for job in jobs:
-                if isinstance(job, Sent) and job.slot is not None and self._slots is not None:
-                    self._slots.free(job.slot)
+                if isinstance(job, FrontendJob) and job.slot is not None and self._slots is not None:
+                    self._slots.release(job.slot)
                     job.slot = None
 
-    def _answered(self, jobs: Sequence[Job], answers: Sequence[InferenceResult | Exception]) -> None:
-        """In a thread of the core's: send answers back, those for a front end in one message."""
-        plain: dict[_FrontEnd, list[Any]] = defaultdict(list)
-        self._free(jobs)  # those that never ran
-        for job, answer in zip(jobs, answers, strict=True):
-            assert isinstance(job, Sent)
-            if job.front.jobs.pop(job.number, None) is None:
-                continue  # dropped meanwhile
-            arrays: list[Array] = []
-            written = _written(answer, arrays)
-            if arrays:
-                job.front.channel.send(
-                    ["answers", self._backend.rate, [[job.number, job.started, job.computed, written]]], arrays
-                )
-            else:
-                plain[job.front].append([job.number, job.started, job.computed, written])
-        for front, several in plain.items():
-            front.channel.send(["answers", self._backend.rate, several])
+    def on_batch_start(self, batch: Sequence[Job]) -> None:
+        """See BackendEvents. The pixels are copied, so the slots are free."""
+        self._release_slots(batch)
+
+    def on_results(self, jobs: Sequence[Job], results: Sequence[InferenceResult | Exception]) -> None:
+        """See BackendEvents. Results without arrays are sent in one message for each frontend process."""
+        plain: dict[Frontend, list[JobResult]] = defaultdict(list)
+        self._release_slots(jobs)  # of jobs that never ran
+        for job, result in zip(jobs, results, strict=True):
+            assert isinstance(job, FrontendJob)
+            if job.frontend.jobs.pop(job.number, None) is None:
+                continue  # cancelled meanwhile
+            job_result = JobResult(job.number, job.started, job.computed, result)
+            if isinstance(result, InferenceResult) and (result.features or result.neighborhoods):
+                job.frontend.send(ResultsMessage(self._backend.rate, [job_result]))
+                continue
+            if isinstance(result, Exception) and not isinstance(result, ServiceError):
+                log.error("inference failed", exc_info=result)
+            plain[job.frontend].append(job_result)
+        for frontend, job_results in plain.items():
+            frontend.send(ResultsMessage(self._backend.rate, job_results))
 
 
-class _FrontEnd:
-    """A front-end process that is connected."""
+class Frontend:
+    """A connected frontend process.
+
+    Attributes:
+        owner: Its number as an owner of slots.
+        jobs: Its jobs that have not ended, by number.
+    """
 
     def __init__(self, engine: EngineProcess, owner: int, connection: socket.socket) -> None:
         self.owner = owner
-        self.jobs: dict[int, Sent] = {}
-        self.channel = Channel(connection, lambda *message: engine.received(self, *message), lambda: engine.gone(self))
+        self.jobs: dict[int, FrontendJob] = {}
+        self.channel = Channel(
+            connection,
+            lambda *received: engine.on_message(self, wire.decode(*received)),
+            lambda: engine.on_closed(self),
+        )
 
-
-def _written(answer: InferenceResult | Exception, arrays: list[Array]) -> list[Any]:
-    """An answer as a message has it. Its maps are added to arrays."""
-    if isinstance(answer, ServiceError):
-        return ["refused", int(answer.status), answer.detail, answer.headers]
-    if isinstance(answer, Exception):
-        log.error("a picture could not be computed", exc_info=answer)
-        return ["error", f"{type(answer).__name__}: {answer}"]
-    features: dict[str, int | list[int]] = {}
-    for name, maps in answer.features.items():
-        first = len(arrays)
-        arrays.extend(maps if isinstance(maps, list) else [maps])
-        features[name] = list(range(first, len(arrays))) if isinstance(maps, list) else first
-    seen = []
-    for one in answer.neighborhoods:
-        told = {"stage": one.stage, "layer": one.layer, "dilation": one.dilation, "rows": one.rows, "columns": one.columns}
-        seen.append([len(arrays), one.size, one.query, told])
-        arrays.append(one.weights.numpy())
-    return ["answer", answer.class_ids, answer.scores, features, seen]
+    def send(self, message: wire.Message) -> None:
+        """Send a message. Safe from any thread."""
+        self.channel.send(*message.encode())

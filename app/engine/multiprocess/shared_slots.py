@@ -1,4 +1,4 @@
-"""Places in the queue, for several processes: each holds the pixels of one picture, in memory that all of them share."""
+"""The queue of several processes: slots of shared memory, each for the pixels of one image."""
 
 import fcntl
 import mmap
@@ -11,51 +11,51 @@ from dinat.app.host import free_memory
 from dinat.model import ConfigError
 from dinat.model.cpu.resize import Pixels
 
-NOBODY = 0
+FREE = 0
 PAGE = mmap.PAGESIZE
 
 
 class Slots:
     """`count` slots of `size` bytes. Each is free or has an owner, a number from 1 to 255.
 
-    Memory: one byte for each slot's owner, then the slots. Whoever looks for a free one holds a lock on the file, which the
-    kernel gives back when its holder dies; who owns a slot frees it by writing one byte.
+    Layout: one byte for the owner of each slot, then the slots. A process that looks for free slots locks the file; the kernel
+    releases the lock if the process exits. The owner of a slot releases it by writing one byte, without a lock.
     """
 
     def __init__(self, descriptor: int, count: int, size: int) -> None:
-        """Open memory that `create` has made. descriptor: closed when this is."""
+        """Map slots that `create` made. close() closes the file descriptor."""
         self.descriptor, self.count, self.size = descriptor, count, size
         self._memory = mmap.mmap(descriptor, 0)
-        self._first = _pages(count)
+        self._first = _round_to_pages(count)
 
     @classmethod
     def create(cls, count: int, size: int) -> "Slots":
-        """Make the memory, all of it at once. Raises ConfigError, in one line, where there is not enough."""
-        wanted = _pages(count) + count * size
+        """Allocate all slots. Raises ConfigError if there is not enough memory."""
+        required = _round_to_pages(count) + count * size
         free = free_memory()
-        if wanted > free:
+        if required > free:
             raise ConfigError(
-                f"QUEUE_LIMIT {count} pictures of {size:,} bytes want {wanted:,} bytes of shared memory, {free:,} are free: "
+                f"QUEUE_LIMIT {count} images of {size:,} bytes require {required:,} bytes of shared memory, {free:,} are free: "
                 "lower QUEUE_LIMIT, or give the service more memory"
             )
         descriptor = os.memfd_create("dinat-slots", os.MFD_CLOEXEC)
-        os.ftruncate(descriptor, wanted)
-        os.posix_fallocate(descriptor, 0, wanted)
+        os.ftruncate(descriptor, required)
+        os.posix_fallocate(descriptor, 0, required)
         return cls(descriptor, count, size)
 
     @property
     def used(self) -> int:
-        """Slots that are not free."""
-        return self.count - self._owners().count(NOBODY)
+        """Number of slots that have an owner."""
+        return self.count - self._owners().count(FREE)
 
-    def take(self, owner: int, count: int) -> Sequence[int] | None:
-        """So many free slots, or none if there are fewer. By one thread of a process at a time."""
+    def acquire(self, owner: int, count: int) -> Sequence[int] | None:
+        """Acquire `count` free slots; None if there are fewer. One thread of a process at a time may call this."""
         fcntl.lockf(self.descriptor, fcntl.LOCK_EX)
         try:
             owners, slots = self._owners(), []
             at = -1
             for _ in range(count):
-                at = owners.find(NOBODY, at + 1)
+                at = owners.find(FREE, at + 1)
                 if at < 0:
                     return None
                 slots.append(at)
@@ -65,26 +65,26 @@ class Slots:
         finally:
             fcntl.lockf(self.descriptor, fcntl.LOCK_UN)
 
-    def free(self, slot: int) -> None:
-        """Give a slot back. By its owner, or by whom it was handed to; once."""
-        self._memory[slot] = NOBODY
+    def release(self, slot: int) -> None:
+        """Release a slot, once. The caller owns it or received it from its owner."""
+        self._memory[slot] = FREE
 
     def owned(self, owner: int) -> Sequence[int]:
         """The slots of an owner."""
         return [slot for slot, one in enumerate(self._owners()) if one == owner]
 
     def view(self, slot: int, shape: Sequence[int]) -> Pixels:
-        """The pixels in a slot, (H, W, 3) uint8, where they are."""
+        """The pixels in a slot, (H, W, 3) uint8, without a copy."""
         length = int(np.prod(shape))
         return np.frombuffer(self._memory, np.uint8, length, self._first + slot * self.size).reshape(shape)
 
     def close(self) -> None:
-        """Let go of it; views stay good."""
+        """Close the descriptor. Views stay valid."""
         os.close(self.descriptor)
 
     def _owners(self) -> bytes:
         return self._memory[: self.count]
 
 
-def _pages(length: int) -> int:
+def _round_to_pages(length: int) -> int:
     return -(-length // PAGE) * PAGE

@@ -1,1 +1,1 @@
-"""What executes the network: PyTorch, OpenVINO, ONNX Runtime."""
+"""Runtimes that execute the network: PyTorch, OpenVINO, ONNX Runtime."""

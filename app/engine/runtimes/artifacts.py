@@ -1,4 +1,4 @@
-"""What is made once from a checkpoint and kept on disk, by what it is made of."""
+"""Cache on disk of what is built from a checkpoint, such as exported graphs, keyed by a digest of its inputs."""
 
 import hashlib
 import multiprocessing
@@ -14,34 +14,40 @@ from dinat import model
 from dinat.model.checkpoints.checkpoint import Checkpoint
 
 
-def artifact(cache: Path, key: str, make: Callable[[Path], object]) -> Path:
-    """The folder cache/key. Where it is missing, `make` fills a folder beside it, which then takes its place.
+def cached_artifact(cache: Path, key: str, build: Callable[[Path], object]) -> Path:
+    """The folder cache/key, built if it is missing.
 
-    So it is there whole or not at all, also when two processes make it at once: the first to finish wins.
+    The folder appears complete or not at all: it is built under a temporary name and then renamed. If two processes build it
+    at once, the first to finish wins.
+
+    Args:
+        cache: Parent folder, created if it is missing.
+        key: Name of the folder: a digest of what its contents depend on.
+        build: Writes the contents into the empty folder that it gets.
     """
     folder = cache / key
     if not folder.is_dir():
         cache.mkdir(parents=True, exist_ok=True)
-        made = Path(tempfile.mkdtemp(dir=cache, prefix=".making-"))
+        temporary = Path(tempfile.mkdtemp(dir=cache, prefix=".making-"))
         try:
-            make(made)
-            os.rename(made, folder)
+            build(temporary)
+            os.rename(temporary, folder)
         except OSError:
             if not folder.is_dir():
                 raise
         finally:
-            shutil.rmtree(made, ignore_errors=True)
+            shutil.rmtree(temporary, ignore_errors=True)
     return folder
 
 
-def in_own_process(call: Callable[..., object], *arguments: object) -> None:
-    """Call a module's function in a process that ends with it and gives back the memory it took. Raises what it raises."""
+def run_in_subprocess(call: Callable[..., object], *arguments: object) -> None:
+    """Call a module-level function in a process of its own, which returns its memory on exit. Raises what the call raises."""
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
         pool.submit(call, *arguments).result()
 
 
 def digest(*parts: object) -> str:
-    """A name for what is made of these parts; they are told apart by repr, or by content where they are bytes."""
+    """A digest of these parts: of the bytes themselves, of the repr of anything else."""
     hashed = hashlib.sha256()
     for part in parts:
         data = part if isinstance(part, bytes) else repr(part).encode()
@@ -49,8 +55,8 @@ def digest(*parts: object) -> str:
     return hashed.hexdigest()[:32]
 
 
-def digest_of(checkpoint: Checkpoint, *packages: str) -> str:
-    """A name for what a checkpoint's graph is made of: its weights and configuration, this project's network, the packages."""
+def checkpoint_digest(checkpoint: Checkpoint, *packages: str) -> str:
+    """A digest of what determines an exported graph: weights, configuration, the network's code, and package versions."""
     with checkpoint.weights().open("rb") as file:
         weights = hashlib.file_digest(file, "sha256").digest()
     code = [path.read_bytes() for path in sorted(Path(model.__file__).parent.rglob("*.py"))]

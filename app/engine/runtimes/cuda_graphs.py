@@ -1,4 +1,4 @@
-"""A computation as CUDA graphs, fed by several threads at once: while one batch computes, the next uploads."""
+"""A computation as CUDA graphs, called by several threads: one batch uploads while another computes."""
 
 import threading
 from collections.abc import Callable
@@ -9,17 +9,22 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dinat.model.capture_safe_cache import holding
+from dinat.model.capture_safe_cache import record_cached_values
 
 LANES = 2
-"""Batches on a card at once: one computes, the next uploads."""
+"""Batches in flight on a GPU: one computes while the next uploads."""
 
 Outputs = tuple[Tensor, Tensor]
 
 
 @dataclass(frozen=True)
 class Graph:
-    """One size. outputs: where every replay leaves them.  held: what else every replay reads."""
+    """The graph of one batch size.
+
+    Attributes:
+        outputs: Tensors that every replay writes.
+        held: Other tensors that every replay reads; they must outlive the graph.
+    """
 
     graph: torch.cuda.CUDAGraph
     outputs: Outputs
@@ -28,7 +33,7 @@ class Graph:
 
 @dataclass(frozen=True)
 class Slot:
-    """Where one batch passes: from pinned memory to the card on its own way there, and its outputs back to pinned memory."""
+    """Buffers of one batch in flight: pinned input on the host, input on the GPU, pinned outputs on the host."""
 
     pinned: Tensor
     uploaded: Tensor
@@ -36,17 +41,21 @@ class Slot:
 
 
 class CapturedComputation:
-    """compute(batch) as a graph for each power of two up to a largest batch: no launch waits for Python.
+    """compute(batch), captured as one CUDA graph for each power of two up to a largest batch size.
 
-    All sizes share one input and one pool of memory, so that together they take what the largest takes; hence they run in turn.
-    run may be called from LANES threads at once, each with the card made current.
+    All graphs share one input and one memory pool, so that together they use the memory of the largest; therefore they replay
+    one at a time. `run` may be called from LANES threads at once, each with this GPU as its current device.
     """
 
     def __init__(self, compute: Callable[[Tensor], Outputs], example: Tensor) -> None:
-        """Capture for example's size, a power of two, and all below it. example: on the card, its first axis the batch.
+        """Capture the computation. On an error the caller's stream is left as it was.
 
-        Raises what compute raises, or what CUDA says of an operation that cannot be captured; the caller's stream is then as
-        it was before.
+        Args:
+            compute: Maps a batch on the GPU to two tensors on the GPU. It must support CUDA graph capture.
+            example: The largest batch, on the GPU; its size, the first dimension, is a power of two.
+
+        Raises:
+            RuntimeError: An operation cannot be captured; or any other exception that `compute` raises.
         """
         self._input = example.clone()
         self._uploads = torch.cuda.Stream(example.device)  # type: ignore[no-untyped-call]
@@ -54,37 +63,37 @@ class CapturedComputation:
         pool = torch.cuda.graph_pool_handle()
         self._graphs: dict[int, Graph] = {}
         size = example.shape[0]
-        while size:  # the largest first: the others fit into what it leaves free
+        while size:  # the largest first: the others fit into the memory that it leaves free
             self._graphs[size] = self._capture(compute, self._input[:size], pool)
             size //= 2
         outputs = self._graphs[example.shape[0]].outputs
         self._slots: SimpleQueue[Slot] = SimpleQueue()
         for _ in range(LANES):
-            first, second = (_pinned(output) for output in outputs)
-            self._slots.put(Slot(_pinned(example), torch.empty_like(example), (first, second)))
-        torch.cuda.synchronize(example.device)  # what is still under way may use memory that a slot was given
+            first, second = (_pinned_like(output) for output in outputs)
+            self._slots.put(Slot(_pinned_like(example), torch.empty_like(example), (first, second)))
+        torch.cuda.synchronize(example.device)  # kernels in flight may use memory that a slot was allocated from
 
     @property
     def largest(self) -> int:
-        """The most pictures that a call of run takes."""
+        """The largest batch size."""
         return self._input.shape[0]
 
-    def takes(self, shape: torch.Size) -> bool:
-        """Whether run takes a batch of this shape."""
+    def accepts(self, shape: torch.Size) -> bool:
+        """Whether run supports a batch of this shape."""
         return shape[0] <= self.largest and shape[1:] == self._input.shape[1:]
 
-    def _capture(self, compute: Callable[[Tensor], Outputs], given: Tensor, pool: Any) -> Graph:
+    def _capture(self, compute: Callable[[Tensor], Outputs], batch: Tensor, pool: Any) -> Graph:
         graph = torch.cuda.CUDAGraph()
-        self._uploads.wait_stream(torch.cuda.current_stream(given.device))
-        with torch.cuda.stream(self._uploads), holding() as held:
-            compute(given)  # what is made or compiled when a size first comes cannot be while capturing
-            # The outer context gives the stream back even where the capture's own end raises.
+        self._uploads.wait_stream(torch.cuda.current_stream(batch.device))
+        with torch.cuda.stream(self._uploads), record_cached_values() as held:
+            compute(batch)  # creates and compiles what cannot be created during capture
+            # The outer context restores the stream even if the end of the capture raises.
             with torch.cuda.graph(graph, pool=pool, stream=self._uploads, capture_error_mode="thread_local"):
-                outputs = compute(given)
+                outputs = compute(batch)
         return Graph(graph, outputs, held)
 
     def run(self, batch: Tensor) -> Outputs:
-        """The outputs, on the host, for a batch on the host that `takes` is true of."""
+        """Compute a batch on the host of a shape that `accepts` allows. Return the outputs on the host."""
         count = batch.shape[0]
         captured = self._graphs[1 << (count - 1).bit_length()]
         slot = self._slots.get()
@@ -108,6 +117,6 @@ class CapturedComputation:
             self._slots.put(slot)
 
 
-def _pinned(like: Tensor) -> Tensor:
-    """Memory of the host that a card reads and writes by itself."""
-    return torch.empty(like.shape, dtype=like.dtype, pin_memory=True)
+def _pinned_like(tensor: Tensor) -> Tensor:
+    """Page-locked host memory, which a GPU copies asynchronously."""
+    return torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)

@@ -1,4 +1,4 @@
-"""A checkpoint as a graph on disk, run on the CPU by a runtime of its own. One subclass for each such runtime."""
+"""Runtimes of exported graphs, on the CPU: the part that OpenVINO and ONNX Runtime share."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -7,7 +7,7 @@ import numpy as np
 import structlog
 import torch
 
-from dinat.app.engine.runtimes.artifacts import artifact, digest, digest_of, in_own_process
+from dinat.app.engine.runtimes.artifacts import cached_artifact, checkpoint_digest, digest, run_in_subprocess
 from dinat.app.engine.runtimes.runtime import (
     LOGITS,
     Array,
@@ -15,8 +15,8 @@ from dinat.app.engine.runtimes.runtime import (
     InferenceOptions,
     InferenceResult,
     examples,
-    prepared,
     rank,
+    to_pixel_values,
 )
 from dinat.model import ConfigError, DinatForImageClassification, DinatImageProcessor
 from dinat.model.checkpoints.checkpoint import Checkpoint, open_checkpoint
@@ -25,18 +25,23 @@ from dinat.model.export import FORMATS, export, output_names
 
 log = structlog.get_logger("dinat")
 
-LABELS = 2
-"""Outputs that every picture needs: logits and pooled. The latter costs nothing, and keeps the last layer norm in float32."""
+CLASSIFICATION_OUTPUTS = 2
+"""Outputs that classification computes: logits and pooled. Pooled is free, and keeps the last layer norm in float32."""
 
 
 class ExportedRuntime:
-    """What runtimes of exported graphs share. The graph gives every map; it is made once and kept in a cache."""
+    """A Runtime that runs an exported graph. The graph returns all feature maps; it is exported once and cached.
+
+    Attributes:
+        file_format: Format of the graph; see dinat.model.export.
+        packages: Packages whose versions are part of the cache key.
+        graph_batch: Batch size of the graph; None if it is dynamic.
+    """
 
     name: str
     file_format: str
     packages: tuple[str, ...]
     graph_batch: int | None
-    """Pictures that the graph takes at once, None for any number."""
     device = "cpu"
     precision: str
     lanes = 1
@@ -44,7 +49,7 @@ class ExportedRuntime:
     default_batch = 8
 
     def __init__(self, checkpoint: Checkpoint, cache: Path) -> None:
-        """Find or make the graph. Raises CheckpointError, ConfigError, ExportError."""
+        """Load the graph from the cache, or export it. Raises CheckpointError, ConfigError, ExportError."""
         self.config = checkpoint.config
         if self.config.num_labels == 0:
             raise ConfigError(f"{checkpoint.source} has no classifier: it cannot be served")
@@ -54,42 +59,49 @@ class ExportedRuntime:
         self._cache = cache
         file = f"model{FORMATS[self.file_format][0]}"
 
-        def make(folder: Path) -> None:
-            log.info("making the graph, once for this checkpoint", model=checkpoint.source, runtime=self.name, cache=str(cache))
+        def build(folder: Path) -> None:
+            log.info("exporting graph", model=checkpoint.source, runtime=self.name, cache=str(cache))
             arguments = (checkpoint.source, checkpoint.revision, folder / file, self.file_format, self.graph_batch, features)
-            in_own_process(export_checkpoint, *arguments)  # it takes several times the memory that serving does
+            run_in_subprocess(export_checkpoint, *arguments)  # export needs several times the memory of inference
 
-        self._digest = digest_of(checkpoint, "torch", *self.packages)
+        self._digest = checkpoint_digest(checkpoint, "torch", *self.packages)
         key = digest(self._digest, self.file_format, self.processor.to_dict(), self.graph_batch)
-        self.graph = artifact(cache, key, make) / file
+        self.graph = cached_artifact(cache, key, build) / file
 
     def infer(self, pixel_values: Sequence[Array], features: bool) -> list[list[Array]]:
-        """The graph's first outputs for each picture, (1, ...) each: LABELS of them, or all if features are wanted.
+        """Run the graph.
 
-        pixel_values: (1, 3, H, W) each.
+        Args:
+            pixel_values: One (1, 3, H, W) array for each image.
+            features: Whether to compute all outputs of the graph, or only the first CLASSIFICATION_OUTPUTS.
+
+        Returns:
+            For each image its outputs, (1, ...) each.
         """
         raise NotImplementedError
 
-    def run(self, pixels: Pixels | Array, wanted: Sequence[InferenceOptions]) -> list[InferenceResult]:
+    def run(self, pixels: Pixels | Array, options: Sequence[InferenceOptions]) -> list[InferenceResult]:
         """See Runtime."""
         outputs: list[list[Array]] = [[] for _ in pixels]
         for features in (False, True):
-            chosen = [i for i, want in enumerate(wanted) if bool(want.features - {LOGITS}) is features]
-            inputs = [prepared(self.processor, torch.from_numpy(pixels[i : i + 1])).contiguous().numpy() for i in chosen]
-            for i, output in zip(chosen, self.infer(inputs, features) if chosen else [], strict=True):
+            selected = [i for i, one in enumerate(options) if bool(one.features - {LOGITS}) is features]
+            inputs = [
+                to_pixel_values(self.processor, torch.from_numpy(pixels[i : i + 1])).contiguous().numpy() for i in selected
+            ]
+            for i, output in zip(selected, self.infer(inputs, features) if selected else [], strict=True):
                 outputs[i] = output
         scores, classes = rank(torch.from_numpy(np.concatenate([output[0] for output in outputs])), self.config)
         return [
             InferenceResult(
-                classes[i, : want.top_k].numpy(),
-                scores[i, : want.top_k].numpy(),
-                {name: self._feature(name, outputs[i]) for name in sorted(want.features)},
+                classes[i, : one.top_k].numpy(),
+                scores[i, : one.top_k].numpy(),
+                {name: self._feature(name, outputs[i]) for name in sorted(one.features)},
             )
-            for i, want in enumerate(wanted)
+            for i, one in enumerate(options)
         ]
 
     def _feature(self, name: str, outputs: list[Array]) -> Array | list[Array]:
-        """A picture's map, or its maps, by name."""
+        """A feature map of an image by name, or a list of them for hidden_states."""
         if name == "hidden_states":
             return [output[0] for part, output in zip(self._outputs, outputs, strict=True) if part.startswith(name)]
         feature_map: Array = outputs[0 if name == LOGITS else self._outputs.index(name)][0]
@@ -117,7 +129,7 @@ class ExportedRuntime:
 def export_checkpoint(
     source: str, revision: str | None, path: Path, file_format: str, batch: int | None, features: Sequence[str]
 ) -> None:
-    """dinat.model.export.export of a checkpoint, in a form that another process can be asked for."""
+    """Export a checkpoint with dinat.model.export.export. All arguments can be pickled, for run_in_subprocess."""
     checkpoint = open_checkpoint(source, revision=revision)
     network = DinatForImageClassification.from_pretrained(checkpoint)
     export(network, DinatImageProcessor.from_pretrained(checkpoint), path, file_format, batch=batch, features=features)

@@ -1,4 +1,4 @@
-"""The network in OpenVINO: the fastest on a CPU. Imports openvino, which is an extra."""
+"""The network in OpenVINO, on the CPU. Requires the package openvino, an extra."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,41 +11,51 @@ import numpy.typing as npt
 import openvino
 import torch
 
-from dinat.app.engine.runtimes.artifacts import artifact, digest
-from dinat.app.engine.runtimes.exported_runtime import LABELS, ExportedRuntime
+from dinat.app.engine.runtimes.artifacts import cached_artifact, digest
+from dinat.app.engine.runtimes.exported_runtime import CLASSIFICATION_OUTPUTS, ExportedRuntime
 from dinat.app.engine.runtimes.runtime import Array
 from dinat.model import ConfigError
 from dinat.model.checkpoints.checkpoint import Checkpoint
 from dinat.model.export import INT8
 
 HINTS = {"fp32": "f32", "bf16": "bf16", "int8": "f32"}
-"""OpenVINO's name of each precision; int8 is in the graph itself, and what it leaves as it is runs in float32."""
+"""OpenVINO's name of each precision. int8 is part of the graph; its other operations run in float32."""
 
 
-def resolve_precision(asked: str) -> str:
-    """auto: bf16 where the processor has instructions for it. Raises ConfigError for one that a CPU does not compute in."""
+def resolve_precision(precision: str) -> str:
+    """Resolve "auto" to bf16 if the CPU has instructions for it, else fp32.
+
+    Raises:
+        ConfigError: The CPU or OpenVINO does not support the precision.
+    """
     has_bf16 = "BF16" in openvino.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
-    if asked == "auto":
+    if precision == "auto":
         return "bf16" if has_bf16 else "fp32"
-    if asked not in HINTS:
-        raise ConfigError(f"precision {asked} is not served by OpenVINO on a CPU: take one of auto, {', '.join(HINTS)}")
-    if asked == "bf16" and not has_bf16:
-        raise ConfigError("precision bf16 is not there: this processor has no instructions for it; take fp32")
-    return asked
+    if precision not in HINTS:
+        raise ConfigError(f"precision {precision} is not supported by OpenVINO on a CPU: set auto, {', '.join(HINTS)}")
+    if precision == "bf16" and not has_bf16:
+        raise ConfigError("precision bf16 is not supported by this CPU: set fp32")
+    return precision
 
 
 @dataclass
 class Compiled:
-    """A compiled graph as a queue of requests, one for each of its streams, and the mapped file that holds its weights."""
+    """A compiled graph.
+
+    Attributes:
+        queue: openvino.AsyncInferQueue with one request for each stream.
+        blob: Memory-mapped file with the weights.
+    """
 
     queue: Any
     blob: npt.NDArray[np.uint8]
 
 
 class OpenVinoRuntime(ExportedRuntime):
-    """A Runtime that computes every picture on its own: one a core when there are several, a single one on all cores.
+    """A Runtime that computes each image on its own: several images on one core each, a single image on all cores.
 
-    That beats batches: nothing waits for the other cores after each layer, and a picture's maps stay in its core's cache.
+    That is faster than batches: no core waits for the others after each layer, and an image's feature maps stay in the cache
+    of its core.
     """
 
     name = "openvino"
@@ -54,13 +64,13 @@ class OpenVinoRuntime(ExportedRuntime):
     graph_batch = 1
 
     def __init__(self, checkpoint: Checkpoint, precision: str, cache: Path) -> None:
-        """Find or make the graph. Raises CheckpointError, ConfigError, ExportError."""
+        """Load the graph from the cache, or export it. Raises CheckpointError, ConfigError, ExportError."""
         self.precision = resolve_precision(precision)
-        self._label_graph = Path(checkpoint.source) / INT8 if precision == "int8" else None
-        if self._label_graph is not None and not self._label_graph.is_file():
+        self._int8_graph = Path(checkpoint.source) / INT8 if precision == "int8" else None
+        if self._int8_graph is not None and not self._int8_graph.is_file():
             raise ConfigError(
-                f"precision int8 needs {self._label_graph}: make it with `dinat quantize {checkpoint.source} PICTURES FOLDER`, "
-                "and serve that folder"
+                f"precision int8 requires {self._int8_graph}: create it with "
+                f"`dinat quantize {checkpoint.source} IMAGES FOLDER`, and serve that folder"
             )
         super().__init__(checkpoint, cache)
         self._cores = torch.get_num_threads()
@@ -71,12 +81,12 @@ class OpenVinoRuntime(ExportedRuntime):
         """See ExportedRuntime."""
         outputs: list[list[Array]] = [[] for _ in pixel_values]
 
-        def take(request: Any, i: int) -> None:
+        def on_done(request: Any, i: int) -> None:
             outputs[i] = [np.array(tensor.data, dtype=np.float32) for tensor in request.output_tensors]
 
-        def compute(compiled: Compiled, pictures: range) -> None:
-            compiled.queue.set_callback(take)
-            for i in pictures:
+        def compute(compiled: Compiled, images: range) -> None:
+            compiled.queue.set_callback(on_done)
+            for i in images:
                 compiled.queue.start_async([pixel_values[i]], userdata=i)
             compiled.queue.wait_all()
 
@@ -86,40 +96,40 @@ class OpenVinoRuntime(ExportedRuntime):
             compute(self._with_features, range(count))
         else:
             if together:
-                compute(self._crowd, range(together))
-            compute(self._alone, range(together, count))  # the odd one out, on all cores
+                compute(self._one_image_a_core, range(together))
+            compute(self._all_cores, range(together, count))  # the last image, if it would occupy one core alone
         return outputs
 
     @cached_property
-    def _alone(self) -> Compiled:
+    def _all_cores(self) -> Compiled:
         return self._compile(features=False, streams=1)
 
     @cached_property
-    def _crowd(self) -> Compiled:
-        return self._compile(features=False, streams=self._cores) if self._cores > 1 else self._alone
+    def _one_image_a_core(self) -> Compiled:
+        return self._compile(features=False, streams=self._cores) if self._cores > 1 else self._all_cores
 
     @cached_property
     def _with_features(self) -> Compiled:
         return self._compile(features=True, streams=self._cores)
 
     def _compile(self, features: bool, streams: int) -> Compiled:
-        """The compiled graph, with as many streams, each with its share of the cores. From the cache where it is there."""
+        """Compile the graph for a number of streams that share the cores, or load it from the cache."""
         options = {
             "INFERENCE_PRECISION_HINT": HINTS[self.precision],
             "NUM_STREAMS": streams,
             "INFERENCE_NUM_THREADS": self._cores,
         }
-        graph = self.graph if features or self._label_graph is None else self._label_graph
-        processor = [self._core.get_property("CPU", name) for name in ("FULL_DEVICE_NAME", "OPTIMIZATION_CAPABILITIES")]
-        key = digest(self._digest, str(graph), graph.stat().st_mtime_ns, features, processor, sorted(options.items()))
+        graph = self.graph if features or self._int8_graph is None else self._int8_graph
+        cpu = [self._core.get_property("CPU", name) for name in ("FULL_DEVICE_NAME", "OPTIMIZATION_CAPABILITIES")]
+        key = digest(self._digest, str(graph), graph.stat().st_mtime_ns, features, cpu, sorted(options.items()))
 
-        def make(folder: Path) -> None:
+        def build(folder: Path) -> None:
             model = self._core.read_model(graph)
             if not features:
-                model = openvino.Model(model.get_results()[:LABELS], model.get_parameters(), "labels")
+                model = openvino.Model(model.get_results()[:CLASSIFICATION_OUTPUTS], model.get_parameters(), "labels")
             compiled = self._core.compile_model(model, "CPU", options)
             (folder / "compiled.blob").write_bytes(compiled.export_model().getbuffer())
 
-        blob = np.memmap(artifact(self._cache, key, make) / "compiled.blob", dtype=np.uint8, mode="c")
+        blob = np.memmap(cached_artifact(self._cache, key, build) / "compiled.blob", dtype=np.uint8, mode="c")
         compiled = self._core.import_model(openvino.Tensor(blob, shared_memory=True), "CPU", options)
         return Compiled(openvino.AsyncInferQueue(compiled, streams), blob)

@@ -1,4 +1,4 @@
-"""What the engine asks of whoever computes, and what passes between them."""
+"""The interface between the engine and its runtimes: options, results, and the Runtime protocol."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -18,15 +18,17 @@ Array = npt.NDArray[np.float32]
 
 
 LOGITS = "logits"
-"""What may be wanted beside the network's maps: what comes before the scores, in the order of the classes."""
+"""Name of the logits among the features: the network's output before scores, in the order of the classes."""
 
 
 @dataclass(frozen=True)
 class InferenceOptions:
-    """What a request wants of a picture.
+    """What to compute for an image.
 
-    top_k: 1 to the number of labels.  features: some of config.feature_names, and LOGITS.  point: (y, x), 0 to 1 each, whose
-    neighborhoods are wanted, and nothing else.
+    Attributes:
+        top_k: Number of classes to return, 1 to the number of labels.
+        features: Feature maps to return: names of config.feature_names, and LOGITS.
+        point: (y, x), each 0 to 1. If set, only the neighborhoods of this point are computed.
     """
 
     top_k: int
@@ -36,11 +38,15 @@ class InferenceOptions:
 
 @dataclass(frozen=True)
 class InferenceResult:
-    """What the network says of a picture.
+    """The result of an image.
 
-    class_ids: (top_k,) int64 and scores: (top_k,) float32, best first, ties by class.  features: by name, (C, h, w) float32
-    maps, (C,) for pooled, a list of maps for hidden_states, (num_labels,) for LOGITS.  seconds: what each part took, in order:
-    decode, queue (until its batch ran), compute (its whole batch).
+    Attributes:
+        class_ids: (top_k,) int64, best first; equal scores in the order of the classes.
+        scores: (top_k,) float32.
+        features: By name: (C, h, w) float32 feature maps, (C,) for pooled, a list of maps for hidden_states, (num_labels,)
+            for LOGITS.
+        neighborhoods: Of InferenceOptions.point, one for each layer.
+        seconds: Time of each part, in order: decode, queue (until its batch started), compute (its whole batch).
     """
 
     class_ids: npt.NDArray[np.int64]
@@ -52,18 +58,28 @@ class InferenceResult:
 
 @dataclass(frozen=True)
 class Disabled:
-    """What was meant to serve, was seen to fail or to give wrong numbers, and does not serve.
+    """Something that failed, or returned wrong numbers, at startup and is therefore not used.
 
-    what: such as "attention natten", "precision bf16", "CUDA graphs" or "device cuda:1".  why: a sentence.
+    Attributes:
+        name: Such as "attention natten", "precision bf16", "CUDA graphs" or "device cuda:1".
+        reason: A sentence.
     """
 
-    what: str
-    why: str
+    name: str
+    reason: str
 
 
 @dataclass(frozen=True)
 class LoadedModel:
-    """What serves, once it is loaded and warm.  device, attention: in words; the latter for each stage."""
+    """A model that is loaded and warmed up.
+
+    Attributes:
+        runtime: Name of the runtime.
+        device: Names of the devices, such as "cuda:0, cuda:1".
+        precision: Name of the precision.
+        attention: Names of the attention backends, by stage.
+        disabled: What failed at startup.
+    """
 
     config: DinatConfig
     processor: DinatImageProcessor
@@ -75,15 +91,15 @@ class LoadedModel:
 
 
 class DeviceUnusable(Exception):
-    """On this device no way of computing gives right numbers."""
+    """The device returns wrong numbers, also in float32."""
 
 
 class DeviceLost(BaseException):
-    """The device answers nothing any more. Not an Exception: no smaller batch helps."""
+    """The device no longer responds. Not an Exception: a smaller batch does not help."""
 
 
 class Runtime(Protocol):
-    """A loaded classifier, on one device."""
+    """A loaded classifier on one device."""
 
     name: str
     device: str
@@ -91,54 +107,70 @@ class Runtime(Protocol):
     config: DinatConfig
     processor: DinatImageProcessor
     default_batch: int
-    """Pictures per batch where MAX_BATCH is not set."""
+    """Images per batch if MAX_BATCH is not set."""
     lanes: int
-    """Calls of run that may overlap: 1, or more where one batch uploads while another computes."""
+    """Number of threads that may call run at once: 1, or more if one batch uploads while another computes."""
 
     @property
     def disabled(self) -> Sequence[Disabled]:
-        """What warm has found that does not serve."""
+        """What the self-check in warm disabled."""
 
-    def run(self, pixels: Pixels | Array, wanted: Sequence[InferenceOptions]) -> list[InferenceResult]:
-        """Classify a batch. pixels: (B, H, W, 3), uint8 as processor.resize gives each, or float32, normalised already."""
+    def run(self, pixels: Pixels | Array, options: Sequence[InferenceOptions]) -> list[InferenceResult]:
+        """Classify a batch.
+
+        Args:
+            pixels: (B, H, W, 3), uint8 as processor.resize returns, or float32, already normalized.
+            options: One for each image.
+        """
 
     def attention(self) -> dict[str, str]:
         """The attention backend of each stage."""
 
     def warm(self, max_batch: int) -> int:
-        """Make what is made once, and see that it computes rightly. The largest batch that fits, at most max_batch.
+        """Warm up and run the self-check.
 
-        Raises DeviceUnusable.
+        Returns:
+            The largest batch that fits into memory, at most max_batch.
+
+        Raises:
+            DeviceUnusable: The device failed its self-check.
         """
 
     def memory(self) -> int | None:
-        """Bytes in use on the device, or None where that is the process's own memory."""
+        """Bytes in use on the device; None if the device uses the memory of the process."""
 
     def is_out_of_memory(self, error: Exception) -> bool:
-        """Whether an error of run says that the batch was too large; frees what can be freed."""
+        """Whether an error of run means that the batch was too large. Frees cached memory."""
 
 
 def examples(processor: DinatImageProcessor, count: int) -> Pixels:
-    """(count, H, W, 3) uint8: noise, of the size that processor.resize gives."""
+    """Random images for warm-up, (count, H, W, 3) uint8, of the size that processor.resize returns."""
     random = np.random.default_rng(0)
     height, width, channels = processor.resize(random.integers(0, 256, (480, 640, 3), dtype=np.uint8)).shape
     return random.integers(0, 256, (count, height, width, channels), dtype=np.uint8)
 
 
-def prepared(processor: DinatImageProcessor, pixels: Tensor) -> Tensor:
-    """(B, H, W, 3), as Runtime.run takes it -> (B, 3, H, W) float32, normalised."""
+def to_pixel_values(processor: DinatImageProcessor, pixels: Tensor) -> Tensor:
+    """Convert pixels as Runtime.run takes them, (B, H, W, 3), to the network's input, (B, 3, H, W) float32, normalized."""
     return processor.normalize(pixels) if pixels.dtype == torch.uint8 else pixels.permute(0, 3, 1, 2)
 
 
-def devices(runtimes: Sequence[Runtime]) -> str:
-    """Their devices in words: cuda:0, cuda:1."""
+def device_names(runtimes: Sequence[Runtime]) -> str:
+    """The devices of runtimes, such as "cuda:0, cuda:1"."""
     return ", ".join(runtime.device for runtime in runtimes)
 
 
 def rank(logits: Tensor, config: DinatConfig) -> tuple[Tensor, Tensor]:
-    """Scores, best first, and their classes: both (B, num_labels). Ties by class; float32.
+    """Compute scores and sort them, best first; equal scores in the order of the classes.
 
-    Scores are what transformers' image-classification pipeline makes of logits: softmax, sigmoid, or nothing for regression.
+    Scores follow the image-classification pipeline of transformers: softmax, sigmoid, or the logits for regression.
+
+    Args:
+        logits: (B, num_labels).
+        config: Its problem_type selects the scores.
+
+    Returns:
+        Scores, float32, and their classes, int64: both (B, num_labels).
     """
     logits = logits.float()
     if config.problem_type == "regression":

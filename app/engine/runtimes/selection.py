@@ -1,4 +1,4 @@
-"""Which runtime computes."""
+"""Selection of the runtime."""
 
 from collections.abc import Sequence
 from importlib.util import find_spec
@@ -13,11 +13,15 @@ from dinat.model.native import library
 
 
 def load_runtimes(settings: Settings) -> Sequence[Runtime]:
-    """Load the checkpoint into the runtime that the settings name, once for each device.
+    """Load the checkpoint into the runtime that the settings select, once for each device.
 
-    auto: PyTorch on a GPU, and on a CPU that attention is compiled for with vectors of 512 bits, which beats all else there; on
-    others OpenVINO, where it is installed and nothing is asked for that only PyTorch has; PyTorch otherwise.
-    Raises CheckpointError, ConfigError, ExportError, in one line that says what is missing and what to do.
+    RUNTIME=auto selects PyTorch on a GPU, and on a CPU with compiled attention for 512-bit vectors, where it is the fastest. On
+    other CPUs it selects OpenVINO if that is installed and supports the other settings, else PyTorch.
+
+    Raises:
+        CheckpointError: The checkpoint cannot be loaded.
+        ConfigError: The runtime or device does not support the settings, or is not installed.
+        ExportError: The graph cannot be exported.
     """
     name = settings.runtime
     devices = resolve_devices(settings.device)
@@ -26,11 +30,11 @@ def load_runtimes(settings: Settings) -> Sequence[Runtime]:
     on_cpu = devices[0].type == "cpu"
 
     if name == "auto":
-        exported = on_cpu and settings.attention in ("auto", "tiled") and settings.precision != "fp16" and fixed_size
-        is_best = exported and (
-            settings.precision == "int8" or settings.attention == "tiled" or not _is_compiled(checkpoint.config)
+        openvino_works = on_cpu and settings.attention in ("auto", "tiled") and settings.precision != "fp16" and fixed_size
+        prefer_openvino = openvino_works and (
+            settings.precision == "int8" or settings.attention == "tiled" or not _has_compiled_attention(checkpoint.config)
         )
-        name = "openvino" if is_best and find_spec("openvino") is not None else "torch"
+        name = "openvino" if prefer_openvino and find_spec("openvino") is not None else "torch"
     if name == "torch":
         return [
             TorchRuntime(
@@ -44,11 +48,13 @@ def load_runtimes(settings: Settings) -> Sequence[Runtime]:
             for device in devices
         ]
     if not on_cpu:
-        raise ConfigError(f"runtime {name} computes on a CPU, device is {settings.device}: take runtime torch, or device cpu")
+        raise ConfigError(f"runtime {name} requires a CPU, device is {settings.device}: set runtime torch, or device cpu")
     if not fixed_size:
-        raise ConfigError(f"runtime {name} wants pictures of one size, {settings.model} keeps their aspect: take runtime torch")
+        raise ConfigError(
+            f"runtime {name} requires images of one size, {settings.model} keeps their aspect ratio: set runtime torch"
+        )
     if settings.attention not in ("auto", "tiled"):
-        raise ConfigError(f"runtime {name} has attention tiled, not {settings.attention}: take runtime torch")
+        raise ConfigError(f"runtime {name} supports attention tiled, not {settings.attention}: set runtime torch")
     try:
         if name == "openvino":
             from dinat.app.engine.runtimes.openvino_runtime import OpenVinoRuntime
@@ -61,8 +67,8 @@ def load_runtimes(settings: Settings) -> Sequence[Runtime]:
     return [OnnxRuntime(checkpoint, settings.precision, settings.cache_dir)]
 
 
-def _is_compiled(config: DinatConfig) -> bool:
-    """Whether every layer's attention is compiled here, for vectors of 512 bits."""
-    found = library()
+def _has_compiled_attention(config: DinatConfig) -> bool:
+    """Whether compiled attention for 512-bit vectors supports every layer on this CPU."""
+    kernels = library()
     widths = {config.channels_of(stage) // heads for stage, heads in enumerate(config.num_heads)}
-    return found is not None and found.lanes == 16 and widths == {HEAD_DIM}
+    return kernels is not None and kernels.lanes == 16 and widths == {HEAD_DIM}

@@ -17,11 +17,11 @@ def test_ready(service: Service) -> None:
 
 
 def test_loading_is_live_but_not_ready(seven: bytes) -> None:
-    go_on = threading.Event()
+    may_load = threading.Event()
 
     class SlowToLoad(LocalBackend):
         def load(self) -> Any:
-            assert go_on.wait(60)
+            assert may_load.wait(60)
             return super().load()
 
     with running(SlowToLoad, wait=False) as service:
@@ -30,23 +30,23 @@ def test_loading_is_live_but_not_ready(seven: bytes) -> None:
             ready = service.client.get("/health/ready")
             assert ready.status_code == 503
             assert ready.json()["status"] == "loading"
-            refused = service.client.post("/classify", content=seven)
-            assert refused.status_code == 503
-            assert "is loading" in refused.json()["detail"]
-            assert int(refused.headers["retry-after"]) >= 1
+            rejected = service.client.post("/classify", content=seven)
+            assert rejected.status_code == 503
+            assert "is loading" in rejected.json()["detail"]
+            assert int(rejected.headers["retry-after"]) >= 1
         finally:
-            go_on.set()
+            may_load.set()
 
 
 @pytest.mark.parametrize(
     ("settings", "reason"),
     [
-        ({"model": "/no/such/folder"}, "'/no/such/folder' is not there"),
+        ({"model": "/no/such/folder"}, "'/no/such/folder' does not exist"),
         ({"device": "cuda:99"}, "device 'cuda:99' is not there"),
         ({"device": "abacus"}, "device 'abacus' is not known: take auto, cpu, cuda or cuda:N"),
     ],
 )
-def test_a_model_that_does_not_load_is_neither_live_nor_ready(settings: dict[str, str], reason: str, seven: bytes) -> None:
+def test_model_that_fails_to_load_is_neither_live_nor_ready(settings: dict[str, str], reason: str, seven: bytes) -> None:
     with running(**settings) as service:
         for path in ("/health", "/health/live", "/health/ready"):
             response = service.client.get(path)
@@ -69,7 +69,7 @@ def test_model(service: Service) -> None:
     assert model["features"] == ["stem", "stage1", "stage2", "stage3", "pooled", "hidden_states"]
 
 
-def test_openapi_is_valid_and_shows_every_body_and_error(service: Service) -> None:
+def test_openapi_is_valid_and_lists_all_bodies_and_errors(service: Service) -> None:
     document = service.client.get("/openapi.json").json()
     validate(document)
     classify = document["paths"]["/classify"]["post"]

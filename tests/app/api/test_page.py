@@ -1,4 +1,4 @@
-"""GET / and its files, as HTTP has them."""
+"""GET / and its files over HTTP."""
 
 import pytest
 
@@ -8,36 +8,36 @@ FILES = ["/", "/web/main.js", "/web/style.css", "/web/icon.svg"]
 
 
 @pytest.mark.parametrize("path", FILES)
-def test_every_file_comes_with_a_strict_policy(service: Service, path: str) -> None:
-    answer = service.client.get(path)
-    assert answer.status_code == 200
-    policy = answer.headers["Content-Security-Policy"]
+def test_every_file_has_a_strict_content_security_policy(service: Service, path: str) -> None:
+    response = service.client.get(path)
+    assert response.status_code == 200
+    policy = response.headers["Content-Security-Policy"]
     assert "default-src 'none'" in policy and "unsafe" not in policy and "http" not in policy
-    assert answer.headers["X-Content-Type-Options"] == "nosniff"
+    assert response.headers["X-Content-Type-Options"] == "nosniff"
 
 
 @pytest.mark.parametrize("path", FILES)
-def test_what_a_browser_has_is_not_sent_again(service: Service, path: str) -> None:
+def test_cached_file_is_answered_with_304(service: Service, path: str) -> None:
     etag = service.client.get(path).headers["ETag"]
-    answer = service.client.get(path, headers={"If-None-Match": etag})
-    assert answer.status_code == 304
-    assert not answer.content
+    response = service.client.get(path, headers={"If-None-Match": etag})
+    assert response.status_code == 304
+    assert not response.content
 
 
-def test_what_is_no_file_is_a_problem(service: Service) -> None:
+def test_missing_file_is_a_404_problem(service: Service) -> None:
     for path in ("/web/nothing.js", "/web/../main.py", "/web/%2e%2e/main.py"):
-        answer = service.client.get(path)
-        assert answer.status_code == 404
-        assert answer.headers["content-type"] == "application/problem+json"
+        response = service.client.get(path)
+        assert response.status_code == 404
+        assert response.headers["content-type"] == "application/problem+json"
 
 
-def test_the_page_wants_no_key_and_what_it_asks_does() -> None:
+def test_page_requires_no_api_key_but_its_requests_do() -> None:
     with running(api_keys=["secret"]) as service:
         assert [service.client.get(path).status_code for path in FILES] == [200] * len(FILES)
         assert service.client.get("/model").status_code == 401
-        assert service.client.post("/", content=b"").status_code == 401  # a door of its own
+        assert service.client.post("/", content=b"").status_code == 401  # the Hugging Face endpoint
 
 
-def test_the_path_of_the_page_takes_two_methods(service: Service) -> None:
-    answer = service.client.put("/")
-    assert (answer.status_code, answer.headers["allow"]) == (405, "GET, POST")
+def test_page_path_allows_get_and_post(service: Service) -> None:
+    response = service.client.put("/")
+    assert (response.status_code, response.headers["allow"]) == (405, "GET, POST")

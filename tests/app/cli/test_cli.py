@@ -16,46 +16,46 @@ from tests.app.conftest import DIGITS
 from tests.model.checkpoints.originals import random_network, to_original
 
 
-def test_serve_answers_until_it_is_told_to_stop() -> None:
+def test_serve_runs_until_sigterm() -> None:
     server = subprocess.Popen([sys.executable, "-m", "dinat", "serve", "--port", "0"], stderr=subprocess.PIPE, text=True)
     try:
         assert server.stderr is not None
-        seen, address = "", None
-        while address is None or '"ready"' not in seen:
+        log, address = "", None
+        while address is None or '"ready"' not in log:
             line = server.stderr.readline()
-            assert line, seen
-            seen += line
-            address = address or re.search(r"http://127\.0\.0\.1:\d+", seen)
-        picture = (DIGITS / "5-2.png").read_bytes()
-        answer = httpx.post(f"{address[0]}/classify", files={"image": picture}, timeout=60)
-        assert answer.json()["predictions"][0]["label"] == "5"
+            assert line, log
+            log += line
+            address = address or re.search(r"http://127\.0\.0\.1:\d+", log)
+        image = (DIGITS / "5-2.png").read_bytes()
+        response = httpx.post(f"{address[0]}/classify", files={"image": image}, timeout=60)
+        assert response.json()["predictions"][0]["label"] == "5"
     finally:
         server.send_signal(signal.SIGTERM)
         _, rest = server.communicate(timeout=60)
-    assert server.returncode == 0, seen + rest
+    assert server.returncode == 0, log + rest
 
 
 @pytest.mark.parametrize(
-    ("arguments", "line"),
+    ("arguments", "message"),
     [
         (["serve", "--port", "abc"], "DINAT_PORT='abc': Input should be a valid integer"),
         (["serve", "--precision", "int3", "--max-batch", "0"], "DINAT_PRECISION='int3'"),
         (["serve", "--max-batch", "0"], "DINAT_MAX_BATCH='0': Input should be greater than or equal to 1"),
-        (["serve", "--port", "0", "--model", "no/such/model.pth"], "'no/such/model.pth' is not there"),
-        (["info", "nothing"], "'nothing' is not there"),
+        (["serve", "--port", "0", "--model", "no/such/model.pth"], "'no/such/model.pth' does not exist"),
+        (["info", "nothing"], "'nothing' does not exist"),
     ],
 )
-def test_what_the_user_got_wrong_ends_in_one_line(arguments: list[str], line: str) -> None:
+def test_user_error_is_one_line(arguments: list[str], message: str) -> None:
     done = subprocess.run([sys.executable, "-m", "dinat", *arguments], capture_output=True, text=True, timeout=120)
     assert done.returncode == 1
-    said = [text for text in done.stderr.splitlines() if text.startswith("dinat: ")]
-    assert len(said) == 1
-    assert line in said[0]
+    lines = [line for line in done.stderr.splitlines() if line.startswith("dinat: ")]
+    assert len(lines) == 1
+    assert message in lines[0]
     assert "Traceback" not in done.stderr
 
 
 @pytest.mark.parametrize("device", ["cuda", "cuda:1"])
-def test_a_gpu_that_is_not_there_is_one_line(device: str) -> None:
+def test_missing_gpu_is_one_line(device: str) -> None:
     done = subprocess.run(
         [sys.executable, "-m", "dinat", "serve", "--port", "0", "--device", device],
         capture_output=True,
@@ -64,24 +64,24 @@ def test_a_gpu_that_is_not_there_is_one_line(device: str) -> None:
         env={**os.environ, "CUDA_VISIBLE_DEVICES": ""},
     )
     assert done.returncode == 1
-    (line,) = [text for text in done.stderr.splitlines() if text.startswith("dinat: ")]
+    (line,) = [line for line in done.stderr.splitlines() if line.startswith("dinat: ")]
     assert f"device '{device}' is not there: PyTorch sees 0 CUDA devices; take cpu, install the driver" in line
 
 
-def test_help_and_completion_are_there_before_pytorch_is() -> None:
-    look = "import sys; from dinat.app.cli import main; assert main({!r}) == 0; assert 'torch' not in sys.modules"
-    helped = subprocess.run([sys.executable, "-c", look.format(["--help"])], capture_output=True, text=True, timeout=60)
-    assert helped.returncode == 0, helped.stderr
-    assert all(f"  {name} " in helped.stdout for name in COMMANDS)
+def test_help_and_completion_do_not_import_torch() -> None:
+    code = "import sys; from dinat.app.cli import main; assert main({!r}) == 0; assert 'torch' not in sys.modules"
+    help_output = subprocess.run([sys.executable, "-c", code.format(["--help"])], capture_output=True, text=True, timeout=60)
+    assert help_output.returncode == 0, help_output.stderr
+    assert all(f"  {name} " in help_output.stdout for name in COMMANDS)
     completing = {"_DINAT_COMPLETE": "complete_bash", "COMP_WORDS": "dinat in", "COMP_CWORD": "1"}
-    completed = subprocess.run(
-        [sys.executable, "-c", look.format([])], capture_output=True, text=True, timeout=60, env=os.environ | completing
+    completion = subprocess.run(
+        [sys.executable, "-c", code.format([])], capture_output=True, text=True, timeout=60, env=os.environ | completing
     )
-    assert completed.stdout.split() == ["info"], completed.stderr
+    assert completion.stdout.split() == ["info"], completion.stderr
 
 
 @pytest.mark.parametrize("command", COMMANDS)
-def test_every_command_says_what_it_takes(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_every_command_has_help(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main([command, "--help"]) == 0
     assert f"Usage: dinat {command}" in capsys.readouterr().out
     assert main([command, "--no-such-flag"]) == 2
@@ -105,21 +105,21 @@ def test_convert_with_labels(tmp_path: Path) -> None:
     assert (tmp_path / "copy" / "preprocessor_config.json").exists()
 
 
-def test_convert_with_the_wrong_number_of_labels(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_convert_with_wrong_number_of_labels(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "labels.txt").write_text("one\ntwo\n")
     assert main(["convert", "digits", str(tmp_path / "copy"), "--labels", str(tmp_path / "labels.txt")]) == 1
-    assert "names 2 labels, one a line; the checkpoint has 10" in capsys.readouterr().err
+    assert "has 2 labels (one per line), the checkpoint has 10" in capsys.readouterr().err
     assert not (tmp_path / "copy").exists()
 
 
-def test_convert_an_original_file_whose_name_says_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_convert_original_file_of_unpublished_network(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     network = random_network(DinatConfig(embed_dim=8, depths=[2, 1], num_heads=[1, 2], dilations=[[1, 2], [1]], kernel_size=3))
     torch.save({"state_dict": to_original(network)}, tmp_path / "model_best.pth.tar")
     source, copy = str(tmp_path / "model_best.pth.tar"), tmp_path / "copy"
     assert main(["convert", source, str(copy)]) == 1
     assert "give its configuration: dinat convert model_best.pth.tar FOLDER --config FILE" in capsys.readouterr().err
-    network.config.save_pretrained(tmp_path / "mine")
-    assert main(["convert", source, str(copy), "--config", str(tmp_path / "mine" / "config.json")]) == 0
+    network.config.save_pretrained(tmp_path / "own")
+    assert main(["convert", source, str(copy), "--config", str(tmp_path / "own" / "config.json")]) == 0
     pixels = torch.randn(1, 3, 32, 32)
     loaded = DinatForImageClassification.from_pretrained(copy)
     torch.testing.assert_close(loaded(pixels).logits, network(pixels).logits)
@@ -127,16 +127,16 @@ def test_convert_an_original_file_whose_name_says_nothing(tmp_path: Path, capsys
 
 
 @pytest.mark.parametrize(
-    ("flags", "words"),
+    ("flags", "message"),
     [
-        (["--preset", "mini", "--config", "x.json"], "--preset and --config both say"),
+        (["--preset", "mini", "--config", "x.json"], "--preset and --config exclude each other"),
         (["--preset", "nano"], "preset 'nano' is not known: take one of mini,"),
         (["--config", "/no/such.json"], "/no/such.json"),
-        (["--config", str(DIGITS / "0-1.png")], "is no config.json of a DiNAT"),
+        (["--config", str(DIGITS / "0-1.png")], "is not a DiNAT config.json"),
     ],
 )
-def test_convert_with_a_wrong_configuration_is_one_line(
-    flags: list[str], words: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+def test_convert_with_invalid_config_is_one_line(
+    flags: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(["convert", "digits", str(tmp_path / "copy"), *flags]) == 1
-    assert words in capsys.readouterr().err
+    assert message in capsys.readouterr().err

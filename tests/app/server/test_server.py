@@ -1,4 +1,4 @@
-"""Connections, deadlines and endings, over real sockets."""
+"""Connections, deadlines and shutdown, over real sockets."""
 
 import asyncio
 import socket
@@ -9,9 +9,9 @@ from typing import Any
 import httpx
 import pytest
 
-from dinat.app.api.middleware import _Pace
+from dinat.app.api.middleware import _RateLimit
 from tests.app.conftest import Service, running
-from tests.app.server.test_overload import Held, send_head
+from tests.app.server.test_overload import PausedBackend, send_head
 
 
 def connect(service: Service) -> httpx.Client:
@@ -19,73 +19,73 @@ def connect(service: Service) -> httpx.Client:
     return httpx.Client(base_url=service.client.base_url, timeout=30)
 
 
-def test_a_connection_too_many_is_told_so_and_closed(seven: bytes) -> None:
+def test_connection_over_the_limit_is_rejected_and_closed(seven: bytes) -> None:
     with running(max_connections=1) as service:
-        assert service.client.get("/health").status_code == 200  # and stays connected
+        assert service.client.get("/health").status_code == 200  # keeps its connection open
         with connect(service) as other:
             for _ in range(3):
-                refused = other.post("/classify", content=seven)
-                assert refused.status_code == 503
-                assert refused.headers["connection"] == "close"
-                assert refused.headers["retry-after"] == "1"
-                assert "1 connections are open" in refused.json()["detail"]
+                rejected = other.post("/classify", content=seven)
+                assert rejected.status_code == 503
+                assert rejected.headers["connection"] == "close"
+                assert rejected.headers["retry-after"] == "1"
+                assert "1 connections are open" in rejected.json()["detail"]
         assert service.client.post("/classify", content=seven).status_code == 200
         service.client.close()
         with connect(service) as third:
             while third.get("/health").status_code == 503:
-                pass  # until the server has seen the first one go
+                pass  # until the server notices the closed connection
             assert third.post("/classify", content=seven).status_code == 200
             counted = third.get("/metrics").text
     assert 'dinat_requests_total{route="none",status="503"}' in counted
 
 
-def test_a_deadline_counts_from_the_first_byte_and_what_is_late_is_not_computed(seven: bytes) -> None:
-    with running(Held) as service:
-        core: Any = service.engine.backend
-        core.let_go.set()
+def test_deadline_starts_at_the_first_byte_and_late_images_are_not_computed(seven: bytes) -> None:
+    with running(PausedBackend) as service:
+        backend: Any = service.engine.backend
+        backend.resume.set()
         url = service.client.base_url
         head = f"POST /classify HTTP/1.1\r\nHost: x\r\nX-Deadline-Ms: 200\r\nContent-Length: {len(seven)}\r\n\r\n"
         with socket.create_connection((url.host, url.port)) as connection:
             connection.settimeout(30)
             connection.sendall(head.encode() + seven[:10])
-            time.sleep(0.3)  # the client's own time
+            time.sleep(0.3)  # a slow client
             connection.sendall(seven[10:])
             assert connection.recv(65536).startswith(b"HTTP/1.1 504")
-        assert core.computed == 0
+        assert backend.computed == 0
 
 
-def test_what_waits_in_the_process_past_its_deadline_is_504(seven: bytes) -> None:
-    with running(Held, deadline_ms=100) as service:
-        core: Any = service.engine.backend
-        core.let_go.set()
+def test_upload_past_the_deadline_is_504_and_not_computed(seven: bytes) -> None:
+    with running(PausedBackend, deadline_ms=100) as service:
+        backend: Any = service.engine.backend
+        backend.resume.set()
         connection = send_head(service, len(seven))
         time.sleep(0.2)
         connection.sendall(seven)
         assert connection.recv(65536).startswith(b"HTTP/1.1 504")
         connection.close()
-        assert core.computed == 0
+        assert backend.computed == 0
 
 
-def test_what_was_taken_before_the_end_is_answered(seven: bytes) -> None:
-    with running(Held) as service, ThreadPoolExecutor(1) as threads:
-        engine, core = service.engine, service.engine.backend
-        assert isinstance(core, Held)
-        taken = threads.submit(service.client.post, "/classify", content=seven)
-        assert core.entered.wait(30)
+def test_drain_answers_accepted_requests_and_rejects_new_ones(seven: bytes) -> None:
+    with running(PausedBackend) as service, ThreadPoolExecutor(1) as threads:
+        engine, backend = service.engine, service.engine.backend
+        assert isinstance(backend, PausedBackend)
+        accepted = threads.submit(service.client.post, "/classify", content=seven)
+        assert backend.entered.wait(30)
         assert engine._loop is not None
         draining = asyncio.run_coroutine_threadsafe(engine.drain(), engine._loop)
         with connect(service) as other:
-            while (refused := other.post("/classify", content=seven)).status_code != 503:
+            while (rejected := other.post("/classify", content=seven)).status_code != 503:
                 pass
-            assert "is stopping" in refused.json()["detail"]
-            assert refused.headers["connection"] == "close"
-        core.let_go.set()
-        assert taken.result().status_code == 200
-        assert taken.result().json()["predictions"][0]["label"] == "7"
+            assert "is stopping" in rejected.json()["detail"]
+            assert rejected.headers["connection"] == "close"
+        backend.resume.set()
+        assert accepted.result().status_code == 200
+        assert accepted.result().json()["predictions"][0]["label"] == "7"
         draining.result(30)
 
 
-def test_a_lame_duck_takes_work_and_says_that_it_is_not_ready(seven: bytes) -> None:
+def test_lame_duck_accepts_work_and_reports_not_ready(seven: bytes) -> None:
     with running() as service:
         engine = service.engine
         assert engine._loop is not None
@@ -95,20 +95,20 @@ def test_a_lame_duck_takes_work_and_says_that_it_is_not_ready(seven: bytes) -> N
                 pass
             assert ready.json()["status"] == "draining"
             assert client.get("/health/live").status_code == 200
-            answer = client.post("/classify", content=seven)
-            assert (answer.status_code, answer.headers["connection"]) == (200, "close")
+            response = client.post("/classify", content=seven)
+            assert (response.status_code, response.headers["connection"]) == (200, "close")
         draining.cancel()
 
 
 @pytest.mark.parametrize("sent", [b"", b"POST /classify HTTP/1.1\r\nHost: x\r\nContent-Le"])
-def test_a_connection_that_asks_for_nothing_is_closed(seven: bytes, sent: bytes) -> None:
+def test_connection_without_a_complete_request_head_is_closed(seven: bytes, sent: bytes) -> None:
     with running(upload_seconds=0.3) as service:
         url = service.client.base_url
         with socket.create_connection((url.host, url.port)) as connection:
             connection.settimeout(30)
             connection.sendall(sent)
             assert connection.recv(100) == b""
-        with socket.create_connection((url.host, url.port)) as connection:  # a second request, begun and not ended
+        with socket.create_connection((url.host, url.port)) as connection:  # an incomplete second request
             connection.settimeout(30)
             connection.sendall(b"GET /health/live HTTP/1.1\r\nHost: x\r\n\r\n")
             assert connection.recv(4096).startswith(b"HTTP/1.1 200")
@@ -118,10 +118,10 @@ def test_a_connection_that_asks_for_nothing_is_closed(seven: bytes, sent: bytes)
         assert service.client.post("/classify", content=seven).status_code == 200
 
 
-def test_refusals_beyond_their_rate_wait_for_their_turn() -> None:
-    async def refuse(count: int) -> float:
-        pace, started = _Pace(1000), time.monotonic()
-        await asyncio.gather(*(pace.turn() for _ in range(count)))
+def test_rejections_are_rate_limited() -> None:
+    async def reject(count: int) -> float:
+        limit, started = _RateLimit(1000), time.monotonic()
+        await asyncio.gather(*(limit.acquire() for _ in range(count)))
         return time.monotonic() - started
 
-    assert asyncio.run(refuse(400)) >= 0.2  # a hundred at once, and a hundred in each tenth of a second that follows
+    assert asyncio.run(reject(400)) >= 0.2  # 100 at once, then 100 in each 0.1 s

@@ -18,7 +18,7 @@ def test_neighbors_of_a_short_axis() -> None:
     assert rpb_index[:, 0].tolist() == [2, 1, 1, 1, 1, 1, 0]
 
 
-def test_neighbors_of_a_dilated_axis_stay_in_their_group() -> None:
+def test_neighbors_of_a_dilated_axis_are_in_one_group() -> None:
     indices, rpb_index = neighbors(11, 3, 3)
     assert indices[:, 0].tolist() == [0, 1, 2, 0, 1, 2, 3, 4, 2, 3, 4]
     assert (indices.diff(dim=1) == 3).all()
@@ -26,7 +26,7 @@ def test_neighbors_of_a_dilated_axis_stay_in_their_group() -> None:
 
 
 @given(axes)
-def test_neighbors_follow_nattens_own_rule(axis: tuple[int, int, int]) -> None:
+def test_neighbors_match_natten(axis: tuple[int, int, int]) -> None:
     length, kernel_size, dilation = axis
     indices, rpb_index = neighbors(length, kernel_size, dilation)
     assert indices[:, 0].tolist() == [window_start(i, length, kernel_size, dilation) for i in range(length)]
@@ -34,33 +34,33 @@ def test_neighbors_follow_nattens_own_rule(axis: tuple[int, int, int]) -> None:
 
 
 @given(axes, st.integers(1, 12))
-def test_tiles_hold_every_query_once_and_exactly_its_neighbors(axis: tuple[int, int, int], tile: int) -> None:
+def test_tiles_contain_every_query_once_with_its_neighbors(axis: tuple[int, int, int], tile: int) -> None:
     length, kernel_size, dilation = axis
     indices, rpb_index = neighbors(length, kernel_size, dilation)
-    seen = []
-    for alike in axis_tiles(length, kernel_size, dilation, tile):
-        for queries, keys in zip(alike.queries.tolist(), alike.keys, strict=True):
-            for query, row in zip(queries, alike.rpb_index, strict=True):
+    all_queries = []
+    for group in axis_tiles(length, kernel_size, dilation, tile):
+        for queries, keys in zip(group.queries.tolist(), group.keys, strict=True):
+            for query, row in zip(queries, group.rpb_index, strict=True):
                 assert torch.equal(keys[row >= 0], indices[query])
                 assert torch.equal(row[row >= 0], rpb_index[query])
-                seen.append(query)
-    assert sorted(seen) == list(range(length))
+                all_queries.append(query)
+    assert sorted(all_queries) == list(range(length))
 
 
-def test_inner_tiles_are_alike() -> None:
-    assert sorted(len(alike.queries) for alike in axis_tiles(56, 7, 1, 7)) == [1, 1, 6]
-    assert [len(alike.queries) for alike in axis_tiles(56, 7, 8, 7)] == [8]
+def test_inner_tiles_share_one_bias() -> None:
+    assert sorted(len(group.queries) for group in axis_tiles(56, 7, 1, 7)) == [1, 1, 6]
+    assert [len(group.queries) for group in axis_tiles(56, 7, 8, 7)] == [8]
 
 
 @pytest.mark.parametrize(
     ("size", "kernel_size", "dilation", "message"),
     [
-        ((40, 56), 7, 8, "dilation 8 with kernel 7 needs a map of at least 56, got 40x56"),
+        ((40, 56), 7, 8, "dilation 8 with kernel_size 7 requires a feature map of at least 56x56, got 40x56"),
         ((56, 56), 6, 1, "kernel_size must be odd"),
         ((56, 56), 1, 1, "at least 3, got 1"),
         ((56, 56), 7, 0, "dilation must be at least 1, got 0"),
     ],
 )
-def test_impossible_geometry_is_named(size: tuple[int, int], kernel_size: int, dilation: int, message: str) -> None:
+def test_invalid_geometry_raises_attention_error(size: tuple[int, int], kernel_size: int, dilation: int, message: str) -> None:
     with pytest.raises(AttentionError, match=message):
         check_geometry(*size, kernel_size, dilation)

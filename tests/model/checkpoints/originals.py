@@ -1,4 +1,4 @@
-"""Networks written as the original repository writes them."""
+"""Checkpoints with the keys of the original repository."""
 
 import torch
 
@@ -6,7 +6,7 @@ from dinat.model import DinatConfig, DinatForImageClassification
 
 
 def random_network(config: DinatConfig) -> DinatForImageClassification:
-    """A network none of whose weights is at its initial zero or one."""
+    """A network with random values in all parameters, also in those initialized to zero or one."""
     network = DinatForImageClassification(config).eval()
     for parameter in network.parameters():
         torch.nn.init.normal_(parameter, std=0.2)
@@ -14,12 +14,12 @@ def random_network(config: DinatConfig) -> DinatForImageClassification:
 
 
 def to_original(network: DinatForImageClassification) -> dict[str, torch.Tensor]:
-    """A network's weights under the original repository's names, one name at a time."""
+    """The weights of a network with the keys of the original repository."""
     state = network.state_dict()
     original = {}
     for i, level in enumerate(network.dinat.encoder.levels):
         for j, layer in enumerate(level.layers):
-            to, attention = f"levels.{i}.blocks.{j}", layer.attention
+            block, attention = f"levels.{i}.blocks.{j}", layer.attention
             names = {
                 "norm1": layer.layernorm_before,
                 "norm2": layer.layernorm_after,
@@ -28,13 +28,14 @@ def to_original(network: DinatForImageClassification) -> dict[str, torch.Tensor]
                 "mlp.fc2": layer.output.dense,
             }
             original |= {
-                f"{to}.{name}.{key}": value for name, part in names.items() for key, value in part.state_dict().items()
+                f"{block}.{name}.{key}": value for name, module in names.items() for key, value in module.state_dict().items()
             }
-            attend = getattr(attention, "self")  # noqa: B009
-            original[f"{to}.attn.qkv.weight"], original[f"{to}.attn.qkv.bias"] = attend.qkv.weight, attend.qkv.bias
-            original[f"{to}.attn.rpb"] = attend.rpb
+            self_attention = getattr(attention, "self")  # noqa: B009
+            original[f"{block}.attn.qkv.weight"] = self_attention.qkv.weight
+            original[f"{block}.attn.qkv.bias"] = self_attention.qkv.bias
+            original[f"{block}.attn.rpb"] = self_attention.rpb
             if layer.layer_scale_parameters is not None:
-                original[f"{to}.gamma1"], original[f"{to}.gamma2"] = layer.layer_scale_parameters
+                original[f"{block}.gamma1"], original[f"{block}.gamma2"] = layer.layer_scale_parameters
         if level.downsample is not None:
             original |= {f"levels.{i}.downsample.{key}": value for key, value in level.downsample.state_dict().items()}
     for n in range(2):

@@ -30,14 +30,14 @@ PIXELS = torch.randn(2, 3, 32, 40)
 
 
 def small(**changes: Any) -> DinatConfig:
-    settings: dict[str, Any] = {
+    fields: dict[str, Any] = {
         "embed_dim": 8,
         "depths": [2, 1],
         "num_heads": [1, 2],
         "dilations": [[1, 2], [1]],
         "kernel_size": 3,
     }
-    return DinatConfig(**(settings | {"num_labels": 4} | changes))
+    return DinatConfig(**(fields | {"num_labels": 4} | changes))
 
 
 @pytest.fixture
@@ -52,7 +52,7 @@ def folder(tmp_path: Path, network: DinatForImageClassification) -> Path:
     return tmp_path / "folder"
 
 
-def test_saved_network_loads_the_same(network: DinatForImageClassification, folder: Path) -> None:
+def test_saved_network_round_trip(network: DinatForImageClassification, folder: Path) -> None:
     loaded = DinatForImageClassification.from_pretrained(folder)
     assert not loaded.training
     assert torch.equal(loaded(PIXELS).logits, network(PIXELS).logits)
@@ -60,7 +60,7 @@ def test_saved_network_loads_the_same(network: DinatForImageClassification, fold
     assert DinatImageProcessor.from_pretrained(folder) == DinatImageProcessor(size=32, resample=3)
 
 
-def test_saving_over_the_folder_it_came_from_is_safe(folder: Path) -> None:
+def test_saving_into_the_source_folder_is_safe(folder: Path) -> None:
     loaded = DinatForImageClassification.from_pretrained(folder)
     before = loaded(PIXELS).logits
     loaded.save_pretrained(folder)
@@ -75,26 +75,26 @@ def test_pytorch_model_bin(network: DinatForImageClassification, folder: Path) -
     assert torch.equal(DinatForImageClassification.from_pretrained(folder)(PIXELS).logits, network(PIXELS).logits)
 
 
-def test_a_pickle_that_runs_code_is_refused(folder: Path, tmp_path: Path) -> None:
-    class Hostile:
+def test_pickle_that_executes_code_is_rejected(folder: Path, tmp_path: Path) -> None:
+    class Malicious:
         def __reduce__(self) -> Any:
-            return os.mkdir, (str(tmp_path / "harm"),)
+            return os.mkdir, (str(tmp_path / "executed"),)
 
     (folder / "model.safetensors").unlink()
-    torch.save({"weight": Hostile()}, folder / "pytorch_model.bin")
+    torch.save({"weight": Malicious()}, folder / "pytorch_model.bin")
     with pytest.raises(CheckpointError, match="cannot be read as weights"):
         DinatForImageClassification.from_pretrained(folder)
-    assert not (tmp_path / "harm").exists()
+    assert not (tmp_path / "executed").exists()
 
 
-def test_model_and_backbone_take_a_classifier_checkpoint(network: DinatForImageClassification, folder: Path) -> None:
-    whole = network(PIXELS, output_hidden_states=True)
+def test_model_and_backbone_load_a_classifier_checkpoint(network: DinatForImageClassification, folder: Path) -> None:
+    output = network(PIXELS, output_hidden_states=True)
     assert torch.equal(
-        DinatModel.from_pretrained(folder)(PIXELS, output_hidden_states=True).hidden_states[2], whole.hidden_states[2]
+        DinatModel.from_pretrained(folder)(PIXELS, output_hidden_states=True).hidden_states[2], output.hidden_states[2]
     )
     backbone = DinatBackbone.from_pretrained(folder, out_features=["stem", "stage2"])
     stem, last = backbone(PIXELS).feature_maps
-    expected = torch.nn.functional.layer_norm(whole.hidden_states[0], (8,)).permute(0, 3, 1, 2)
+    expected = torch.nn.functional.layer_norm(output.hidden_states[0], (8,)).permute(0, 3, 1, 2)
     torch.testing.assert_close(stem, expected)
     assert last.shape == (2, 16, 4, 5)
 
@@ -103,11 +103,11 @@ def test_backbone_norms_are_saved_and_loaded(folder: Path, tmp_path: Path) -> No
     backbone = DinatBackbone.from_pretrained(folder, out_features=["stage1"])
     torch.nn.init.normal_(backbone.hidden_states_norms["stage1"].weight)
     backbone.save_pretrained(tmp_path / "backbone")
-    again = DinatBackbone.from_pretrained(tmp_path / "backbone")
-    assert torch.equal(again(PIXELS).feature_maps[0], backbone(PIXELS).feature_maps[0])
+    loaded = DinatBackbone.from_pretrained(tmp_path / "backbone")
+    assert torch.equal(loaded(PIXELS).feature_maps[0], backbone(PIXELS).feature_maps[0])
 
 
-def test_dtype_and_attention_as_asked(folder: Path) -> None:
+def test_dtype_and_attention_arguments(folder: Path) -> None:
     loaded = DinatForImageClassification.from_pretrained(folder, attention="reference", dtype=torch.float64)
     assert loaded.classifier.weight.dtype == torch.float64
     loaded.to(torch.bfloat16).save_pretrained(folder)
@@ -117,15 +117,15 @@ def test_dtype_and_attention_as_asked(folder: Path) -> None:
 @pytest.mark.parametrize("kind", ["flat", "state_dict", "state_dict_ema", "module", "training"])
 def test_original_files(network: DinatForImageClassification, tmp_path: Path, kind: str) -> None:
     original = to_original(network)
-    wrong = {name: value + 1 for name, value in original.items()}
-    saved = {
+    without_ema = {name: value + 1 for name, value in original.items()}
+    contents = {
         "flat": original,
         "state_dict": {"state_dict": original, "epoch": 3},
-        "state_dict_ema": {"state_dict": wrong, "state_dict_ema": original},
+        "state_dict_ema": {"state_dict": without_ema, "state_dict_ema": original},
         "module": {"state_dict": {f"module.{name}": value for name, value in original.items()}},
         "training": {"epoch": 3, "args": argparse.Namespace(lr=1e-3), "state_dict": original, "metric": 81.8},
     }[kind]
-    torch.save(saved, tmp_path / "checkpoint.pth.tar")
+    torch.save(contents, tmp_path / "checkpoint.pth.tar")
     loaded = DinatForImageClassification.from_pretrained(tmp_path / "checkpoint.pth.tar", config=network.config)
     torch.testing.assert_close(loaded(PIXELS).logits, network(PIXELS).logits)
     assert torch.equal(loaded.classifier.weight, network.classifier.weight)
@@ -142,8 +142,8 @@ PUBLISHED = {
 }
 
 
-def spread_out(preset: str, path: Path) -> DinatForImageClassification:
-    """Write an original file of a published network, its weights one number each: their shapes are what is read."""
+def save_shapes(preset: str, path: Path) -> DinatForImageClassification:
+    """Write an original file of a published network with expanded scalars as weights, because only their shapes matter."""
     with torch.device("meta"):
         network = DinatForImageClassification(DinatConfig.preset(preset))
     torch.save({name: torch.zeros(1).expand(value.shape) for name, value in to_original(network).items()}, path)
@@ -152,9 +152,9 @@ def spread_out(preset: str, path: Path) -> DinatForImageClassification:
 
 
 @pytest.mark.parametrize("preset", PUBLISHED)
-def test_configuration_of_an_original_file_is_found(preset: str, tmp_path: Path) -> None:
+def test_configuration_of_an_original_file_is_inferred(preset: str, tmp_path: Path) -> None:
     path = tmp_path / PUBLISHED[preset]
-    network = spread_out(preset, path)
+    network = save_shapes(preset, path)
     checkpoint = open_checkpoint(path)
     assert checkpoint.config == DinatConfig.preset(preset)
     assert DinatImageProcessor.from_pretrained(checkpoint).size == (384 if "384" in preset else 224)
@@ -169,38 +169,38 @@ def test_configuration_of_an_original_file_is_found(preset: str, tmp_path: Path)
         ("large", "dinat_large_in22k.pth", "large or large-384"),
     ],
 )
-def test_a_file_that_may_be_several_networks_says_so(preset: str, name: str, candidates: str, tmp_path: Path) -> None:
-    spread_out(preset, tmp_path / name)
-    with pytest.raises(CheckpointError, match=f"may be {candidates}, which differ in dilations alone.*--preset"):
+def test_ambiguous_original_file_raises_checkpoint_error(preset: str, name: str, candidates: str, tmp_path: Path) -> None:
+    save_shapes(preset, tmp_path / name)
+    with pytest.raises(CheckpointError, match=f"may be {candidates}, which differ only in dilations.*--preset"):
         open_checkpoint(tmp_path / name)
     assert open_checkpoint(tmp_path / name, config=DinatConfig.preset(preset)).config.dilations == (
         DinatConfig.preset(preset).dilations
     )
 
 
-def test_an_original_file_is_read_once_and_its_weights_are_nobody_elses(
+def test_original_file_is_read_once_and_its_weights_are_not_shared(
     network: DinatForImageClassification, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    path = tmp_path / "mine.pth"
+    path = tmp_path / "unpublished.pth"
     torch.save(to_original(network), path)
-    read: list[Path] = []
-    monkeypatch.setattr("dinat.model.checkpoints.original.read_pickle", lambda path: (read.append(path), read_pickle(path))[1])
+    reads: list[Path] = []
+    monkeypatch.setattr("dinat.model.checkpoints.original.read_pickle", lambda path: (reads.append(path), read_pickle(path))[1])
     checkpoint = open_checkpoint(path, config=network.config)
     DinatImageProcessor.from_pretrained(checkpoint)
     first = DinatForImageClassification.from_pretrained(checkpoint)
-    assert read == [path]
+    assert reads == [path]
     second = DinatForImageClassification.from_pretrained(checkpoint)
     torch.nn.init.zeros_(first.classifier.weight)
     assert torch.equal(second.classifier.weight, network.classifier.weight)
 
 
 @pytest.mark.parametrize("wrap", ["state_dict", "model"])
-def test_the_backbone_within_a_detector(network: DinatForImageClassification, tmp_path: Path, wrap: str) -> None:
+def test_backbone_of_a_detector(network: DinatForImageClassification, tmp_path: Path, wrap: str) -> None:
     original = {name: value for name, value in to_original(network).items() if not name.startswith(("norm.", "head."))}
     norms = {f"norm{i}.{kind}": torch.randn(8 * 2**i) for i in range(2) for kind in ("weight", "bias")}
-    whole = {f"backbone.{name}": value for name, value in (original | norms).items()} | {"neck.conv.weight": torch.ones(1)}
-    torch.save({wrap: whole, "meta": {"epoch": 36}}, tmp_path / "detector.pth")
-    with pytest.raises(CheckpointError, match=r"backbone of a detector.*give its configuration"):
+    detector = {f"backbone.{name}": value for name, value in (original | norms).items()} | {"neck.conv.weight": torch.ones(1)}
+    torch.save({wrap: detector, "meta": {"epoch": 36}}, tmp_path / "detector.pth")
+    with pytest.raises(CheckpointError, match=r"is a detector or segmenter.*pass its configuration"):
         open_checkpoint(tmp_path / "detector.pth")
     backbone = DinatBackbone.from_pretrained(
         tmp_path / "detector.pth", config=network.config, out_features=["stage1", "stage2"]
@@ -208,8 +208,8 @@ def test_the_backbone_within_a_detector(network: DinatForImageClassification, tm
     expected = DinatBackbone.from_pretrained(_saved(network, tmp_path / "classifier"), out_features=["stage1", "stage2"])
     for i, norm in enumerate(expected.hidden_states_norms.values()):
         norm.load_state_dict({kind: norms[f"norm{i}.{kind}"] for kind in ("weight", "bias")})
-    for ours, wanted in zip(backbone(PIXELS).feature_maps, expected(PIXELS).feature_maps, strict=True):
-        torch.testing.assert_close(ours, wanted)
+    for feature_map, reference in zip(backbone(PIXELS).feature_maps, expected(PIXELS).feature_maps, strict=True):
+        torch.testing.assert_close(feature_map, reference)
 
 
 def _saved(network: DinatForImageClassification, folder: Path) -> Path:
@@ -218,28 +218,26 @@ def _saved(network: DinatForImageClassification, folder: Path) -> Path:
 
 
 @pytest.mark.parametrize("keys", [["patch_embed.proj.weight"], ["anything"]], ids=["DiNAT_s", "other"])
-def test_other_networks_of_the_repository_are_named(keys: list[str], tmp_path: Path) -> None:
+def test_unsupported_original_networks_raise_checkpoint_error(keys: list[str], tmp_path: Path) -> None:
     torch.save(dict.fromkeys(keys, torch.zeros(1)), tmp_path / "x.pth")
-    with pytest.raises(CheckpointError, match=r"no original DiNAT or NAT.*DiNAT_s"):
+    with pytest.raises(CheckpointError, match=r"not an original DiNAT or NAT.*DiNAT_s"):
         open_checkpoint(tmp_path / "x.pth")
 
 
-def test_original_file_of_no_published_size_asks_for_its_configuration(
-    network: DinatForImageClassification, tmp_path: Path
-) -> None:
-    torch.save(to_original(network), tmp_path / "mine.pth")
-    with pytest.raises(CheckpointError, match="dilations leave no trace in weights: give its configuration"):
-        DinatForImageClassification.from_pretrained(tmp_path / "mine.pth")
+def test_unpublished_sizes_require_a_configuration(network: DinatForImageClassification, tmp_path: Path) -> None:
+    torch.save(to_original(network), tmp_path / "unpublished.pth")
+    with pytest.raises(CheckpointError, match="dilations cannot be inferred from weights: pass the configuration"):
+        DinatForImageClassification.from_pretrained(tmp_path / "unpublished.pth")
 
 
-def test_layer_scale_without_its_other_half_is_named(network: DinatForImageClassification) -> None:
+def test_missing_gamma2_raises_checkpoint_error(network: DinatForImageClassification) -> None:
     original = to_original(network)
     del original["levels.0.blocks.1.gamma2"]
-    with pytest.raises(CheckpointError, match="has no gamma2"):
+    with pytest.raises(CheckpointError, match="has no corresponding gamma2"):
         convert_original(original)
 
 
-def test_every_wrong_key_is_in_one_error(network: DinatForImageClassification, folder: Path) -> None:
+def test_error_lists_all_mismatched_keys(network: DinatForImageClassification, folder: Path) -> None:
     state = network.state_dict()
     del state["dinat.layernorm.weight"], state["classifier.bias"]
     state["dinat.embeddings.norm.bias"] = torch.zeros(3)
@@ -251,7 +249,7 @@ def test_every_wrong_key_is_in_one_error(network: DinatForImageClassification, f
     message = str(raised.value)
     assert "2 missing: dinat.layernorm.weight, classifier.bias" in message
     assert "1 unexpected: head.weight" in message
-    assert "1 of another shape: dinat.embeddings.norm.bias is (3,), wanted (8,)" in message
+    assert "1 with another shape: dinat.embeddings.norm.bias is (3,), expected (8,)" in message
 
 
 @pytest.mark.parametrize(
@@ -259,15 +257,15 @@ def test_every_wrong_key_is_in_one_error(network: DinatForImageClassification, f
     [
         ({}, "has no config.json"),
         ({"config.json": "{"}, "is not JSON"),
-        ({"config.json": "[]"}, "holds no JSON object"),
+        ({"config.json": "[]"}, "does not contain a JSON object"),
         ({"config.json": '{"model_type": "vit"}'}, "model_type 'vit'"),
-        ({"config.json": '{"depths": 3}'}, "names no DiNAT"),
+        ({"config.json": '{"depths": 3}'}, "is not a valid DiNAT configuration"),
         ({"config.json": "{}"}, "has no model.safetensors and no pytorch_model.bin"),
         ({"config.json": "{}", "model.safetensors": "nonsense"}, "cannot be read as weights"),
         ({"config.json": "{}", "pytorch_model.bin": "nonsense"}, "cannot be read as weights"),
     ],
 )
-def test_broken_folders_are_named(tmp_path: Path, files: dict[str, str], message: str) -> None:
+def test_invalid_folders_raise_checkpoint_error(tmp_path: Path, files: dict[str, str], message: str) -> None:
     for name, text in files.items():
         (tmp_path / name).write_text(text)
     with pytest.raises(CheckpointError, match=re.escape(message)):
@@ -275,8 +273,10 @@ def test_broken_folders_are_named(tmp_path: Path, files: dict[str, str], message
 
 
 @pytest.mark.parametrize("source", ["no/such/folder", "missing.pth", "mini"])
-def test_sources_that_are_not_there_are_named(source: str) -> None:
-    with pytest.raises(CheckpointError, match=r"is not there: give a folder with config\.json, a \.pth file, a Hub id such as"):
+def test_missing_sources_raise_checkpoint_error(source: str) -> None:
+    with pytest.raises(
+        CheckpointError, match=r"does not exist: use a folder with config\.json, a \.pth file, a Hub id such as"
+    ):
         open_checkpoint(source)
 
 
@@ -286,7 +286,7 @@ def test_embedded_digits() -> None:
 
 
 class HubHandler(BaseHTTPRequestHandler):
-    """The part of the Hub that downloading a file needs: /REPO/resolve/REVISION/FILE."""
+    """The endpoint of the Hub for downloading a file: /REPO/resolve/REVISION/FILE."""
 
     server: "Hub"
 
@@ -303,14 +303,14 @@ class HubHandler(BaseHTTPRequestHandler):
         self.server.requests.append((self.command, self.path, self.headers.get("Authorization")))
         match = re.fullmatch(r"/(\w+/\w+)/resolve/(\w+)/(.+)", self.path)
         if match is None or match[1] != "someone/network":
-            return self._refuse(401, "RepoNotFound")
+            return self._send_error(401, "RepoNotFound")
         if match[2] == "private" and self.headers.get("Authorization") != "Bearer secret":
-            return self._refuse(401, "GatedRepo")
+            return self._send_error(401, "GatedRepo")
         if match[2] not in ("main", "private", "c0ffee"):
-            return self._refuse(404, "RevisionNotFound")
+            return self._send_error(404, "RevisionNotFound")
         path = self.server.folder / match[3]
         if not path.is_file():
-            return self._refuse(404, "EntryNotFound")
+            return self._send_error(404, "EntryNotFound")
         body = path.read_bytes()
         self.send_response(200)
         self.send_header("Content-Length", str(len(body)))
@@ -321,7 +321,7 @@ class HubHandler(BaseHTTPRequestHandler):
             self.wfile.write(body)
         return None
 
-    def _refuse(self, status: int, code: str) -> None:
+    def _send_error(self, status: int, code: str) -> None:
         self.send_response(status)
         self.send_header("X-Error-Code", code)
         self.send_header("Content-Length", "0")
@@ -347,23 +347,23 @@ def hub(folder: Path) -> Iterator[Hub]:
 
 
 def dinat_info(hub: Hub, cache: Path, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    """`dinat info` in a process of its own, since huggingface_hub reads its environment on import."""
-    settings = {"HF_ENDPOINT": f"http://127.0.0.1:{hub.server_port}", "HF_HOME": str(cache), "HF_HUB_DISABLE_XET": "1"}
+    """Run `dinat info` in a new process, because huggingface_hub reads its environment on import."""
+    hub_environment = {"HF_ENDPOINT": f"http://127.0.0.1:{hub.server_port}", "HF_HOME": str(cache), "HF_HUB_DISABLE_XET": "1"}
     return subprocess.run(
         [sys.executable, "-m", "dinat", "info", *arguments],
-        env={**os.environ, **settings, **environment, "NO_PROXY": "127.0.0.1"},
+        env={**os.environ, **hub_environment, **environment, "NO_PROXY": "127.0.0.1"},
         capture_output=True,
         text=True,
         timeout=120,
     )
 
 
-def test_hub_id_is_downloaded_once_then_read_from_the_cache_and_offline(hub: Hub, tmp_path: Path) -> None:
+def test_hub_files_are_downloaded_once_and_cached(hub: Hub, tmp_path: Path) -> None:
     first = dinat_info(hub, tmp_path / "cache", "someone/network")
     assert first.returncode == 0, first.stderr
     assert json.loads(first.stdout)["labels"] == 4
-    got = [path.rpartition("/")[2] for method, path, _ in hub.requests if method == "GET" and "/resolve/" in path]
-    assert sorted(got) == ["config.json", "model.safetensors", "preprocessor_config.json"]
+    downloads = [path.rpartition("/")[2] for method, path, _ in hub.requests if method == "GET" and "/resolve/" in path]
+    assert sorted(downloads) == ["config.json", "model.safetensors", "preprocessor_config.json"]
 
     hub.requests.clear()
     offline = dinat_info(hub, tmp_path / "cache", "someone/network", HF_HUB_OFFLINE="1")
@@ -371,11 +371,11 @@ def test_hub_id_is_downloaded_once_then_read_from_the_cache_and_offline(hub: Hub
     assert hub.requests == []
 
 
-def test_revision_and_token_reach_the_hub(hub: Hub, tmp_path: Path) -> None:
-    refused = dinat_info(hub, tmp_path / "cache", "someone/network", "--revision", "private")
-    assert refused.returncode == 1
-    taken = dinat_info(hub, tmp_path / "cache", "someone/network", "--revision", "private", HF_TOKEN="secret")
-    assert taken.returncode == 0, taken.stderr
+def test_revision_and_token_are_sent_to_the_hub(hub: Hub, tmp_path: Path) -> None:
+    without_token = dinat_info(hub, tmp_path / "cache", "someone/network", "--revision", "private")
+    assert without_token.returncode == 1
+    with_token = dinat_info(hub, tmp_path / "cache", "someone/network", "--revision", "private", HF_TOKEN="secret")
+    assert with_token.returncode == 0, with_token.stderr
     assert ("HEAD", "/someone/network/resolve/private/config.json", "Bearer secret") in hub.requests
 
 
@@ -389,7 +389,7 @@ def test_revision_and_token_reach_the_hub(hub: Hub, tmp_path: Path) -> None:
     ],
     ids=["repository", "revision", "offline", "unreachable"],
 )
-def test_what_the_hub_cannot_give_ends_in_one_line(
+def test_hub_errors_end_in_a_one_line_error(
     hub: Hub, tmp_path: Path, arguments: list[str], environment: dict[str, str]
 ) -> None:
     done = dinat_info(hub, tmp_path / "cache", *arguments, **environment)

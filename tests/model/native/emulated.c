@@ -1,6 +1,6 @@
-/* Runs one kernel, for a machine that has another processor and an emulator of this one. From standard input: the number of the
- * kernel, then its arguments, each a letter (i: 8 bytes, f: a float, p: 8 bytes of size and so many bytes) before it. To standard
- * output: the bytes of all p, as they are afterwards. tests/model/native/emulated.py writes and reads it. */
+/* Run one kernel in an emulator. Standard input: the number of the kernel, then its arguments, each preceded by a letter (i: 8
+ * bytes, f: a float, p: 8 bytes of size and as many bytes of data). Standard output: the data of all p after the call. Called by
+ * tests/model/native/emulated.py. */
 
 #include <stdint.h>
 #include <stdio.h>
@@ -30,7 +30,7 @@ int main(void) {
         take(&n[i], sizeof *n);
         if (letter == 'p') {
             sizes[i] = n[i];
-            p[i] = malloc(n[i]); /* of its exact size: the emulator's own checks may look beyond */
+            p[i] = malloc(n[i]); /* exact size, so that memory checkers detect accesses beyond it */
             take(p[i], n[i]);
         }
     }

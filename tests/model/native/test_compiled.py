@@ -1,4 +1,4 @@
-"""Attention compiled for the processor: every kind that this machine can run, and what is done where nothing can be."""
+"""Compiled kernels for every target that this machine can run, and the fallbacks without a compiler."""
 
 import math
 import os
@@ -23,15 +23,15 @@ from dinat.model.cpu.packing import pack
 from dinat.model.errors import AttentionError
 from dinat.model.native import default_cache
 from tests.model.checkpoints.originals import random_network
-from tests.model.definition import assert_equals_the_definition
-from tests.model.native.emulated import KINDS, Emulated, library_for
+from tests.model.native.emulated import TARGETS, Emulated, library_for
+from tests.model.reference import assert_matches_reference
 
 pytestmark = pytest.mark.skipif(not native.compiler(), reason="no C compiler")
 
 
-@pytest.fixture(scope="module", params=KINDS, ids=lambda kind: kind.name)
+@pytest.fixture(scope="module", params=TARGETS, ids=lambda target: target.name)
 def library(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[native.Library | Emulated]:
-    """The source as it is compiled for one of the kinds of processor that this one is, or for one that is emulated."""
+    """The kernels compiled for one target."""
     loaded = library_for(request.param, tmp_path_factory.mktemp("compiled"))
     with pytest.MonkeyPatch.context() as patched:
         for module in (compiled, fast_layers):
@@ -42,62 +42,60 @@ def library(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
 @st.composite
 def problems(draw: st.DrawFn) -> tuple[list[Tensor], int, int]:
     kernel_size, dilation = draw(st.sampled_from([3, 5, 7, 11, 13])), draw(st.integers(1, 4))
-    least = kernel_size * dilation
-    height, width = draw(st.integers(least, least + 12)), draw(st.integers(least, least + 12))
+    window = kernel_size * dilation
+    height, width = draw(st.integers(window, window + 12)), draw(st.integers(window, window + 12))
     batch, heads = draw(st.integers(1, 3)), draw(st.integers(1, 3))
     torch.manual_seed(draw(st.integers(0, 2**16)))
     qkv = torch.randn(batch, height, width, 3, heads, 32)
-    maps = list(qkv.unbind(3) if draw(st.booleans()) else (x.contiguous() for x in qkv.unbind(3)))
-    return [*maps, torch.randn(heads, 2 * kernel_size - 1, 2 * kernel_size - 1)], kernel_size, dilation
+    inputs = list(qkv.unbind(3) if draw(st.booleans()) else (x.contiguous() for x in qkv.unbind(3)))
+    return [*inputs, torch.randn(heads, 2 * kernel_size - 1, 2 * kernel_size - 1)], kernel_size, dilation
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @settings(deadline=None, max_examples=15)
 @given(problem=problems())
-def test_it_equals_the_definition(
+def test_attention_matches_reference(
     library: native.Library | Emulated, dtype: torch.dtype, problem: tuple[list[Tensor], int, int]
 ) -> None:
     inputs, kernel_size, dilation = problem
     q, k, v, rpb = (x.to(dtype) for x in inputs)
     with torch.no_grad():
-        got = neighborhood_attention(q, k, v, rpb, kernel_size, dilation, backend="compiled")
-    assert got.dtype == dtype
-    assert_equals_the_definition(got, q, k, v, rpb, kernel_size, dilation)
+        output = neighborhood_attention(q, k, v, rpb, kernel_size, dilation, backend="compiled")
+    assert output.dtype == dtype
+    assert_matches_reference(output, q, k, v, rpb, kernel_size, dilation)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(("side", "heads", "dilation"), [(56, 2, 1), (56, 2, 8), (28, 4, 4), (14, 8, 2), (7, 16, 1)])
-def test_layers_of_mini_equal_the_definition(
+def test_attention_of_mini_matches_reference(
     library: native.Library | Emulated, dtype: torch.dtype, side: int, heads: int, dilation: int
 ) -> None:
     q, k, v = torch.randn(2, side, side, 3, heads, 32).to(dtype).unbind(3)
     rpb = torch.randn(heads, 13, 13).to(dtype)
     with torch.no_grad():
-        got = neighborhood_attention(q, k, v, rpb, 7, dilation, backend="compiled")
-        without = neighborhood_attention(q, k, v, None, 7, dilation, scale=0.3, backend="compiled")
-    assert_equals_the_definition(got, q, k, v, rpb, 7, dilation)
-    assert_equals_the_definition(without, q, k, v, None, 7, dilation, scale=0.3)
+        output = neighborhood_attention(q, k, v, rpb, 7, dilation, backend="compiled")
+        without_bias = neighborhood_attention(q, k, v, None, 7, dilation, scale=0.3, backend="compiled")
+    assert_matches_reference(output, q, k, v, rpb, 7, dilation)
+    assert_matches_reference(without_bias, q, k, v, None, 7, dilation, scale=0.3)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_large_scores_do_not_overflow_and_nan_and_infinity_are_not_hidden(
-    library: native.Library | Emulated, dtype: torch.dtype
-) -> None:
+def test_large_scores_do_not_overflow_and_nan_and_inf_propagate(library: native.Library | Emulated, dtype: torch.dtype) -> None:
     q, k, v = (torch.randn(1, 9, 9, 1, 32).to(dtype) for _ in range(3))
     with torch.no_grad():
-        large = neighborhood_attention(q * 30, k * 30, v, kernel_size=3, backend="compiled")
-        assert torch.isfinite(large).all()
-        best = neighborhood_attention((q * 30).double(), (k * 30).double(), v.double(), kernel_size=3, backend="reference")
-        torch.testing.assert_close(large.double(), best, rtol=0.02, atol=0.05)
-        for hurt, broken in ((0, math.nan), (1, math.nan), (2, math.nan), (2, math.inf)):
-            maps = [x.clone() for x in (q, k, v)]
-            maps[hurt][0, 0, 0, 0, 5] = broken
-            got = neighborhood_attention(*maps, kernel_size=3, backend="compiled")
-            assert not torch.isfinite(got[0, 0, 0]).all()
-            assert torch.isfinite(got[0, 4:, 4:]).all()
+        output = neighborhood_attention(q * 30, k * 30, v, kernel_size=3, backend="compiled")
+        assert torch.isfinite(output).all()
+        expected = neighborhood_attention((q * 30).double(), (k * 30).double(), v.double(), kernel_size=3, backend="reference")
+        torch.testing.assert_close(output.double(), expected, rtol=0.02, atol=0.05)
+        for index, value in ((0, math.nan), (1, math.nan), (2, math.nan), (2, math.inf)):
+            inputs = [x.clone() for x in (q, k, v)]
+            inputs[index][0, 0, 0, 0, 5] = value
+            output = neighborhood_attention(*inputs, kernel_size=3, backend="compiled")
+            assert not torch.isfinite(output[0, 0, 0]).all()
+            assert torch.isfinite(output[0, 4:, 4:]).all()
 
 
-def test_gradients_are_those_of_the_definition(library: native.Library | Emulated) -> None:
+def test_gradients_match_reference(library: native.Library | Emulated) -> None:
     gradients = {}
     torch.manual_seed(0)
     inputs = [*(torch.randn(2, 15, 14, 2, 32) for _ in range(3)), torch.randn(2, 13, 13)]
@@ -105,11 +103,11 @@ def test_gradients_are_those_of_the_definition(library: native.Library | Emulate
         leaves = [x.clone().requires_grad_() for x in inputs]
         neighborhood_attention(*leaves, kernel_size=7, dilation=2, backend=backend).square().sum().backward()
         gradients[backend] = [leaf.grad for leaf in leaves]
-    for got, expected in zip(gradients["compiled"], gradients["reference"], strict=True):
-        torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
+    for gradient, expected in zip(gradients["compiled"], gradients["reference"], strict=True):
+        torch.testing.assert_close(gradient, expected, rtol=1e-4, atol=1e-4)
 
 
-def test_it_uses_as_many_threads_as_pytorch_and_each_gives_the_same(library: native.Library | Emulated) -> None:
+def test_number_of_threads_does_not_change_the_output(library: native.Library | Emulated) -> None:
     q, k, v = torch.randn(3, 28, 28, 3, 4, 32).unbind(3)
     before = torch.get_num_threads()
     results = []
@@ -123,8 +121,8 @@ def test_it_uses_as_many_threads_as_pytorch_and_each_gives_the_same(library: nat
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_oneDNNs_products_go_on_beside_it(library: native.Library | Emulated, dtype: torch.dtype) -> None:
-    """Both have the matrix units: what one leaves in them must not be what the other finds."""
+def test_kernels_and_onednn_can_alternate(library: native.Library | Emulated, dtype: torch.dtype) -> None:
+    """Both use AMX, so each must restore the tile configuration."""
     torch.manual_seed(0)
     x, weight = torch.randn(640, 96).to(dtype), torch.randn(96, 96).to(dtype)
     q, k, v = torch.randn(1, 28, 28, 3, 4, 32).to(dtype).unbind(3)
@@ -137,7 +135,7 @@ def test_oneDNNs_products_go_on_beside_it(library: native.Library | Emulated, dt
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("channels", [16, 64, 192, 512, 1536, 8192])
-def test_layer_norm_is_pytorchs(library: native.Library | Emulated, dtype: torch.dtype, channels: int) -> None:
+def test_layer_norm_matches_pytorch(library: native.Library | Emulated, dtype: torch.dtype, channels: int) -> None:
     torch.manual_seed(0)
     norm = LayerNorm(channels, eps=1e-5).to(dtype)
     with torch.no_grad():
@@ -148,40 +146,40 @@ def test_layer_norm_is_pytorchs(library: native.Library | Emulated, dtype: torch
         calls = []
         with pytest.MonkeyPatch.context() as patched:
             patched.setattr(torch.nn.LayerNorm, "forward", lambda *_: calls.append(1))
-            got = norm(x)
+            output = norm(x)
         assert not calls
-        assert (got.double() - exact).abs().max() <= (2e-6 if dtype == torch.float32 else 4e-3) * exact.abs().max()
+        assert (output.double() - exact).abs().max() <= (2e-6 if dtype == torch.float32 else 4e-3) * exact.abs().max()
         x[1, 2, 3, 4] = math.nan
         broken = norm(x)
     assert torch.isnan(broken[1, 2, 3]).all()
     assert torch.isfinite(broken[0]).all()
 
 
-def test_layer_norm_leaves_to_pytorch_what_it_does_not_do(library: native.Library | Emulated) -> None:
-    odd, double = LayerNorm(20), LayerNorm(32).double()
+def test_layer_norm_falls_back_to_pytorch(library: native.Library | Emulated) -> None:
+    twenty_channels, double = LayerNorm(20), LayerNorm(32).double()
     with torch.no_grad():
-        for norm, x in ((odd, torch.randn(3, 20)), (double, torch.randn(3, 32).double())):
+        for norm, x in ((twenty_channels, torch.randn(3, 20)), (double, torch.randn(3, 32).double())):
             expected = torch.nn.functional.layer_norm(x, norm.normalized_shape, norm.weight, norm.bias)
             torch.testing.assert_close(norm(x), expected)
-    trained = LayerNorm(32)
-    trained(torch.randn(4, 32)).square().sum().backward()
-    assert trained.weight.grad is not None
-    assert trained.weight.grad.abs().sum() > 0
+    norm = LayerNorm(32)
+    norm(torch.randn(4, 32)).square().sum().backward()
+    assert norm.weight.grad is not None
+    assert norm.weight.grad.abs().sum() > 0
 
 
-def test_auto_takes_it_for_inference_alone() -> None:
+def test_auto_uses_compiled_only_for_inference() -> None:
     assert native.library() is not None
     calls = []
     q, k, v = torch.randn(1, 9, 9, 3, 1, 32).unbind(3)
 
-    def seen(*arguments: object) -> Tensor:
+    def record_call(*arguments: object) -> Tensor:
         calls.append(arguments)
         return q
 
     from dinat.model import attention
 
     with pytest.MonkeyPatch.context() as patched:
-        patched.setitem(attention.BACKENDS, "compiled", seen)
+        patched.setitem(attention.BACKENDS, "compiled", record_call)
         with torch.no_grad():
             neighborhood_attention(q, k, v, kernel_size=3)
             assert len(calls) == 1
@@ -191,27 +189,27 @@ def test_auto_takes_it_for_inference_alone() -> None:
         assert len(calls) == 1
 
 
-def test_what_it_does_not_compute_is_refused() -> None:
+def test_unsupported_arguments_raise_attention_error() -> None:
     q = torch.randn(1, 9, 9, 1, 16)
     with torch.no_grad():
-        with pytest.raises(AttentionError, match=r"heads of 32; got cpu, torch\.float32, 16"):
+        with pytest.raises(AttentionError, match=r"head_dim 32; got cpu, torch\.float32, head_dim 16"):
             neighborhood_attention(q, q, q, kernel_size=3, backend="compiled")
-        wide = torch.randn(1, 17, 17, 1, 32)
-        with pytest.raises(AttentionError, match="no kernel of 17"):
-            neighborhood_attention(wide, wide, wide, kernel_size=17, backend="compiled")
+        q = torch.randn(1, 17, 17, 1, 32)
+        with pytest.raises(AttentionError, match="does not support kernel_size 17"):
+            neighborhood_attention(q, q, q, kernel_size=17, backend="compiled")
         with pytest.raises(AttentionError, match="dropout"):
-            neighborhood_attention(wide, wide, wide, kernel_size=3, dropout=0.5, backend="compiled")
+            neighborhood_attention(q, q, q, kernel_size=3, dropout=0.5, backend="compiled")
 
 
 SCRIPT = """
 import torch
 from dinat.model import native
 from dinat.model.attention import neighborhood_attention
-from dinat.model.native import library, missing
+from dinat.model.native import library, unavailable_reason
 q = torch.ones(1, 9, 9, 1, 32)
 with torch.no_grad():
     print(neighborhood_attention(q, q, q, kernel_size=3).sum().item() == q.sum().item())
-print(library() is not None, missing())
+print(library() is not None, unavailable_reason())
 """
 
 
@@ -226,51 +224,51 @@ def run(cache: Path, **environment: str) -> list[str]:
     return done.stdout.splitlines()
 
 
-def test_it_is_compiled_once_and_kept(tmp_path: Path) -> None:
+def test_library_is_compiled_once_and_cached(tmp_path: Path) -> None:
     compiler = tmp_path / "cc"
-    compiler.write_text(f'#!/bin/sh\necho once >> {tmp_path / "calls"}\nexec {shlex.join(native.compiler())} "$@"\n')
+    compiler.write_text(f'#!/bin/sh\necho call >> {tmp_path / "calls"}\nexec {shlex.join(native.compiler())} "$@"\n')
     compiler.chmod(0o755)
     for _ in range(2):
         assert run(tmp_path, CC=f"{compiler} -g") == ["True", "True "]
-    assert (tmp_path / "calls").read_text().split() == ["once"]
-    (kept,) = (tmp_path / "dinat-serve" / "kernels").iterdir()
-    kept.write_bytes(b"no library")  # as a full disk leaves it
+    assert (tmp_path / "calls").read_text().split() == ["call"]
+    (cached,) = (tmp_path / "dinat-serve" / "kernels").iterdir()
+    cached.write_bytes(b"no library")  # as after a full disk
     assert run(tmp_path, CC=str(compiler)) == ["True", "True "]
-    assert (tmp_path / "calls").read_text().split() == ["once"] * 2
+    assert (tmp_path / "calls").read_text().split() == ["call"] * 2
 
 
-def test_without_a_compiler_or_with_one_that_fails_tiles_take_its_place(tmp_path: Path) -> None:
+def test_tiled_is_used_without_a_working_compiler(tmp_path: Path) -> None:
     assert run(tmp_path, CC="no-such-compiler") == ["True", "False no C compiler: install gcc or clang"]
     assert run(tmp_path, CC=str(shutil.which("false"))) == ["True", "False the C compiler fails"]
 
 
-def test_an_empty_variable_names_no_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_empty_xdg_cache_home_is_ignored(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", "")
     monkeypatch.setenv("HOME", str(tmp_path))
     assert native.cache_folder() == tmp_path / ".cache" / "dinat-serve" / "kernels"
     assert default_cache() == tmp_path / ".cache" / "dinat-serve"
 
 
-def test_a_cache_that_cannot_be_written_does_no_harm(tmp_path: Path) -> None:
+def test_cache_that_cannot_be_written_is_ignored(tmp_path: Path) -> None:
     (tmp_path / "dinat-serve").write_text("a file where the folder should be")
     assert run(tmp_path) == ["True", "True "]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_packed_network_says_the_same(dtype: torch.dtype) -> None:
+def test_packed_network_matches_the_network(dtype: torch.dtype) -> None:
     config = DinatConfig(embed_dim=32, depths=[2, 2], num_heads=[1, 2], kernel_size=3, dilations=[[1, 4], [1, 2]], num_labels=7)
     pixels = torch.randn(3, 3, 64, 48).to(dtype)
     network = random_network(config).to(dtype)
     with torch.inference_mode():
         expected = network(pixels).logits
-        got = pack(network)(pixels).logits
+        logits = pack(network)(pixels).logits
     if dtype == torch.float32:
-        torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-4)
-    else:  # whole layers are another kernel there, which rounds in other places
-        assert (got - expected).norm() <= 0.02 * expected.norm()
+        torch.testing.assert_close(logits, expected, rtol=1e-5, atol=1e-4)
+    else:  # the kernel for whole layers rounds at other places
+        assert (logits - expected).norm() <= 0.02 * expected.norm()
 
 
-def test_a_network_in_bf16_is_as_close_as_its_precision() -> None:
+def test_packed_network_in_bf16_matches_float32() -> None:
     torch.manual_seed(0)
     network = DinatForImageClassification(DinatConfig.preset("mini")).eval()
     pixels = torch.randn(2, 3, 224, 224)

@@ -3,15 +3,15 @@ from collections.abc import Iterator
 import pytest
 
 from dinat.model.attention import autotune, bias_cache
-from tests.rehearsal import card
+from tests.rehearsal.fake_gpu.install import is_installed
 
-if not card.installed():  # tests/rehearsal/test_rehearsal.py runs these in a process that has the stand-in
+if not is_installed():  # tests/rehearsal/test_rehearsal.py runs these tests in processes with the fake GPU
     collect_ignore_glob = ["test_*.py"]
 
 
 @pytest.fixture(autouse=True)
-def a_new_start() -> Iterator[None]:
-    autotune.chosen.clear()
-    autotune._distrusted.clear()
-    bias_cache.forget()
+def empty_caches() -> Iterator[None]:
+    autotune.selections.clear()
+    autotune._failed.clear()
+    bias_cache.clear()
     yield

@@ -1,4 +1,4 @@
-"""CapturedComputation on the stand-in: each of its waits is needed, and what cannot be captured is seen."""
+"""CapturedComputation on the fake GPU: each synchronization is necessary, and operations that cannot be captured raise."""
 
 import threading
 from collections.abc import Callable, Iterator
@@ -10,15 +10,15 @@ import torch
 from dinat.app.engine.runtimes import cuda_graphs
 from dinat.app.engine.runtimes.cuda_graphs import CapturedComputation
 from dinat.model.attention import bias_cache, neighborhood_attention
-from tests.rehearsal import card, clocks
-from tests.rehearsal.clocks import Race
+from tests.rehearsal.fake_gpu.clocks import Race, Timeline, TrackedLock, TrackedQueue
+from tests.rehearsal.fake_gpu.streams import Event, Stream, current_stream
 
 CUDA = torch.device("cuda", 0)
 Outputs = tuple[torch.Tensor, torch.Tensor]
 
 
 @pytest.fixture(autouse=True)
-def inference() -> Iterator[None]:
+def inference_mode() -> Iterator[None]:
     with torch.inference_mode():
         yield
 
@@ -31,27 +31,27 @@ def example(batch: int = 4) -> torch.Tensor:
     return torch.randn(batch, 3, device=CUDA)
 
 
-def in_threads(count: int, call: Callable[[int], None]) -> None:
-    """call(n) in one thread after the other. What raises there is raised here."""
+def run_in_threads(count: int, call: Callable[[int], None]) -> None:
+    """Run call(0), call(1), ..., each in a new thread, one after the other, and raise the first exception."""
     for n in range(count):
-        raised: list[BaseException] = []
+        exceptions: list[BaseException] = []
 
-        def run(n: int = n, raised: list[BaseException] = raised) -> None:
+        def run(n: int = n, exceptions: list[BaseException] = exceptions) -> None:
             try:
                 with torch.inference_mode():
                     call(n)
             except BaseException as error:
-                raised.append(error)
+                exceptions.append(error)
 
         thread = threading.Thread(target=run)
         thread.start()
         thread.join()
-        if raised:
-            raise raised[0]
+        if exceptions:
+            raise exceptions[0]
 
 
-def run_some() -> None:
-    """Capture, and run batches of every size from several threads in turn, with the outcome checked."""
+def check_all_batch_sizes() -> None:
+    """Capture, run batches of every size in several threads and check the outputs."""
     captured = CapturedComputation(double, example())
 
     def check(n: int) -> None:
@@ -61,69 +61,69 @@ def run_some() -> None:
             torch.testing.assert_close(first, batch * 2)
             torch.testing.assert_close(second, batch + 1)
 
-    in_threads(4, check)
+    run_in_threads(4, check)
 
 
-def test_what_is_replayed_is_what_was_captured_of_every_size() -> None:
-    run_some()
+def test_replays_of_every_batch_size_are_correct() -> None:
+    check_all_batch_sizes()
 
 
-def _early(record: Callable[..., None]) -> Callable[..., None]:
-    """An event that is recorded before the work that it should follow."""
-    known: dict[object, dict[clocks.Timeline, int]] = {}
+def _recorded_early(record: Callable[..., None]) -> Callable[..., None]:
+    """Return an Event.record that records the stream's previous state, before the work that the event should follow."""
+    clocks: dict[object, dict[Timeline, int]] = {}
 
-    def early(self: card.Event, stream: card.Stream | None = None) -> None:
-        where = stream or card.current_stream()
+    def record_early(self: Event, stream: Stream | None = None) -> None:
+        stream = stream or current_stream()
         record(self, stream)
-        self.known, known[where] = known.get(where, {}), dict(where.timeline.knows)
+        self.clock, clocks[stream] = clocks.get(stream, {}), dict(stream.timeline.clock)
 
-    return early
+    return record_early
 
 
-def _without_order(queue: type) -> type:
-    class Queue(queue):  # type: ignore[misc]
+def _unordered(queue: type) -> type:
+    class UnorderedQueue(queue):  # type: ignore[misc]
         def get(self) -> object:
             return self._queue.get()[0]
 
-    return Queue
+    return UnorderedQueue
 
 
 MISSING: dict[str, tuple[object, str, object]] = {
-    "the wait for an upload": (card.Stream, "wait_event", lambda self, event: None),
-    "the wait for the outputs": (card.Event, "synchronize", lambda self: None),
-    "the wait of a capture for its input": (card.Stream, "wait_stream", lambda self, other: None),
-    "an event that comes after what it tells of": (card.Event, "record", _early(card.Event.record)),
-    "turns": (clocks.RecordedLock, "__exit__", lambda self, *_: self._lock.release()),
-    "slots given back after their use": (cuda_graphs, "SimpleQueue", _without_order(clocks.RecordedQueue)),
+    "wait for the upload": (Stream, "wait_event", lambda self, event: None),
+    "wait for the outputs": (Event, "synchronize", lambda self: None),
+    "wait of the capture for its input": (Stream, "wait_stream", lambda self, other: None),
+    "event recorded after the work": (Event, "record", _recorded_early(Event.record)),
+    "lock around replays": (TrackedLock, "__exit__", lambda self, *_: self._lock.release()),
+    "slots returned after use": (cuda_graphs, "SimpleQueue", _unordered(TrackedQueue)),
 }
 
 
 @pytest.mark.parametrize("missing", MISSING)
-def test_every_wait_is_needed(missing: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    target, name, without = MISSING[missing]
-    monkeypatch.setattr(target, name, without)
+def test_every_synchronization_is_necessary(missing: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    target, name, replacement = MISSING[missing]
+    monkeypatch.setattr(target, name, replacement)
     with pytest.raises(Race):
-        run_some()
+        check_all_batch_sizes()
 
 
-KEPT = torch.randn(3)
-UNCAPTURABLE: dict[str, Callable[[torch.Tensor], object]] = {
-    "a table of the host's": lambda x: x * KEPT.to(CUDA),
-    "a number read": lambda x: x * float(x.sum()),
-    "a choice by value": lambda x: x if x.sum() > 0 else -x,
-    "a mask": lambda x: x[x > 0],
-    "values made into a tensor": lambda x: x * torch.tensor([1.0, 2.0, 3.0], device=CUDA),
-    "an index of the host's": lambda x: x[:, torch.tensor([0, 2])],
-    "a wait": lambda x: torch.cuda.synchronize() or x,
+HOST_TENSOR = torch.randn(3)
+NOT_PERMITTED: dict[str, Callable[[torch.Tensor], object]] = {
+    "copy of a host tensor": lambda x: x * HOST_TENSOR.to(CUDA),
+    "value read on the host": lambda x: x * float(x.sum()),
+    "branch on a value": lambda x: x if x.sum() > 0 else -x,
+    "boolean mask": lambda x: x[x > 0],
+    "tensor made from host values": lambda x: x * torch.tensor([1.0, 2.0, 3.0], device=CUDA),
+    "index on the host": lambda x: x[:, torch.tensor([0, 2])],
+    "synchronization": lambda x: torch.cuda.synchronize() or x,
     "pinned memory": lambda x: torch.empty(3, pin_memory=True),
-    "a copy back": lambda x: x.cpu(),
+    "copy to the host": lambda x: x.cpu(),
 }
 
 
-@pytest.mark.parametrize("what", UNCAPTURABLE)
-def test_what_cannot_be_captured_is_seen_and_leaves_no_stream_behind(what: str) -> None:
+@pytest.mark.parametrize("operation", NOT_PERMITTED)
+def test_operation_that_cannot_be_captured_raises_and_restores_the_stream(operation: str) -> None:
     def compute(x: torch.Tensor) -> Outputs:
-        UNCAPTURABLE[what](x)
+        NOT_PERMITTED[operation](x)
         return double(x)
 
     before = torch.cuda.current_stream()
@@ -131,10 +131,10 @@ def test_what_cannot_be_captured_is_seen_and_leaves_no_stream_behind(what: str) 
         CapturedComputation(compute, example())
     assert torch.cuda.current_stream() is before
     assert not torch.cuda.is_current_stream_capturing()
-    run_some()
+    check_all_batch_sizes()
 
 
-def test_what_a_graph_reads_lives_as_long_as_the_graph(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_graph_keeps_cached_tensors_that_it_reads_alive(monkeypatch: pytest.MonkeyPatch) -> None:
     rpb = torch.randn(1, 5, 5, device=CUDA)
 
     def compute(x: torch.Tensor) -> Outputs:
@@ -143,32 +143,32 @@ def test_what_a_graph_reads_lives_as_long_as_the_graph(monkeypatch: pytest.Monke
 
     x = torch.randn(1, 6, 6, 3, 1, 8, device=CUDA)
     captured = CapturedComputation(compute, x)
-    bias_cache.forget()
+    bias_cache.clear()
     expected = neighborhood_attention(*x.unbind(3), rpb, 3, 1, backend="reference").cpu()
     torch.testing.assert_close(captured.run(x.cpu())[0], expected)
-    monkeypatch.setattr(cuda_graphs, "holding", lambda: nullcontext([]))
+    monkeypatch.setattr(cuda_graphs, "record_cached_values", lambda: nullcontext([]))
     captured = CapturedComputation(compute, x)
-    bias_cache.forget()
+    bias_cache.clear()
     with pytest.raises(RuntimeError, match="illegal memory access"):
         captured.run(x.cpu())
 
 
-def test_another_thread_may_compute_while_a_graph_is_captured() -> None:
-    entered, go_on = threading.Event(), threading.Event()
+def test_another_thread_can_compute_during_capture() -> None:
+    entered, resume = threading.Event(), threading.Event()
     passes: list[int] = []
 
     def compute(x: torch.Tensor) -> Outputs:
         passes.append(1)
         if torch.cuda.is_current_stream_capturing() and len(passes) == 2:
             entered.set()
-            assert go_on.wait(30)
+            assert resume.wait(30)
         return double(x)
 
-    done: list[CapturedComputation] = []
+    captured: list[CapturedComputation] = []
 
     def capture() -> None:
         with torch.inference_mode():
-            done.append(CapturedComputation(compute, torch.randn(1, 3, device=CUDA)))
+            captured.append(CapturedComputation(compute, torch.randn(1, 3, device=CUDA)))
 
     thread = threading.Thread(target=capture)
     thread.start()
@@ -176,6 +176,6 @@ def test_another_thread_may_compute_while_a_graph_is_captured() -> None:
     try:
         assert float(torch.ones(3, device=CUDA).sum()) == 3
     finally:
-        go_on.set()
+        resume.set()
         thread.join(30)
-    assert len(done) == 1
+    assert len(captured) == 1

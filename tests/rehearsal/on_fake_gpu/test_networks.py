@@ -1,5 +1,7 @@
-"""Every published network can be captured as a CUDA graph, by every attention and in every precision: nothing that it does
-once a batch copies between host and card, waits, or reads a value on the host."""
+"""Every published network can be captured as a CUDA graph, with every attention backend and in every precision.
+
+Its forward pass neither copies between host and GPU, nor synchronizes, nor reads a value on the host.
+"""
 
 import pytest
 import torch
@@ -8,15 +10,15 @@ from dinat.app.engine.runtimes.cuda_graphs import CapturedComputation
 from dinat.app.engine.runtimes.runtime import rank
 from dinat.model import AttentionError, DinatConfig, DinatForImageClassification, DinatImageProcessor, attention
 from dinat.model.config import PRESETS
-from tests.rehearsal import card
+from tests.rehearsal.fake_gpu.tensors import shapes_only
 
 CUDA = torch.device("cuda", 0)
 PROCESSOR = DinatImageProcessor()
 
 
 def capture(config: DinatConfig, attention: str, dtype: torch.dtype, height: int, width: int, batch: int = 1) -> torch.Size:
-    """The shape of the scores that a captured network gives."""
-    with card.shapes_only(), torch.inference_mode():
+    """Capture a network, run it and return the shape of the scores."""
+    with shapes_only(), torch.inference_mode():
         with torch.device("meta"):
             network = DinatForImageClassification(config, attention=attention).eval()
         network = network.to_empty(device=CUDA).to(dtype)
@@ -43,34 +45,34 @@ def test_every_published_network_can_be_captured(preset: str, attention: str, dt
 @pytest.mark.parametrize("layer_scale", [0.0, 1e-5])
 @pytest.mark.parametrize(("height", "width"), [(224, 224), (160, 200), (96, 256)])
 @pytest.mark.parametrize("attention", ["tiled", "triton", "natten"])
-def test_pictures_of_any_size_and_batches_can_be_captured(attention: str, height: int, width: int, layer_scale: float) -> None:
+def test_batches_of_any_image_size_can_be_captured(attention: str, height: int, width: int, layer_scale: float) -> None:
     config = DinatConfig.preset("mini", layer_scale_init_value=layer_scale)
     assert capture(config, attention, torch.bfloat16, height, width, batch=4) == (4, 1000)
 
 
 @pytest.mark.parametrize("problem_type", ["regression", "multi_label_classification", "single_label_classification"])
-def test_every_kind_of_score_can_be_captured(problem_type: str) -> None:
+def test_scores_of_every_problem_type_can_be_captured(problem_type: str) -> None:
     config = DinatConfig(depths=[1], num_heads=[2], dilations=[[1]], num_labels=3, problem_type=problem_type)
     assert capture(config, "tiled", torch.float32, 64, 64) == (1, 3)
 
 
-def test_natten_without_kernels_for_the_card_is_no_candidate(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_natten_without_a_kernel_for_the_gpu_is_no_candidate(monkeypatch: pytest.MonkeyPatch) -> None:
     from natten import backends
 
     from dinat.model.attention import natten_backend
 
     monkeypatch.setattr(backends, "get_compatible_backends", lambda *_, **__: ["flex-fna"])
     with pytest.raises(AttentionError, match=r"natten has no kernel for torch\.bfloat16 heads of 81 channels"):
-        natten_backend.choose.__wrapped__(81, 32, torch.bfloat16, CUDA, False)
+        natten_backend.select_config.__wrapped__(81, 32, torch.bfloat16, CUDA, False)
 
 
-def test_a_compiler_is_given_the_kernel_without_a_look_at_what_is_installed(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_backend_is_selected_without_lookup_of_candidates_during_compilation(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
-    monkeypatch.setattr(attention, "candidates", lambda *_: pytest.fail("looked"))
-    called: list[str] = []
+    monkeypatch.setattr(attention, "candidates", lambda *_: pytest.fail("looked up candidates"))
+    calls: list[str] = []
     for name in ("triton", "tiled"):
-        monkeypatch.setitem(attention.BACKENDS, name, lambda q, *_, name=name: called.append(name) or q)
+        monkeypatch.setitem(attention.BACKENDS, name, lambda q, *_, name=name: calls.append(name) or q)
     for dtype, head_dim in ((torch.bfloat16, 32), (torch.float64, 32), (torch.bfloat16, 4)):
         x = torch.zeros(1, 7, 7, 1, head_dim, device=CUDA, dtype=dtype)
         attention.neighborhood_attention(x, x, x)
-    assert called == ["triton", "tiled", "tiled"]
+    assert calls == ["triton", "tiled", "tiled"]

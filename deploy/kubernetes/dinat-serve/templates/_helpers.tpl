@@ -1,9 +1,9 @@
-{{/* The name of everything in this release. */}}
+{{/* Name of every object in this release. */}}
 {{- define "dinat.name" -}}
 {{- if contains .Chart.Name .Release.Name }}{{ .Release.Name | trunc 53 | trimSuffix "-" }}{{ else }}{{ printf "%s-%s" .Release.Name .Chart.Name | trunc 53 | trimSuffix "-" }}{{ end }}
 {{- end }}
 
-{{/* Labels by which the pods are found; these never change. */}}
+{{/* Labels that select the pods; they must not change between versions. */}}
 {{- define "dinat.selector" -}}
 app.kubernetes.io/name: {{ .Chart.Name }}
 app.kubernetes.io/instance: {{ .Release.Name }}
@@ -39,7 +39,10 @@ limits:
   {{- end }}
 {{- end }}
 
-{{/* The container; `container` is its name, `model` where it finds the checkpoint, `name` what clients call that, `storage` from where KServe brings it. */}}
+{{/*
+The container. Arguments: `container`, its name; `model`, the checkpoint; `name`, the model's name for clients; `storage`, the URI
+from which KServe downloads the checkpoint.
+*/}}
 {{- define "dinat.container" -}}
 name: {{ .container }}
 image: {{ include "dinat.image" .root }}
@@ -78,7 +81,7 @@ securityContext:
   allowPrivilegeEscalation: false
   readOnlyRootFilesystem: true
   capabilities: { drop: [ALL] }
-# Its port is open seconds after it starts; the model may take minutes, while /health/live is 200 and /health/ready 503.
+# The port is open seconds after the start. Loading the model may take minutes; until then /health/live is 200, /health/ready 503.
 startupProbe:
   httpGet: { path: /health/live, port: http }
   periodSeconds: 2
@@ -116,7 +119,7 @@ volumeMounts:
 {{- end }}
 {{- end }}
 
-{{/* Where pods may run, as the Deployment and the InferenceService have it. */}}
+{{/* Scheduling fields that the Deployment and the InferenceService have in common. */}}
 {{- define "dinat.placement" -}}
 {{- with .Values.image.pullSecrets }}
 imagePullSecrets:
@@ -141,7 +144,7 @@ affinity:
 {{- end }}
 {{- end }}
 
-{{/* Seconds from SIGTERM to SIGKILL: as long as new work is taken, as old work may take, and a margin. */}}
+{{/* Seconds from SIGTERM to SIGKILL: the lame duck period, the drain timeout and a margin of 10. */}}
 {{- define "dinat.grace" -}}
 {{ add (ceil .Values.stop.lameDuckSeconds) (ceil .Values.stop.drainSeconds) 10 }}
 {{- end }}

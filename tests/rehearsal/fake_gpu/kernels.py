@@ -1,0 +1,88 @@
+"""Kernels that are not PyTorch's: the Triton kernel and NATTEN, on the backing tensors."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from tests.rehearsal.fake_gpu import devices
+from tests.rehearsal.fake_gpu.streams import record_launch
+from tests.rehearsal.fake_gpu.tensors import FakeGpuTensor, is_on_gpu, unwrap
+
+MAX_INTERPRETED_PROGRAMS = 8
+"""Triton's interpreter takes milliseconds per program: larger launches are computed by PyTorch from the kernel's tables."""
+
+
+class TritonKernel:
+    """Wraps a Triton kernel so that it accepts FakeGpuTensors, which must be on the current device."""
+
+    def __init__(self, kernel: Any) -> None:
+        self._kernel = kernel
+        self.arg_names = kernel.arg_names
+
+    def __getitem__(self, grid: tuple[int, int, int]) -> Callable[..., None]:
+        def launch(*args: Any, **kwargs: Any) -> None:
+            tensors = [x for x in args if isinstance(x, torch.Tensor)]
+            if not any(isinstance(x, FakeGpuTensor) for x in tensors):
+                self._kernel[grid](*args, **kwargs)
+                return
+            for x in tensors:
+                if not is_on_gpu(x) or x.device.index != devices.current():
+                    raise ValueError(
+                        f"Pointer argument cannot be accessed from Triton: {x.device}, current is {devices.current()}"
+                    )
+            backing = [unwrap(x) for x in args]
+
+            def replay() -> None:
+                if backing[0].is_meta:
+                    return
+                if grid[0] * grid[1] * grid[2] <= MAX_INTERPRETED_PROGRAMS:
+                    self._kernel[grid](*backing, **kwargs)
+                else:
+                    _attend(*backing[:8], scale=args[-1])
+
+            replay()
+            *inputs, out = tensors
+            record_launch("the Triton kernel", out.device, [x.memory for x in inputs], [out.memory], replay, [])
+
+        return launch
+
+
+def _attend(
+    q: Any, k: Any, v: Any, bias: Any, query_table: Any, key_table: Any, bias_table: Any, out: Any, scale: float
+) -> None:
+    """Compute what the Triton kernel computes, from the same tables, with PyTorch."""
+    q, k, v = (x.flatten(1, 2) for x in (q, k, v))
+    queries = q[:, query_table.clamp(min=0).long()]
+    keys, values = k[:, key_table.long()], v[:, key_table.long()]
+    scores = torch.einsum("btqhc,btkhc->bthqk", queries.float(), keys.float()) * scale + bias[bias_table.long()].float()
+    attended = torch.einsum("bthqk,btkhc->btqhc", scores.softmax(-1), values.float())
+    valid = query_table >= 0
+    out.flatten(1, 2)[:, query_table[valid].long()] = attended[:, valid].to(out.dtype)
+
+
+def na2d(query: Any, key: Any, value: Any, kernel_size: int, dilation: int = 1, scale: Any = None, backend: Any = None) -> Any:
+    """natten.functional.na2d by the reference implementation, with NATTEN's limit on head_dim."""
+    from dinat.model.attention.reference import reference_attention
+
+    for x in (query, key, value):
+        if x.shape[-1] % 8:
+            raise ValueError(f"head_dim must be a multiple of 8 for NATTEN's kernels, got {x.shape[-1]}")
+    backing = [unwrap(x) for x in (query, key, value)]
+
+    def compute() -> torch.Tensor:
+        if backing[0].is_meta:
+            return torch.empty_like(backing[2])
+        attended = reference_attention(*(x.float() for x in backing), None, kernel_size, dilation, scale)[0]
+        return attended.to(backing[0].dtype)
+
+    output = compute()
+    result = FakeGpuTensor(output, None, query.device)
+
+    def replay() -> None:
+        if not output.is_meta:
+            output.copy_(compute())
+
+    reads = [x.memory for x in (query, key, value)]
+    record_launch("NATTEN's kernel", query.device, reads, [result.memory], replay, [result])
+    return result
