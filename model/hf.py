@@ -1,7 +1,7 @@
 """transformers' DiNAT on this project's network: Auto classes, pipelines, Trainer, AutoBackbone.
 
     import dinat.model.hf
-    dinat.model.hf.register()
+    dinat.hf.register()
 
 registers these classes under transformers' names, because its own DiNAT requires a NATTEN release that current PyTorch cannot
 use. `python -m dinat.hf SCRIPT ARGS...` runs a script with the classes registered, `python -m dinat.hf -m MODULE ARGS...` a

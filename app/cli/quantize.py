@@ -47,7 +47,7 @@ def quantize(
     processor.save_pretrained(folder)
     print(
         f"{source} written to {folder}. On {cost.images} calibration images, the 8-bit graph predicts the same top class for "
-        f"{cost.top1_agreement:.1%}; its logits differ by at most {cost.max_difference:.3g}, the largest is {cost.max_logit:.3g}.\n"
+        f"{cost.top1_agreement:.1%}; its logits, up to {cost.max_logit:.3g}, differ by at most {cost.max_difference:.3g}.\n"
         f"Serve it with: dinat serve --model {folder} --precision int8"
     )
     int8, default = (load_runtimes(Settings(model=str(folder), device="cpu", precision=kind))[0] for kind in ("int8", "auto"))

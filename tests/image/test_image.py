@@ -214,7 +214,7 @@ def test_second_start_uses_the_cached_graph(buildah: Buildah, image: str) -> Non
 
 def test_sigterm_under_load_answers_every_request(container: Container) -> None:
     image = (DIGITS / "2-1.png").read_bytes()
-    with container, load_until_rejected(container.url, image, first=200) as statuses:
+    with container, load_until_rejected(container.url, image, min_responses=200) as statuses:
         started = time.monotonic()
         assert container.stop() == 0
         seconds = time.monotonic() - started
