@@ -81,9 +81,7 @@ class Settings(BaseSettings):
     drain_seconds: float = Field(30, ge=0, description="Maximum time in seconds to complete accepted requests during shutdown.")
     max_connections: int = Field(1024, ge=1, description="Maximum number of open connections; further ones get 503.")
     upload_seconds: float = Field(30, gt=0, description="Maximum time in seconds to receive a request; beyond it, 408.")
-    download_seconds: float = Field(
-        60, gt=0, description="Maximum time in seconds to read a response; beyond it, closed."
-    )
+    download_seconds: float = Field(60, gt=0, description="Maximum time in seconds to read a response; beyond it, closed.")
     max_upload_bytes: int = Field(20 * 2**20, ge=1, description="Maximum size of a request body in bytes; beyond it, 413.")
     max_pixels: int = Field(50_000_000, ge=1, description="Maximum size of an image in pixels, width times height.")
     decode: Literal["exact", "draft"] = Field(

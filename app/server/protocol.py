@@ -1,25 +1,30 @@
-"""One HTTP connection: its phases, each with a limit in bytes and a deadline, and connections above the limit.
+"""HTTP connections: the phases of one connection, each with a limit in bytes and a deadline, and the limit on their number.
 
-| phase | ends when | limit | deadline | beyond it |
+| phase | ends when | limit in bytes | deadline | beyond them |
 |---|---|---|---|---|
-| idle | a request begins | | KEEP_ALIVE_SECONDS (first request: UPLOAD_SECONDS) | closed |
-| head | the head is complete | MAX_HEAD_BYTES, MAX_HEADERS | UPLOAD_SECONDS from its first byte | 431, 408 |
-| body | the body is complete | MAX_UPLOAD_BYTES, by RequestMiddleware | UPLOAD_SECONDS from the first byte | 413, 408 |
-| answering | the response is written | MAX_PIPELINED requests behind it | DEADLINE_MS, by the engine | 504 |
-| closing | the client closes | CLOSING_BYTES | LINGER_SECONDS | aborted |
+| idle | a request begins | MAX_HEAD_BYTES | KEEP_ALIVE_SECONDS; for the first request UPLOAD_SECONDS | closed |
+| head | the head is complete | MAX_HEAD_BYTES, MAX_HEADERS | UPLOAD_SECONDS after its first byte | 431, 408 |
+| body | the body is complete | MAX_UPLOAD_BYTES, by RequestMiddleware | UPLOAD_SECONDS after the head's first byte | 413, 408 |
+| answering | all requests are answered | MAX_PIPELINED requests | DEADLINE_MS, by Engine, and DOWNLOAD_SECONDS | closed |
+| closing | the client has closed, too | discarded unread | see Connection.close | closed |
 
-A written response that the client does not read within DOWNLOAD_SECONDS aborts the connection, in every phase.
+A client may send a request before the previous one is answered (pipelining): the phase is that of the request being received,
+and "answering" when none is. Above MAX_CONNECTIONS, a connection gets one response: to a probe, or 503.
 """
 
 import asyncio
+import math
 import socket
 import time
+from collections.abc import Sequence
 from enum import StrEnum
+from functools import partial
 from typing import Any
 
 import httptools
 import structlog
-from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+from uvicorn._types import ASGI3Application
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
 from dinat.app.api.middleware import new_request_id
 from dinat.app.api.problems import problem_body
@@ -32,25 +37,30 @@ KEEP_ALIVE_SECONDS = 5
 """How long a connection may be idle between two requests."""
 
 LINGER_SECONDS = 2
-"""How long a connection stays open after its last response, so that a client that is still sending can read it.
+"""How long a client may take to read a response that was sent before its request was complete.
 
-Closing at once would reset the connection, and the client would lose the response. Also how long a drained server still
-accepts connections."""
+Also how long a connection above MAX_CONNECTIONS is open, and how long a drained server still accepts connections."""
 
-CLOSING_BYTES = 1 << 20
-"""How many bytes a client may send after its last response before the connection is aborted."""
+SHUTDOWN_SECONDS = 5
+"""How long a response may take once the server stops, after the drain."""
 
-MAX_HEAD_BYTES = 64 * 1024
+DISCARD_SECONDS = 0.01
+"""How long to pause after each read whose data is discarded. Without it, clients that send fast would occupy the event loop."""
+
+MAX_HEAD_BYTES = 2**16 - 1
+"""Also the most that httptools.parse_url can parse."""
+
 MAX_HEADERS = 100
+MAX_LENGTH_DIGITS = 19
+MAX_CHUNKS = 4096
+"""How many chunks of a body one read, of at most 256 KiB, may contain. A chunk costs as much time as 1 KiB in large chunks."""
+
 MAX_PIPELINED = 64
 
-PROBE_RESERVE = 64
-"""Connections above MAX_CONNECTIONS that are served if their first request is a health check or a scrape of the metrics."""
+PROBES = ("/health", "/metrics", "/ping", "/v2/health/")
+"""Prefixes of the paths that are answered on connections above MAX_CONNECTIONS."""
 
-_PROBES = tuple(b"%b %b" % (method, path) for method in (b"GET", b"HEAD") for path in (b"/health", b"/metrics", b"/v2/health/"))
-
-_PEER_CHECK_SECONDS = (0.02, 0.1, 0.5, 2.0)
-"""When to look for a reset after a client has closed its sending side; see Connection.eof_received."""
+PEER_CHECK_SECONDS = 0.1
 
 
 class Phase(StrEnum):
@@ -63,309 +73,313 @@ class Phase(StrEnum):
     CLOSING = "closing"
 
 
-def http_protocol(engine: Engine) -> type[asyncio.Protocol]:
-    """Create uvicorn's protocol class for the endpoints of this engine."""
-
-    class EngineConnection(Connection):
-        """A connection to this engine."""
-
-    EngineConnection.engine = engine
-    EngineConnection.reserved = set()
-    return EngineConnection
-
-
-class _Transport:
-    """The transport as uvicorn's request cycle sees it: times unsent bytes, and closes without losing the response."""
-
-    def __init__(self, transport: asyncio.Transport, connection: "Connection") -> None:
-        self.transport = transport
-        self._connection = connection
-        self.pause_reading, self.resume_reading = transport.pause_reading, transport.resume_reading
-        self.get_extra_info, self.abort = transport.get_extra_info, transport.abort
-        self._written = 0
-        self._due = 0
-        self._timer: asyncio.TimerHandle | None = None
-
-    def write(self, data: bytes) -> None:
-        """Write, and require that the client reads it within DOWNLOAD_SECONDS."""
-        self.transport.write(data)
-        self._written += len(data)
-        if self._timer is None and self.transport.get_write_buffer_size():
-            self._watch()
-
-    def write_eof(self) -> None:
-        """Close the sending side after all that was written."""
-        if self.transport.can_write_eof() and not self.transport.is_closing():
-            self.transport.write_eof()
-
-    def is_closing(self) -> bool:
-        """Whether no further response is to be written."""
-        return self._connection.phase is Phase.CLOSING or self.transport.is_closing()
-
-    def close(self) -> None:
-        """Close once all is written; linger if the client may still be sending."""
-        self._connection.close()
-
-    def _watch(self) -> None:
-        self._due = self._written
-        seconds = self._connection.engine.settings.download_seconds
-        self._timer = self._connection.loop.call_later(seconds, self._check)
-
-    def _check(self) -> None:
-        self._timer = None
-        unsent = self.transport.get_write_buffer_size()
-        if unsent == 0:
-            return
-        if self._written - unsent < self._due:
-            self.transport.abort()
-        else:
-            self._watch()
-
-    def lost(self) -> None:
-        """Stop watching: the connection is closed."""
-        if self._timer is not None:
-            self._timer.cancel()
-            self._timer = None
+def http_protocol(engine: Engine) -> Any:
+    """Return what creates a connection to the endpoints of this engine, for uvicorn's setting `http`."""
+    paths = [*PROBES, *filter(None, [engine.settings.aip_health_route])]
+    probes = tuple(f"{method} {path}".encode() for method in ("GET", "HEAD") for path in paths)
+    return partial(Connection, engine, probes, {})
 
 
 class Connection(HttpToolsProtocol):
-    """One connection. Timestamps each request for its deadline, and keeps to the limits of each phase."""
+    """One connection. Timestamps each request for its deadline, and enforces the limits of each phase.
 
-    engine: Engine
-    reserved: set["Connection"]
-    """Connections of this server above MAX_CONNECTIONS that answer one probe each."""
+    Args:
+        engine: Engine of the service.
+        probes: What a request begins with that is answered above MAX_CONNECTIONS.
+        over_limit: Open connections of this server above MAX_CONNECTIONS, the oldest first.
+        arguments: See uvicorn.
+    """
 
-    phase = Phase.IDLE
-    _raw: _Transport
-    _timer: asyncio.TimerHandle | None = None
-    _head_bytes = 0
-    _closing_bytes = 0
-    _is_upgrade = False
-    _rejection: ServiceError | None = None
-    """What ends this connection, once the requests before it are answered."""
+    def __init__(
+        self, engine: Engine, probes: tuple[bytes, ...], over_limit: "dict[Connection, None]", **arguments: Any
+    ) -> None:
+        super().__init__(**arguments)
+        self._engine, self._settings = engine, engine.settings
+        self._probes, self._over_limit = probes, over_limit
+        self._phase = Phase.IDLE
+        self._deadline = self._timer_due = self._close_by = math.inf
+        self._timer: asyncio.TimerHandle | None = None
+        self._answering: RequestResponseCycle | None = None
+        self._ended = False
+        """Whether the client sends no further request, or is to send none."""
+        self._rejection: ServiceError | None = None
+        """The last response, once the requests before it are answered."""
+        self._bytes_without_progress = 0
+        """Bytes received since the last part of a body, or the last end of a head or request. Discarded bodies count."""
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
-        """Start, unless MAX_CONNECTIONS are open."""
-        if len(self.connections) >= self.engine.settings.max_connections and self not in self.reserved:
-            transport.set_protocol(RejectedConnection(transport, self))
-            return
-        self._raw = _Transport(transport, self)
-        super().connection_made(self._raw)  # type: ignore[arg-type]
-        self._enter(Phase.IDLE, self.engine.settings.upload_seconds)
+        """The connection is open."""
+        self._raw = transport
+        super().connection_made(_Transport(transport, self.close))  # type: ignore[arg-type]
+        limit = self._settings.max_connections
+        if len(self.connections) - len(self._over_limit) > limit:
+            self._close_by = self.loop.time() + LINGER_SECONDS
+            self._over_limit[self] = None
+            if len(self._over_limit) > limit:
+                oldest = next(iter(self._over_limit))
+                del self._over_limit[oldest]
+                oldest._raw.abort()
+        self._enter(Phase.IDLE, self.loop.time() + self._settings.upload_seconds)
 
     def connection_lost(self, exc: Exception | None) -> None:
-        """Release what the connection holds."""
-        self._stop_timer()
-        self.reserved.discard(self)
-        if self.transport is not None:  # else it was rejected
-            self._raw.lost()
-            super().connection_lost(exc)
-
-    def eof_received(self) -> bool | None:  # type: ignore[override]
-        """Answer a request in flight although the client has closed its sending side; close otherwise.
-
-        A client that only half-closed still reads; one that is gone resets the connection as soon as it is sent anything.
-        To tell them apart before the result is computed, an interim response (RFC 9110, 15.2) is sent.
-        """
-        cycle = self.cycle
-        if cycle is None or cycle.response_complete or cycle.more_body:
-            return None
-        cycle.keep_alive = False
-        if not cycle.response_started and cycle.scope["http_version"] == "1.1":
-            self._raw.transport.write(b"HTTP/1.1 100 Continue\r\n\r\n")
-            self._check_peer(0)
-        return True
-
-    def _check_peer(self, attempt: int) -> None:
-        """Abort once the peer has reset the connection."""
-        if self.transport is None or self._raw.transport.is_closing() or attempt == len(_PEER_CHECK_SECONDS):
-            return
-        peer = self._raw.get_extra_info("socket")
-        if attempt and peer.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR):
-            self._raw.abort()
-            return
-        self.loop.call_later(_PEER_CHECK_SECONDS[attempt], self._check_peer, attempt + 1)
+        """The connection is closed, by either side."""
+        self._phase, self._ended = Phase.CLOSING, True
+        if self._timer is not None:
+            self._timer.cancel()
+        self._over_limit.pop(self, None)
+        self._disconnect_answering()
+        super().connection_lost(exc)
+        self.transport.close = self._raw.close  # type: ignore[method-assign] # a reference cycle otherwise
 
     def data_received(self, data: bytes) -> None:
-        """Parse more of a request."""
-        if self.phase is Phase.CLOSING or self._rejection is not None:
-            self._closing_bytes += len(data)
-            if self._closing_bytes > CLOSING_BYTES:
-                self._raw.abort()
+        """Parse what the client has sent."""
+        if self._ended:
+            self.flow.pause_reading()
+            self.loop.call_later(DISCARD_SECONDS, self._resume_discarding)
             return
-        self._unset_keepalive_if_required()
+        if self in self._over_limit and not (data.startswith(self._probes) and data.endswith(b"\r\n\r\n")):
+            limit = self._settings.max_connections
+            self._reject(Unavailable(f"{limit} connections are open, no more are accepted: retry later", {"Retry-After": "1"}))
+            return
+        self._bytes_without_progress += len(data)
+        self._chunks = 0
         try:
-            self._feed(data)
-        except httptools.HttpParserError:
-            self._reject(self._rejection or BadRequest("the request is not HTTP/1.1"))
-            return
-        if self.phase is Phase.HEAD:
-            self._head_bytes += len(data)
-            if self._head_bytes > MAX_HEAD_BYTES:
+            self._parse(data)
+        except httptools.HttpParserError as error:
+            self._reject(_service_error(error))
+        else:
+            if self._bytes_without_progress > MAX_HEAD_BYTES:
                 self._reject(_head_too_large())
 
-    def _feed(self, data: bytes) -> None:
-        """Feed the parser. An offer to upgrade is ignored (RFC 9110, 7.8): the parser would take the body for another protocol.
+    def eof_received(self) -> bool:  # type: ignore[override]
+        """The client has closed its sending side, or the connection. Answer its complete requests in the former case.
 
-        At such an offer the parser stops after the head. The same head without the offer is given to a new one.
+        Only a client that has closed the connection resets it when it is sent something. An interim response, which a
+        client ignores (RFC 9110, 15.2), shows which it is before the result is computed.
         """
-        try:
-            self.parser.feed_data(data)
-        except httptools.HttpParserUpgrade as stop:
-            if not self._is_upgrade:  # CONNECT
-                raise httptools.HttpParserError from None
-            self._is_upgrade = False
-            method, version = self.parser.get_method(), self.parser.get_http_version().encode()
-            headers = [header for header in self.headers if header[0] != b"upgrade"]
-            lines = [b"%b %b HTTP/%b" % (method, self.url, version), *(b"%b: %b" % header for header in headers), b"\r\n"]
-            self.parser = httptools.HttpRequestParser(self)
-            self.parser.set_dangerous_leniencies(lenient_data_after_close=True)  # as uvicorn's own
-            arrived = self.scope["state"]["arrived"]
-            self._feed(b"\r\n".join(lines))
-            self.scope["state"]["arrived"] = arrived
-            self._feed(data[stop.args[0] :])
+        if self._phase is Phase.CLOSING:
+            return False
+        self._ended = True
+        self._drop_incomplete()
+        if self._answering is None:
+            self._enter(Phase.CLOSING, self.loop.time() + self._settings.download_seconds)
+            return False
+        self._enter(Phase.ANSWERING, self._answer_deadline())
+        if not self._answering.response_started and self._answering.scope["http_version"] == "1.1":
+            self._raw.write(b"HTTP/1.1 100 Continue\r\n\r\n")
+            self._check_peer()
+        return True
+
+    def close(self) -> None:
+        """Close once all responses are sent, and read within DOWNLOAD_SECONDS.
+
+        A client that is still sending would be reset and lose its response (RFC 9112, 9.6). Only the sending side is closed
+        then, and what the client sends is discarded, as long as it may still send its body, at least for LINGER_SECONDS.
+        """
+        if self._phase is Phase.CLOSING or self._raw.is_closing():
+            return
+        now, phase = self.loop.time(), self._phase
+        if phase in (Phase.HEAD, Phase.BODY) or self.pipeline or self._rejection is not None:
+            linger_until = now + LINGER_SECONDS
+            self._enter(Phase.CLOSING, max(linger_until, self._deadline) if phase is Phase.BODY else linger_until)
+            self.flow.resume_reading()
+            self._raw.write_eof()
+        else:
+            self._enter(Phase.CLOSING, now + self._settings.download_seconds)
+            self._raw.close()
+        self._ended = True
+
+    def shutdown(self) -> None:
+        """Close, after the responses in flight; called when the server stops."""
+        super().shutdown()
+        self._close_by = self.loop.time() + (LINGER_SECONDS if self._answering is None else SHUTDOWN_SECONDS)
+        self._enter(self._phase, self._deadline)
 
     def on_message_begin(self) -> None:
-        """Note when a request begins: its deadline counts from here."""
+        """A request begins. Its deadline counts from here."""
         super().on_message_begin()
-        self._head_bytes = 0
-        self._enter(Phase.HEAD, self.engine.settings.upload_seconds)
         self.scope["state"]["arrived"] = time.monotonic()
-
-    def on_url(self, url: bytes) -> None:
-        """Take part of the target."""
-        super().on_url(url)
-        self._count_head(len(self.url))
+        self._bytes_without_progress = 0
+        self._enter(Phase.HEAD, self.loop.time() + self._settings.upload_seconds)
 
     def on_header(self, name: bytes, value: bytes) -> None:
-        """Take a header."""
-        super().on_header(name, value)
-        self._count_head(len(self.headers))
-
-    def _count_head(self, _: int) -> None:
-        """Raise once the head in this packet is too large; data_received sees a head of many packets."""
-        size = len(self.url) + sum(len(name) + len(value) for name, value in self.headers[-1:])
-        self._head_bytes += size
-        if len(self.headers) > MAX_HEADERS or self._head_bytes > MAX_HEAD_BYTES:
-            self._fail(_head_too_large())
+        """A header, or a trailer, which is discarded (RFC 9110, 6.5.1)."""
+        if self._phase is Phase.HEAD:
+            super().on_header(name, value)
+            if len(self.headers) > MAX_HEADERS:
+                raise _head_too_large()
 
     def on_headers_complete(self) -> None:
-        """Start the request; RequestMiddleware limits its body."""
+        """The head is complete."""
+        _check_head(self.url, self.headers)
         if self.parser.should_upgrade():
-            self._is_upgrade = self.parser.get_method() != b"CONNECT"
-            return
-        if len(self.pipeline) >= MAX_PIPELINED:
-            self._fail(BadRequest(f"more than {MAX_PIPELINED} requests wait on this connection: send fewer ahead"))
+            if self.parser.get_method() == b"CONNECT":
+                raise BadRequest("CONNECT is not supported: this is not a proxy")
+            return  # _parse ignores the offer
+        if len(self.pipeline) == MAX_PIPELINED:
+            raise BadRequest(f"{MAX_PIPELINED} requests wait for their responses: send fewer ahead")
         super().on_headers_complete()
-        self._enter(Phase.BODY, self.engine.settings.upload_seconds + LINGER_SECONDS)
+        if self in self._over_limit:
+            self.cycle.keep_alive = False
+        self._bytes_without_progress = 0
+        self._enter(Phase.BODY, self._deadline + LINGER_SECONDS)  # RequestMiddleware responds first
+
+    def on_body(self, body: bytes) -> None:
+        """A part of the body, which is discarded if the request is already answered."""
+        self._chunks += 1
+        if self._chunks > MAX_CHUNKS:
+            raise BadRequest(f"more than {MAX_CHUNKS} chunks were received at once: send larger ones")
+        if not self.cycle.response_complete:
+            super().on_body(body)
+            self._bytes_without_progress = 0
 
     def on_message_complete(self) -> None:
-        """Note that the whole body has been received."""
-        if self._is_upgrade:
+        """The body is complete."""
+        if self.parser.should_upgrade():
             return
         super().on_message_complete()
         self.scope["state"]["body_received"] = True
-        if self.cycle.response_complete:
-            self._enter(Phase.IDLE, KEEP_ALIVE_SECONDS)
+        self._bytes_without_progress = 0
+        if self._answering is None:
+            self._enter(Phase.IDLE, self.loop.time() + KEEP_ALIVE_SECONDS)
         else:
-            self._enter(Phase.ANSWERING, None)
+            self._enter(Phase.ANSWERING, self._answer_deadline())
 
     def on_response_complete(self) -> None:
-        """Wait for the next request, or close where the rest of this one was never read."""
-        if self.cycle.response_complete and self.cycle.more_body:
-            self.server_state.total_requests += 1
+        """Start the next request."""
+        self.server_state.total_requests += 1
+        self._answering = None
+        if self._phase is Phase.CLOSING:
+            return
+        self.flow.resume_reading()
+        if self.pipeline:
+            self._start_asgi_task(*self.pipeline.pop())
+        elif self._ended:
+            self._send_rejection()
+        elif self._phase is Phase.ANSWERING:
+            self._enter(Phase.IDLE, self.loop.time() + KEEP_ALIVE_SECONDS)
+
+    def _start_asgi_task(self, cycle: RequestResponseCycle, app: ASGI3Application) -> None:
+        self._answering = cycle
+        super()._start_asgi_task(cycle, app)
+
+    def _parse(self, data: bytes) -> None:
+        """Parse data. Ignore each offer to switch to another protocol, such as h2c (RFC 9110, 7.8).
+
+        At an offer httptools stops after the head, since the body could be of the other protocol. The head is parsed again
+        without the offer.
+        """
+        while True:
+            try:
+                self.parser.feed_data(data)
+                return
+            except httptools.HttpParserUpgrade as offer:
+                (end_of_head,) = offer.args
+            head = self._head_without_upgrade()
+            self.parser = httptools.HttpRequestParser(self)
+            self.parser.set_dangerous_leniencies(lenient_data_after_close=True)  # as uvicorn's
+            self.parser.feed_data(head)
+            data = data[end_of_head:]
+
+    def _head_without_upgrade(self) -> bytes:
+        target = b"%b %b HTTP/%b" % (self.parser.get_method(), self.url, self.parser.get_http_version().encode())
+        fields = [b"%b: %b" % (name, value) for name, value in self.headers if name != b"upgrade"]
+        return b"\r\n".join([target, *fields, b"", b""])
+
+    def _enter(self, phase: Phase, deadline: float) -> None:
+        """Enter a phase. The timer is replaced only by an earlier one: most deadlines are met, and followed by a later one."""
+        self._phase = phase
+        self._deadline = min(deadline, self._close_by)
+        if self._deadline < self._timer_due:
+            if self._timer is not None:
+                self._timer.cancel()
+            self._timer_due = self._deadline
+            self._timer = self.loop.call_at(self._deadline, self._check_deadline)
+
+    def _check_deadline(self) -> None:
+        self._timer_due = math.inf
+        if self.loop.time() < self._deadline:
+            self._enter(self._phase, self._deadline)
+        elif self._phase is Phase.IDLE:
             self.close()
-            return
-        super().on_response_complete()
-        if self.pipeline or not self.cycle.response_complete:
-            return
-        if self._rejection is not None:
-            self._reject(self._rejection)
-        elif self.phase is Phase.ANSWERING:
-            self._enter(Phase.IDLE, KEEP_ALIVE_SECONDS)
-
-    def close(self) -> None:
-        """Close; where the client may still be sending, linger."""
-        if self.phase is Phase.CLOSING or self._raw.transport.is_closing():
-            return
-        if self.phase in (Phase.HEAD, Phase.BODY):
-            self._linger()
-        else:
-            self._raw.transport.close()
-
-    def _linger(self) -> None:
-        """Close the sending side, and discard what the client still sends."""
-        self._enter(Phase.CLOSING, LINGER_SECONDS)
-        self._raw.resume_reading()
-        self._raw.write_eof()
-
-    def _enter(self, phase: Phase, seconds: float | None) -> None:
-        self.phase = phase
-        self._stop_timer()
-        if seconds is not None:
-            self._timer = self.loop.call_later(seconds, self._expired)
-
-    def _stop_timer(self) -> None:
-        if self._timer is not None:
-            self._timer.cancel()
-            self._timer = None
-
-    def _expired(self) -> None:
-        self._timer = None
-        if self.flow.read_paused:  # the service itself does not read: the client is not slow
-            self._enter(self.phase, self.engine.settings.upload_seconds)
-        elif self.phase is Phase.IDLE:
-            self._raw.transport.close()
-        elif self.phase is Phase.HEAD:
-            self._reject(UploadTooSlow(f"the request's head took longer than {self.engine.settings.upload_seconds:g} s"))
+        elif self._phase is Phase.HEAD or (self._phase is Phase.BODY and self._answering is not None):
+            self._reject(UploadTooSlow(f"the request took longer than {self._settings.upload_seconds:g} s"))
         else:
             self._raw.abort()
 
-    def _fail(self, error: ServiceError) -> None:
-        """Leave the parser, which turns the exception into one of its own."""
-        self._rejection = error
-        raise error
+    def _answer_deadline(self) -> float:
+        return self.loop.time() + self._settings.deadline_ms / 1000 + self._settings.download_seconds
 
     def _reject(self, error: ServiceError) -> None:
-        """Answer what no endpoint can answer, after the requests before it, and close."""
-        if self.cycle is not None and not self.cycle.response_complete:
+        """Respond with an error, after the responses to the requests before it, and close."""
+        self._ended = True
+        if self._phase is not Phase.BODY or not self.cycle.response_started:
             self._rejection = error
-            self._enter(Phase.ANSWERING, None)
+        self._drop_incomplete()
+        if self._answering is None:
+            self._send_rejection()
+        else:
+            self._enter(Phase.ANSWERING, self._answer_deadline())
+
+    def _send_rejection(self) -> None:
+        if self._rejection is not None:
+            self._raw.write(_response(self._rejection, self._engine))
+        self.close()
+
+    def _drop_incomplete(self) -> None:
+        """Drop the request whose body is being received."""
+        if self._phase is Phase.BODY:
+            if self.cycle is self._answering:
+                self._disconnect_answering()
+            elif self.pipeline:
+                self.pipeline.popleft()
+
+    def _disconnect_answering(self) -> None:
+        if self._answering is not None:
+            self._answering.disconnected = True
+            self._answering.waiting_for_100_continue = False
+            self._answering.message_event.set()
+            self._answering = None
+
+    def _resume_discarding(self) -> None:
+        if not self._raw.is_closing():
+            self.flow.resume_reading()
+
+    def _check_peer(self) -> None:
+        """Abort once the client has reset the connection; a transport does not notice while it does not read."""
+        if self._answering is None or self._raw.is_closing():
             return
-        self._raw.write(_response(error, self.engine))
-        self._linger()
+        if self._raw.get_extra_info("socket").getsockopt(socket.SOL_SOCKET, socket.SO_ERROR):
+            self._raw.abort()
+        else:
+            self.loop.call_later(PEER_CHECK_SECONDS, self._check_peer)
 
 
-class RejectedConnection(asyncio.Protocol):
-    """A connection above MAX_CONNECTIONS: a probe is answered, anything else gets 503, unread."""
+class _Transport:
+    """The transport as uvicorn sees it, whose close() is that of the connection."""
 
-    def __init__(self, transport: asyncio.Transport, connection: Connection) -> None:
-        self._transport, self._connection = transport, connection
-        self._is_answered = False
-        self._timer = connection.loop.call_later(LINGER_SECONDS, transport.abort)
+    def __init__(self, transport: asyncio.Transport, close: Any) -> None:
+        self.get_extra_info, self.is_closing = transport.get_extra_info, transport.is_closing
+        self.pause_reading, self.resume_reading = transport.pause_reading, transport.resume_reading
+        self.write, self.close = transport.write, close
 
-    def data_received(self, data: bytes) -> None:
-        """Answer the first bytes; discard the rest."""
-        if self._is_answered:
-            return
-        self._is_answered = True
-        connection, engine = self._connection, self._connection.engine
-        if data.startswith(_PROBES) and len(connection.reserved) < PROBE_RESERVE:
-            self._timer.cancel()
-            connection.reserved.add(connection)
-            self._transport.set_protocol(connection)
-            connection.connection_made(self._transport)
-            connection.data_received(data)
-            if connection.cycle is not None:
-                connection.cycle.keep_alive = False
-            return
-        most = engine.settings.max_connections
-        self._transport.write(_response(Unavailable(f"{most} connections are open: retry later", {"Retry-After": "1"}), engine))
-        self._transport.write_eof()
 
-    def connection_lost(self, exc: Exception | None) -> None:
-        """The client has closed the connection."""
-        self._timer.cancel()
+def _service_error(error: httptools.HttpParserError) -> ServiceError:
+    """Return the ServiceError that a callback of the parser has raised, or describe the error of the parser."""
+    reason = error.__context__ or error
+    if isinstance(reason, ServiceError):
+        return reason.with_traceback(None)  # whose frames refer to the connection
+    return BadRequest(f"the request is not HTTP/1.1: {reason}")
+
+
+def _check_head(url: bytes, headers: Sequence[tuple[bytes, bytes]]) -> None:
+    size = len(url)
+    for name, value in headers:
+        size += len(name) + len(value)
+        if name == b"content-length" and len(value) > MAX_LENGTH_DIGITS:
+            raise BadRequest(f"Content-Length has {len(value)} digits, at most {MAX_LENGTH_DIGITS} are allowed")
+    if size > MAX_HEAD_BYTES:
+        raise _head_too_large()
 
 
 def _head_too_large() -> HeadTooLarge:
@@ -373,11 +387,11 @@ def _head_too_large() -> HeadTooLarge:
 
 
 def _response(error: ServiceError, engine: Engine) -> bytes:
-    """A whole HTTP response that closes the connection; logged and counted as a request without an endpoint."""
+    """Return a response to a request that reaches no endpoint. Logs and counts it."""
     request_id = new_request_id()
     engine.metrics.count_request("none", error.status, 0)
     log.info("request", request_id=request_id, status=int(error.status), detail=error.detail)
     body, headers = problem_body(error, request_id, "")
-    fields: list[tuple[bytes, Any]] = [*headers, (b"x-request-id", request_id.encode()), (b"connection", b"close")]
+    fields = [*headers, (b"x-request-id", request_id.encode()), (b"connection", b"close")]
     status = b"HTTP/1.1 %d %b" % (error.status, error.status.phrase.encode())
     return b"\r\n".join([status, *(b"%b: %b" % field for field in fields), b"", body])

@@ -10,7 +10,7 @@ import uvicorn
 from fastapi import FastAPI
 
 from dinat.app.engine.engine import Engine
-from dinat.app.server.protocol import KEEP_ALIVE_SECONDS, LINGER_SECONDS, http_protocol
+from dinat.app.server.protocol import LINGER_SECONDS, SHUTDOWN_SECONDS, http_protocol
 
 QUIET_SECONDS = 0.25
 """After a drain, the server closes once no request has come for this long: a request in transit would be reset."""
@@ -49,8 +49,7 @@ class Server(uvicorn.Server):
             server_header=False,
             log_config=None,
             access_log=False,
-            timeout_graceful_shutdown=5,
-            timeout_keep_alive=KEEP_ALIVE_SECONDS,
+            timeout_graceful_shutdown=SHUTDOWN_SECONDS + 1,
         )
         super().__init__(config)
         self._engine = engine
