@@ -65,6 +65,12 @@ class Unauthorized(ServiceError):
     status = HTTPStatus.UNAUTHORIZED
 
 
+class HeadTooLarge(ServiceError):
+    """The head of the request has too many bytes or headers."""
+
+    status = HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE
+
+
 class UploadTooSlow(ServiceError):
     """The request body was not received in time."""
 

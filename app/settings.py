@@ -83,6 +83,9 @@ class Settings(BaseSettings):
         1024, ge=1, description="Maximum number of open connections; further ones get 503 and are closed."
     )
     upload_seconds: float = Field(30, gt=0, description="Maximum time in seconds to receive a request; slower uploads get 408.")
+    download_seconds: float = Field(
+        60, gt=0, description="Maximum time in seconds to read a response; slower clients are disconnected."
+    )
     max_upload_bytes: int = Field(20 * 2**20, ge=1, description="Maximum size of a request body in bytes; larger ones get 413.")
     max_pixels: int = Field(50_000_000, ge=1, description="Maximum size of an image in pixels, width times height.")
     decode: Literal["exact", "draft"] = Field(

@@ -17,7 +17,7 @@ from dinat.app.engine.engine import Engine
 from dinat.app.host import GRACE_SECONDS, exit_after, stop_signals
 from dinat.app.logs import flush_logs
 from dinat.app.server.heap import IdleTrim
-from dinat.app.server.protocol import LINGER_SECONDS, http_protocol
+from dinat.app.server.protocol import LINGER_SECONDS, SHUTDOWN_SECONDS, http_protocol
 
 log = structlog.get_logger("dinat")
 
@@ -58,7 +58,7 @@ class Server(uvicorn.Server):
             server_header=False,
             log_config=None,
             access_log=False,
-            timeout_graceful_shutdown=5,
+            timeout_graceful_shutdown=SHUTDOWN_SECONDS + 1,
         )
         super().__init__(config)
         self._engine = engine

@@ -1,4 +1,4 @@
-"""`make fuzz`: mutated images through decode and mutated requests through HTTP, a limited number; too slow for `make test`."""
+"""`make fuzz`: mutated images, requests and connections, a limited number of each; too slow for `make test`."""
 
 import base64
 import gc
@@ -6,7 +6,9 @@ import itertools
 import json
 import random
 import re
+import select
 import socket
+import struct
 import time
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
@@ -25,6 +27,7 @@ from tests.e2e.processes import DIGITS, Server
 
 IMAGES = 200_000
 REQUESTS = IMAGES // 10
+CONNECTIONS = REQUESTS // 4
 CLIENTS = 32
 MAX_GROWTH = 64 * 2**20
 """Bytes that the resident memory may grow by."""
@@ -274,4 +277,99 @@ def test_mutated_requests_never_get_500() -> None:
         print(dict(statuses), f"slowest {slowest:.3f} s, memory {growth / 2**20:+.1f} MiB", flush=True)
         assert slowest < 2
         assert growth < MAX_GROWTH
+        assert server.stop() == 0
+
+
+FIELDS = [
+    b"Connection: Upgrade, HTTP2-Settings\r\nUpgrade: h2c\r\nHTTP2-Settings: AAMAAABkAAQCAAAAAAIAAAAA",
+    b"Connection: close",
+    b"Connection: keep-alive",
+    b"Expect: 100-continue",
+    b"Transfer-Encoding: chunked",
+    b"Transfer-Encoding: gzip, chunked",
+    b"Content-Encoding: gzip",
+    b"Content-Length: 0",
+    b"Content-Length: 7",
+    b"Content-Length: -1",
+    b"Content-Length: 99999999999999999999",
+    b"Content-Length: " + b"0" * 5000 + b"2",
+    b"X: " + b"a" * 70_000,
+    b"X: 1\r\n" * 100 + b"X: 1",
+    b"X: \xff\x00",
+    b" folded",
+    b"no colon",
+]
+
+
+def mutated_head(choose: random.Random, source: bytes) -> bytes:
+    """Return the request with another method or version, header fields that matter to the connection, or all of these."""
+    head, separator, body = source.partition(b"\r\n\r\n")
+    first, *fields = head.split(b"\r\n")
+    for old, new in ((b"POST", b"HEAD"), (b"POST", b"CONNECT"), (b"HTTP/1.1", b"HTTP/1.0"), (b"HTTP/1.1", b"HTTP/2.0")):
+        if choose.random() < 0.1:
+            first = first.replace(old, new)
+    for _ in range(choose.choice((0, 1, 1, 2))):
+        fields.insert(choose.randint(0, len(fields)), choose.choice(FIELDS))
+    return b"\r\n".join([first, *fields]) + separator + body
+
+
+def converse(port: int, choose: random.Random, data: bytes) -> tuple[list[int], float]:
+    """Send data in parts, with pauses, and end the connection in one of several ways.
+
+    Returns:
+        The statuses of the responses, and how long the server had the connection open after the last part.
+    """
+    cuts = sorted(choose.randrange(len(data) + 1) for _ in range(choose.randrange(5)))
+    received = b""
+    with socket.create_connection(("127.0.0.1", port)) as connection:
+        connection.settimeout(30)
+        try:
+            for start, end in zip([0, *cuts], [*cuts, len(data)], strict=True):
+                connection.sendall(data[start:end])
+                if select.select([connection], [], [], choose.choice((0, 0, 0.01, 0.1)))[0]:
+                    received += connection.recv(2**20)
+            match choose.randrange(4):
+                case 0:
+                    connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+                    return [], 0
+                case 1 | 2:
+                    connection.shutdown(socket.SHUT_WR)
+            started = time.monotonic()
+            while part := connection.recv(2**20):
+                received += part
+        except (ConnectionResetError, BrokenPipeError):
+            started = time.monotonic()
+        return [int(status) for status in re.findall(rb"HTTP/1\.1 ([2-5]\d\d) ", received)], time.monotonic() - started
+
+
+def test_mutated_connections_end_by_their_deadline() -> None:
+    sources = requests()
+    answered: Counter[int] = Counter()
+    slowest, early = 0.0, 0
+    with Server(runtime="torch", upload_seconds=0.5, queue_limit=64) as server, ThreadPoolExecutor(CLIENTS) as threads:
+        port = int(server.url.rpartition(":")[2])
+        process = psutil.Process(server.process.pid)
+
+        def run(seed: int) -> tuple[list[int], float]:
+            choose = random.Random(seed)
+            data = b"".join(mutated_head(choose, choose.choice(sources)) for _ in range(choose.choice((1, 1, 2, 4))))
+            if choose.random() < 0.5:
+                data = mutated(data, choose)
+            statuses, seconds = converse(port, choose, data)
+            if 500 in statuses or seconds > 10:
+                Path("fuzz-connection").write_bytes(data)
+            assert 500 not in statuses, data[:300]
+            return statuses, seconds
+
+        for n, (statuses, seconds) in enumerate(threads.map(run, range(CONNECTIONS))):
+            answered.update(statuses)
+            slowest = max(slowest, seconds)
+            if n == CONNECTIONS // 5:
+                early = process.memory_info().rss
+        growth = process.memory_info().rss - early
+        print(dict(answered), f"slowest {slowest:.3f} s, memory {growth / 2**20:+.1f} MiB", flush=True)
+        assert slowest < 10  # UPLOAD_SECONDS, KEEP_ALIVE_SECONDS, LINGER_SECONDS and the work for four requests
+        assert growth < MAX_GROWTH
+        assert exchange(port, sources[0])[0] == b"HTTP/1.1 200 OK"
+        assert not [event for event in server.events if event.get("level") == "error"]
         assert server.stop() == 0
