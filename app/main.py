@@ -9,12 +9,13 @@ from typing import Any
 
 from fastapi import FastAPI
 from fastapi.middleware.cors import CORSMiddleware
-from fastapi_offline import FastAPIOffline
 from PIL import Image
 from starlette.routing import Route
 
-from dinat.app.api import attention, classify, features, health, hugging_face, open_inference, page, sagemaker, vertex
+from dinat.app.api import attention, classify, docs, features, health, hugging_face, page, sagemaker, vertex
 from dinat.app.api.middleware import RequestMiddleware
+from dinat.app.api.open_inference import routes as open_inference
+from dinat.app.api.parse_thread import ParseThread
 from dinat.app.api.problems import add_error_handlers
 from dinat.app.engine.engine import Engine
 from dinat.app.settings import Settings
@@ -44,16 +45,17 @@ def create_app(
         starting.cancel()  # of no effect once the model is loaded
         await engine.stop()
         await asyncio.wait([starting])
+        app.state.parse_thread.stop()
 
-    app = FastAPIOffline(  # serves the assets of /docs itself instead of loading them from a CDN
+    app = docs.offline_app(
         title="dinat-serve",
         summary="Image classification and feature maps by DiNAT, the Dilated Neighborhood Attention Transformer",
         version=version("dinat-serve"),
         lifespan=lifespan,
-        redoc_url=None,
     )
     app.state.engine = engine
     app.state.processes = processes
+    app.state.parse_thread = ParseThread()
     routers = [
         *(module.router for module in (classify, features, attention, open_inference, hugging_face, sagemaker)),
         vertex.router(settings),
@@ -71,7 +73,7 @@ def create_app(
     if settings.otlp_endpoint:
         trace_requests(app, settings.otlp_endpoint)
     add_error_handlers(app)
-    for router in (*routers, health.router, page.router):
+    for router in (*routers, health.router, page.router, docs.router):
         app.include_router(router)
     app.mount(page.FILES, page.files)
     return app

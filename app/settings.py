@@ -87,6 +87,23 @@ class Settings(BaseSettings):
         60, gt=0, description="Maximum time in seconds to read a response; slower clients are disconnected."
     )
     max_upload_bytes: int = Field(20 * 2**20, ge=1, description="Maximum size of a request body in bytes; larger ones get 413.")
+    max_body_bytes_in_flight: int | None = Field(
+        None,
+        ge=1,
+        description="Maximum size in bytes of all request bodies in flight together, compressed and decompressed, without the "
+        "first 64 KiB of each; beyond it, 503. Default: 256 MiB, or MAX_UPLOAD_BYTES if that is more.",
+    )
+    max_response_bytes: int = Field(
+        64 * 2**20,
+        ge=1,
+        description="Maximum size of a response in bytes, estimated before inference; beyond it, 413.",
+    )
+    max_response_bytes_in_flight: int | None = Field(
+        None,
+        ge=1,
+        description="Maximum size in bytes of all responses in flight together, without the first 64 KiB of each; beyond it, "
+        "503. Default: 4 times MAX_RESPONSE_BYTES.",
+    )
     max_pixels: int = Field(50_000_000, ge=1, description="Maximum size of an image in pixels, width times height.")
     decode: Literal["exact", "draft"] = Field(
         "exact",
@@ -148,11 +165,28 @@ class Settings(BaseSettings):
         """Model name shown to clients."""
         return self.name or self.model
 
+    @property
+    def body_budget(self) -> int:
+        """Maximum size in bytes of all request bodies in flight. One body always fits."""
+        default = 256 * 2**20
+        return max(self.max_upload_bytes, default if self.max_body_bytes_in_flight is None else self.max_body_bytes_in_flight)
+
+    @property
+    def response_budget(self) -> int:
+        """Maximum size in bytes of all responses in flight. One response always fits."""
+        limit = self.max_response_bytes
+        return max(limit, 4 * limit if self.max_response_bytes_in_flight is None else self.max_response_bytes_in_flight)
+
     def for_frontend(self, frontends: int) -> "Settings":
-        """Return the settings of one of several frontend processes, with its share of the threads and connections."""
+        """Return the settings of one of several frontend processes, with its share of the threads, connections and memory."""
         threads = self.decode_threads if "decode_threads" in self.model_fields_set else max(2, math.ceil(cores() / frontends))
         return self.model_copy(
-            update={"decode_threads": threads, "max_connections": math.ceil(self.max_connections / frontends)}
+            update={
+                "decode_threads": threads,
+                "max_connections": math.ceil(self.max_connections / frontends),
+                "max_body_bytes_in_flight": math.ceil(self.body_budget / frontends),
+                "max_response_bytes_in_flight": math.ceil(self.response_budget / frontends),
+            }
         )
 
 

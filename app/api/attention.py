@@ -1,6 +1,6 @@
 """POST /attention: the keys and attention weights of one query in every layer."""
 
-from typing import Annotated
+from typing import Annotated, Any
 
 from fastapi import APIRouter, Request, Response
 from pydantic import BaseModel, ConfigDict, Field
@@ -8,7 +8,8 @@ from pydantic import BaseModel, ConfigDict, Field
 from dinat.app.api.bodies import OPENAPI_BODY, read_one
 from dinat.app.api.inference import infer_one
 from dinat.app.api.parameters import DEADLINE_PARAMETER, openapi_parameters
-from dinat.app.api.results import json_response
+from dinat.app.api.response_size import BYTES_PER_VALUE, reserve_response
+from dinat.app.api.results import json_array, json_response
 from dinat.app.api.schemas import PROBLEMS, AttentionOfPoint
 from dinat.app.engine.engine import Engine
 from dinat.app.engine.runtimes.runtime import InferenceOptions
@@ -36,17 +37,22 @@ async def attention(request: Request) -> Response:
     engine.loaded  # noqa: B018  # raises Unavailable while no model is loaded
     image, point = await read_one(request, Point)
     result = await infer_one(request, image, InferenceOptions(1, point=(point.y, point.x)))
-    layers = [
-        {
-            "stage": layer.stage,
-            "layer": layer.layer,
-            "dilation": layer.dilation,
-            "size": layer.size,
-            "query": layer.query,
-            "rows": layer.rows,
-            "columns": layer.columns,
-            "weights": layer.weights.numpy(),
-        }
-        for layer in result.neighborhoods
-    ]
-    return await json_response(request, {"layers": layers, "request_id": request.state.request_id})
+
+    def build() -> dict[str, Any]:
+        layers = [
+            {
+                "stage": layer.stage,
+                "layer": layer.layer,
+                "dilation": layer.dilation,
+                "size": layer.size,
+                "query": layer.query,
+                "rows": layer.rows,
+                "columns": layer.columns,
+                "weights": json_array(layer.weights.numpy()),
+            }
+            for layer in result.neighborhoods
+        ]
+        return {"layers": layers, "request_id": request.state.request_id}
+
+    values = sum(layer.weights.numel() for layer in result.neighborhoods)
+    return await json_response(request, build, reserve_response(request, values * BYTES_PER_VALUE["json"]))

@@ -1,24 +1,28 @@
 """Reading of images and parameters from request bodies: multipart and URL-encoded forms, JSON, and raw bytes."""
 
-from collections.abc import Sequence
+import io
+from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
-from urllib.parse import parse_qsl
 
-import orjson
 from fastapi import Request
 from pydantic import BaseModel, ValidationError
-from starlette.datastructures import UploadFile
-from starlette.exceptions import HTTPException
 
+from dinat.app.api.forms import FormItem, parse_multipart, parse_urlencoded
+from dinat.app.api.json_limits import load_json, message_limits
 from dinat.app.api.parameters import NamedValue, ParametersT, describe_errors, read_parameters
+from dinat.app.api.parse_thread import ParseThread
+from dinat.app.api.quoting import shorten
+from dinat.app.engine.engine import Engine
 from dinat.app.errors import BadRequest, NoImage, ServiceError, Unprocessable
 from dinat.app.images import decode_base64
 
 BodyT = TypeVar("BodyT", bound=BaseModel)
+T = TypeVar("T")
 
 IMAGE_FIELDS = ("image", "file")
 """Names of the form fields that hold an image."""
 
+_IMAGE_ASSIGNMENTS = tuple(f"{name}=".encode() for name in IMAGE_FIELDS)
 MULTIPART, URLENCODED, JSON = "multipart/form-data", "application/x-www-form-urlencoded", "application/json"
 
 _BINARY = {"schema": {"type": "string", "format": "binary"}}
@@ -65,6 +69,33 @@ OPENAPI_BATCH_BODY: dict[str, Any] = {
 }
 
 
+async def read_body(request: Request) -> bytes:
+    """Read the whole body. It is not stored in the request, so that its memory is freed with the last reference to it."""
+    body = io.BytesIO()
+    async for part in request.stream():
+        body.write(part)
+    return body.getvalue()
+
+
+async def parse_body(request: Request, body: bytes, parse: Callable[[], T]) -> T:
+    """Run `parse`, in the parse thread if the body is large.
+
+    Raises:
+        DeadlinePassed: The deadline passed before the thread was free.
+        ServiceError: As raised by `parse`.
+    """
+    engine: Engine = request.app.state.engine
+    thread: ParseThread = request.app.state.parse_thread
+
+    def parse_in_time() -> T:
+        late = engine.deadline_error(request.state.arrived)
+        if late is not None:
+            raise late
+        return parse()
+
+    return await thread.run(len(body), parse_in_time)
+
+
 async def read_one(request: Request, model: type[ParametersT]) -> tuple[bytes, ParametersT]:
     """Read the image and the parameters of a request with one image.
 
@@ -81,30 +112,15 @@ async def read_one(request: Request, model: type[ParametersT]) -> tuple[bytes, P
     Raises:
         NoImage: The request has no image or several, or the body is malformed.
         Unprocessable: The base64 or a parameter is invalid.
-        TooLarge, UploadTooSlow: See RequestMiddleware.
+        TooLarge: The body has too many fields or values.
+        TooLarge, UploadTooSlow, Unavailable: See LimitedBody.
     """
-    media_type = content_type(request)
+    media_type, body = content_type(request), await read_body(request)
     if media_type == JSON:
-        fields = await _json(request)
-        if "images" in fields:
-            raise NoImage("the JSON has a field images: send several images to /classify/batch")
-        text = fields.pop("image", None)
-        if not isinstance(text, str):
-            raise NoImage('the JSON has no string field image: send {"image": "<base64 or data: URL>"}')
-        return decode_base64(text), read_parameters(request, model, "the JSON", fields.items())
-    if media_type == MULTIPART:
-        images, form_fields = await _form(request)
-    else:
-        body = await request.body()
-        if media_type != URLENCODED or not body.startswith(tuple(f"{name}=".encode() for name in IMAGE_FIELDS)):
-            return body, read_parameters(request, model)
-        images, form_fields = _split_fields(parse_qsl(body.decode("latin-1"), keep_blank_values=True))
-    if len(images) > 1:
-        raise NoImage(f"the form has {len(images)} images: send several images to /classify/batch")
-    (image,) = images
-    if isinstance(image, ServiceError):
-        raise image
-    return image, read_parameters(request, model, "the form", form_fields)
+        return await parse_body(request, body, lambda: _one_in_json(request, body, model))
+    if media_type == MULTIPART or (media_type == URLENCODED and body.startswith(_IMAGE_ASSIGNMENTS)):
+        return await parse_body(request, body, lambda: _one_in_form(request, media_type, body, model))
+    return body, read_parameters(request, model)
 
 
 async def read_several(request: Request, model: type[ParametersT]) -> tuple[list[bytes | ServiceError], ParametersT]:
@@ -122,26 +138,80 @@ async def read_several(request: Request, model: type[ParametersT]) -> tuple[list
     Raises:
         NoImage: The request has no image, or the body is malformed.
         Unprocessable: A parameter is invalid.
+        TooLarge: There are more images than can be queued, or the body has too many fields or values.
+        Unavailable: The queue has no space for the images.
     """
     media_type = content_type(request)
-    if media_type == MULTIPART:
-        images, form_fields = await _form(request)
-        return images, read_parameters(request, model, "the form", form_fields)
-    if media_type == JSON:
-        fields = await _json(request)
-        texts = fields.pop("images", None)
-        if not isinstance(texts, list) or not texts:
-            raise NoImage('the JSON has no list of images: send {"images": ["<base64 or data: URL>", ...]}')
-        return [_decode_item(text) for text in texts], read_parameters(request, model, "the JSON", fields.items())
-    raise NoImage(
-        f"Content-Type {media_type or '(none)'} is not supported here: send several images as multipart/form-data or "
-        "application/json, or one image to /classify"
-    )
+    if media_type not in (MULTIPART, JSON):
+        raise NoImage(
+            f"Content-Type {shorten(media_type) or '(none)'} is not supported here: send several images as "
+            "multipart/form-data or application/json, or one image to /classify"
+        )
+    body = await read_body(request)
+    parse = _several_in_form if media_type == MULTIPART else _several_in_json
+    return await parse_body(request, body, lambda: parse(request, body, model))
+
+
+async def read_json(request: Request, model: type[BodyT], convert: Callable[[BodyT], T]) -> T:
+    """Read a JSON body, validate it, and return the result of `convert`, which runs in the parse thread if it is large.
+
+    Raises:
+        BadRequest: The body is not JSON.
+        Unprocessable: It does not fit the model.
+        TooLarge: It has too many values.
+    """
+
+    def parse() -> T:
+        try:
+            validated = model.model_validate(_load_json(request, body))
+        except ValidationError as error:
+            raise Unprocessable(describe_errors(error)) from None
+        except ValueError as error:
+            raise BadRequest(f"the body is not JSON: {error}") from None
+        return convert(validated)
+
+    body = await read_body(request)
+    return await parse_body(request, body, parse)
 
 
 def content_type(request: Request) -> str:
     """Return the media type of a request's body, in lower case and without parameters."""
     return request.headers.get("content-type", "").partition(";")[0].strip().lower()
+
+
+def _one_in_json(request: Request, body: bytes, model: type[ParametersT]) -> tuple[bytes, ParametersT]:
+    fields = _json_object(request, body)
+    if "images" in fields:
+        raise NoImage("the JSON has a field images: send several images to /classify/batch")
+    text = fields.pop("image", None)
+    if not isinstance(text, str):
+        raise NoImage('the JSON has no string field image: send {"image": "<base64 or data: URL>"}')
+    return decode_base64(text), read_parameters(request, model, "the JSON", fields.items())
+
+
+def _one_in_form(request: Request, media_type: str, body: bytes, model: type[ParametersT]) -> tuple[bytes, ParametersT]:
+    images, fields = _split_fields(parse_urlencoded(body) if media_type == URLENCODED else _multipart(request, body))
+    if len(images) > 1:
+        raise NoImage(f"the form has {len(images)} images: send several images to /classify/batch")
+    (image,) = images
+    if isinstance(image, ServiceError):
+        raise image
+    return image, read_parameters(request, model, "the form", fields)
+
+
+def _several_in_form(request: Request, body: bytes, model: type[ParametersT]) -> tuple[list[bytes | ServiceError], ParametersT]:
+    images, fields = _split_fields(_multipart(request, body))
+    return images, read_parameters(request, model, "the form", fields)
+
+
+def _several_in_json(request: Request, body: bytes, model: type[ParametersT]) -> tuple[list[bytes | ServiceError], ParametersT]:
+    fields = _json_object(request, body)
+    texts = fields.pop("images", None)
+    if not isinstance(texts, list) or not texts:
+        raise NoImage('the JSON has no list of images: send {"images": ["<base64 or data: URL>", ...]}')
+    engine: Engine = request.app.state.engine
+    engine.check_capacity(len(texts))
+    return [_decode_item(text) for text in texts], read_parameters(request, model, "the JSON", fields.items())
 
 
 def _decode_item(text: object) -> bytes | ServiceError:
@@ -153,26 +223,17 @@ def _decode_item(text: object) -> bytes | ServiceError:
         return error
 
 
-async def _form(request: Request) -> tuple[list[bytes | ServiceError], list[NamedValue]]:
-    """Read the images and the other fields of a multipart form, in order."""
-    limit = request.app.state.engine.settings.max_upload_bytes
-    try:
-        async with request.form(max_part_size=limit) as form:
-            items = [
-                (name, await value.read() if isinstance(value, UploadFile) else value) for name, value in form.multi_items()
-            ]
-    except HTTPException as error:
-        raise NoImage(f"the form is malformed: {error.detail}") from error
-    return _split_fields(items)
+def _multipart(request: Request, body: bytes) -> list[FormItem]:
+    return parse_multipart(body, request.headers["content-type"], request.app.state.engine.settings.queue_limit)
 
 
-def _split_fields(items: Sequence[tuple[str, str | bytes]]) -> tuple[list[bytes | ServiceError], list[NamedValue]]:
+def _split_fields(items: Sequence[FormItem]) -> tuple[list[bytes | ServiceError], list[NamedValue]]:
     """Split form fields into images, at least one, and other fields. An image field that is text must be base64."""
     images = [
         value if isinstance(value, bytes) else _decode_field(name, value) for name, value in items if name in IMAGE_FIELDS
     ]
     if not images:
-        names = ", ".join(dict.fromkeys(name for name, _ in items)) or "none"
+        names = shorten(", ".join(dict.fromkeys(name for name, _ in items))) or "none"
         raise NoImage(f"the form has no field image (fields: {names}): with curl, use -F image=@image.jpg")
     fields = [(name, value if isinstance(value, str) else "a file") for name, value in items if name not in IMAGE_FIELDS]
     return images, fields
@@ -189,21 +250,15 @@ def _decode_field(name: str, value: str) -> bytes | ServiceError:
         )
 
 
-async def read_json(request: Request, model: type[BodyT]) -> BodyT:
-    """Read and validate a JSON body. Raises BadRequest if it is not JSON, Unprocessable if it does not fit the model."""
-    try:
-        return model.model_validate(orjson.loads(await request.body()))
-    except ValidationError as error:
-        raise Unprocessable(describe_errors(error)) from None
-    except ValueError as error:
-        raise BadRequest(f"the body is not JSON: {error}") from None
+def _load_json(request: Request, body: bytes) -> Any:
+    return load_json(body, message_limits(request.app.state.engine.settings.queue_limit))
 
 
-async def _json(request: Request) -> dict[str, Any]:
+def _json_object(request: Request, body: bytes) -> dict[str, Any]:
     try:
-        body = orjson.loads(await request.body())
+        value = _load_json(request, body)
     except ValueError as error:
         raise NoImage(f"the body is not JSON: {error}") from None
-    if not isinstance(body, dict):
-        raise NoImage(f"the JSON must be an object, got {type(body).__name__}")
-    return body
+    if not isinstance(value, dict):
+        raise NoImage(f"the JSON must be an object, got {type(value).__name__}")
+    return value

@@ -1,17 +1,23 @@
 """POST /classify and /classify/batch: labels of images, and optionally feature maps."""
 
+from typing import Any
+
 from fastapi import APIRouter, Request, Response
 
 from dinat.app.api.bodies import OPENAPI_BATCH_BODY, OPENAPI_BODY, read_one, read_several
 from dinat.app.api.inference import infer, infer_one
 from dinat.app.api.parameters import OPENAPI_PARAMETERS, Parameters
 from dinat.app.api.problems import problem_fields
-from dinat.app.api.results import classification, json_response
+from dinat.app.api.response_size import estimate, measure, reserve_response
+from dinat.app.api.results import classification, json_fragments, json_response
 from dinat.app.api.schemas import PROBLEMS, BatchClassification, Classification
 from dinat.app.engine.engine import Engine
 from dinat.app.errors import ServiceError
 
 router = APIRouter(tags=["classify"], responses=PROBLEMS)
+
+PROBLEM_BYTES = 512
+"""Bytes of an error in a batch, about."""
 
 
 @router.post(
@@ -20,12 +26,17 @@ router = APIRouter(tags=["classify"], responses=PROBLEMS)
 async def classify(request: Request) -> Response:
     """Classify one image, sent as multipart field `image`, as the body, or as base64 in JSON."""
     engine: Engine = request.app.state.engine
-    config = engine.loaded.config  # read once: engine.loaded raises as soon as the service drains
+    loaded = engine.loaded  # read once: engine.loaded raises as soon as the service drains
     image, parameters = await read_one(request, Parameters)
-    options = parameters.options(config)
+    options, encoding = parameters.options(loaded.config), parameters.feature_format
+    reserve_response(request, estimate(loaded, options.features, encoding, options.top_k))
     result = await infer_one(request, image, options)
-    body = {"model": engine.settings.served_name, **classification(result, config, parameters.feature_format)}
-    return await json_response(request, body | {"request_id": request.state.request_id}, bool(options.features))
+
+    def build() -> dict[str, Any]:
+        body = {"model": engine.settings.served_name, **classification(result, loaded.config, encoding)}
+        return body | {"request_id": request.state.request_id}
+
+    return await json_response(request, build, reserve_response(request, measure(result, encoding)))
 
 
 @router.post(
@@ -40,21 +51,23 @@ async def classify_batch(request: Request) -> Response:
     the others.
     """
     engine: Engine = request.app.state.engine
-    config = engine.loaded.config
+    loaded = engine.loaded
     images, parameters = await read_several(request, Parameters)
-    options = parameters.options(config)
+    options, encoding = parameters.options(loaded.config), parameters.feature_format
+    reserve_response(request, estimate(loaded, options.features, encoding, options.top_k, len(images)))
     valid = [image for image in images if isinstance(image, bytes)]
     inferred = iter(await infer(request, valid, options))
     results = [next(inferred) if isinstance(image, bytes) else image for image in images]
     request_id = request.state.request_id
-    body = {
-        "model": engine.settings.served_name,
-        "results": [
+
+    def build() -> dict[str, Any]:
+        bodies = (
             {"error": problem_fields(request_id, result.status, result.detail)}
             if isinstance(result, ServiceError)
-            else classification(result, config, parameters.feature_format)
+            else classification(result, loaded.config, encoding)
             for result in results
-        ],
-        "request_id": request_id,
-    }
-    return await json_response(request, body, bool(options.features))
+        )
+        return {"model": engine.settings.served_name, "results": json_fragments(bodies), "request_id": request_id}
+
+    size = sum(PROBLEM_BYTES if isinstance(result, ServiceError) else measure(result, encoding) for result in results)
+    return await json_response(request, build, reserve_response(request, size))

@@ -1,8 +1,6 @@
 """POST /features: feature maps of an image, in JSON or a binary format."""
 
-import asyncio
 import io
-import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -14,7 +12,9 @@ from safetensors.numpy import save
 from dinat.app.api.bodies import OPENAPI_BODY, read_one
 from dinat.app.api.inference import infer_one
 from dinat.app.api.parameters import DEADLINE_PARAMETER, FeatureParameters, openapi_parameters
-from dinat.app.api.results import features, json_response, record_encode_time
+from dinat.app.api.quoting import shorten
+from dinat.app.api.response_size import Encoding, estimate, measure, reserve_response
+from dinat.app.api.results import ChunkedResponse, encode, features, json_response
 from dinat.app.api.schemas import PROBLEMS
 from dinat.app.engine.engine import Engine
 from dinat.app.engine.runtimes.runtime import InferenceResult
@@ -77,21 +77,23 @@ async def extract(request: Request) -> Response:
     The `Accept` header selects the format: JSON, NumPy's .npy (one feature map) or .npz, or safetensors.
     """
     engine: Engine = request.app.state.engine
-    config = engine.loaded.config
+    loaded = engine.loaded
     media_type = _accepted_type(request)
     image, parameters = await read_one(request, FeatureParameters)
-    result = await infer_one(request, image, parameters.options(config))
-    if media_type == JSON:
-        body = features(result, parameters.feature_format, parameters.feature_dtype)
-        return await json_response(request, {"features": body, "request_id": request.state.request_id}, large=True)
+    options, dtype = parameters.options(loaded.config), parameters.feature_dtype
+    encoding: Encoding = parameters.feature_format if media_type == JSON else "binary"
+    reserve_response(request, estimate(loaded, options.features, encoding, top_k=0))
+    result = await infer_one(request, image, options)
+    size = reserve_response(request, measure(result, encoding))
+    if media_type != JSON:
+        body = await encode(request, lambda: WRITERS[media_type](flatten_features(result, dtype)), size)
+        return ChunkedResponse(body, media_type=media_type)
 
-    def encode() -> bytes:
-        started = time.monotonic()
-        encoded = WRITERS[media_type](flatten_features(result, parameters.feature_dtype))
-        record_encode_time(request, started)
-        return encoded
+    def build() -> dict[str, Any]:
+        maps = features(result, parameters.feature_format, dtype)
+        return {"features": maps, "request_id": request.state.request_id}
 
-    return Response(await asyncio.to_thread(encode), media_type=media_type)
+    return await json_response(request, build, size)
 
 
 def flatten_features(result: InferenceResult, dtype: str) -> FeatureMaps:
@@ -111,4 +113,4 @@ def _accepted_type(request: Request) -> str:
             return media_type
         if media_type in ("", "*/*", "application/*"):
             return JSON
-    raise NotAcceptable(f"Accept is {', '.join(accepted)}: supported are {', '.join([JSON, *WRITERS])}")
+    raise NotAcceptable(f"Accept is {shorten(', '.join(accepted))}: supported are {', '.join([JSON, *WRITERS])}")

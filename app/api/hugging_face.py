@@ -9,8 +9,10 @@ import numpy as np
 from fastapi import APIRouter, Request, Response
 from pydantic import BaseModel, ConfigDict, Field
 
-from dinat.app.api.bodies import JSON, content_type, read_json
+from dinat.app.api.bodies import JSON, content_type, read_body, read_json
 from dinat.app.api.inference import infer_one
+from dinat.app.api.quoting import shorten
+from dinat.app.api.response_size import PREDICTION_BYTES, reserve_response
 from dinat.app.api.results import json_response
 from dinat.app.api.schemas import NOT_FOUND, PROBLEMS
 from dinat.app.engine.engine import Engine
@@ -63,8 +65,9 @@ async def task(request: Request) -> Response:
     config = engine.loaded.config
     image, parameters = await _read(request)
     options = InferenceOptions(config.num_labels, frozenset({LOGITS} if parameters.function_to_apply else ()))
+    size = reserve_response(request, min(parameters.top_k, config.num_labels) * PREDICTION_BYTES)
     result = await infer_one(request, image, options)
-    return await json_response(request, _output(result, parameters, config))
+    return await json_response(request, lambda: _output(result, parameters, config), size)
 
 
 @router.post("/models/{name:path}", openapi_extra={"requestBody": _BODY})
@@ -72,15 +75,14 @@ async def task_of_model(request: Request, name: str) -> Response:
     """Classify an image with the model of this name, as POST /."""
     served_name = request.app.state.engine.settings.served_name
     if name != served_name:
-        raise NotFound(f"model {name} is not found, this service has {served_name}")
+        raise NotFound(f"model {shorten(name)} is not found, this service has {served_name}")
     return await task(request)
 
 
 async def _read(request: Request) -> tuple[bytes, TaskParameters]:
     if content_type(request) != JSON:
-        return await request.body(), TaskParameters()
-    body = await read_json(request, Task)
-    return decode_base64(body.inputs), body.parameters or TaskParameters()
+        return await read_body(request), TaskParameters()
+    return await read_json(request, Task, lambda body: (decode_base64(body.inputs), body.parameters or TaskParameters()))
 
 
 def _output(result: InferenceResult, parameters: TaskParameters, config: DinatConfig) -> list[dict[str, Any]]:

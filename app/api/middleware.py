@@ -6,17 +6,21 @@ import re
 import time
 from collections.abc import Sequence
 from random import getrandbits
+from typing import Any
 
 import structlog
 from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from dinat.app.api.decompression import decompressed
+from dinat.app.api.body_limits import LimitedBody
+from dinat.app.api.budgets import ByteBudget, Reservation
+from dinat.app.api.decompression import DecompressedBody
 from dinat.app.api.page import FILES, PAGE
 from dinat.app.api.problems import problem_body
+from dinat.app.api.quoting import shorten
 from dinat.app.engine.backend import State
 from dinat.app.engine.engine import Engine
-from dinat.app.errors import ServiceError, TooLarge, Unauthorized, Unavailable, UploadTooSlow
+from dinat.app.errors import ServiceError, Unauthorized, Unavailable
 from dinat.app.settings import Settings
 
 log = structlog.get_logger("dinat")
@@ -47,8 +51,8 @@ class RequestMiddleware:
     * Requires one of API_KEYS, except for the endpoints in KEYLESS and for the web page.
     * When the queue is full, rejects requests with 503 before the body is read or the request is routed; the same with 504
       for requests whose deadline has passed while they waited in this process.
-    * Rejects a body larger than MAX_UPLOAD_BYTES, by its Content-Length or as soon as it has received more, and a body that
-      takes longer than UPLOAD_SECONDS.
+    * Limits the body: see LimitedBody and DecompressedBody.
+    * Releases the memory that the request's body and response have reserved; the latter is `response_bytes` in its state.
     * Records the metrics and logs every request, and adds the Server-Timing header.
 
     Args:
@@ -60,77 +64,56 @@ class RequestMiddleware:
     def __init__(self, app: ASGIApp, engine: Engine, endpoints: Sequence[Route]) -> None:
         self._app = app
         self._engine = engine
-        self._settings = engine.settings
         self._endpoints = [(route.path_regex, route.path) for route in endpoints if "POST" in (route.methods or ())]
         self._api_keys = _ApiKeys(engine.settings)
         self._rejection_limit = _RateLimit(REJECTIONS_PER_SECOND)
+        self._body_budget = ByteBudget(engine.settings.body_budget, "request bodies")
+        self._response_budget = ByteBudget(engine.settings.response_budget, "responses")
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Handle a request (ASGI)."""
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        state = scope.setdefault("state", {})
-        arrived = state.setdefault("arrived", time.monotonic())
-        headers = dict(scope["headers"])
-        client_id = headers.get(b"x-request-id", b"")
-        request_id = client_id.decode() if _REQUEST_ID.fullmatch(client_id) else new_request_id()
-        state["request_id"] = request_id
-        structlog.contextvars.bind_contextvars(request_id=request_id)
-        status = 500
-        is_head = scope["method"] == "HEAD"
-        if is_head:  # handled as GET, and sent without the body (RFC 9110, section 9.3.2)
-            scope = {**scope, "method": "GET"}
-
-        async def send_with_headers(message: Message) -> None:
-            nonlocal status
-            if message["type"] == "http.response.start":
-                status = int(message["status"])
-                extended = [*message.get("headers", ()), (b"x-request-id", request_id.encode()), *SECURITY_HEADERS]
-                if "seconds" in state:
-                    extended.append((b"server-timing", _server_timing(state["seconds"], time.monotonic() - arrived)))
-                if self._engine.state is State.DRAINING:
-                    extended.append((b"connection", b"close"))
-                message["headers"] = extended
-            elif is_head:
-                message["body"] = b""
-            await send(message)
-
+        exchange = _Exchange(scope, send, self._engine)
+        body, response = Reservation(self._body_budget), Reservation(self._response_budget)
+        exchange.state["response_bytes"] = response
+        structlog.contextvars.bind_contextvars(request_id=exchange.request_id)
         try:
-            error = self._api_keys.check(scope["method"], scope["path"], headers) or await self._admit(scope, arrived)
-            if error is None:
-                limited = self._limit_body(receive, scope, headers.get(b"content-length", b""))
-                encoding = headers.get(b"content-encoding")
-                if encoding is not None:
-                    limited = decompressed(limited, encoding.decode("latin-1"), self._settings.max_upload_bytes)
-                await self._app(scope, limited, send_with_headers)
-            else:
-                await _send_error(error, request_id, scope["path"], send_with_headers)
+            await self._handle(exchange, receive, body)
         finally:
-            seconds = time.monotonic() - arrived
-            matched, path = scope.get("route"), scope["path"]
-            route = matched.path if matched is not None else self._endpoint(path) or "none"
-            self._engine.metrics.count_request(route, status, seconds)
-            log.info(
-                "request",
-                method="HEAD" if is_head else scope["method"],
-                path=path,
-                status=status,
-                milliseconds=round(seconds * 1e3, 1),
-            )
+            body.release()
+            response.release()
+            matched = exchange.scope.get("route")
+            exchange.record(matched.path if matched is not None else self._endpoint(scope["path"]) or "none")
             structlog.contextvars.unbind_contextvars("request_id")
+
+    async def _handle(self, exchange: "_Exchange", receive: Receive, reservation: Reservation) -> None:
+        scope, headers = exchange.scope, exchange.headers
+        error = self._api_keys.check(scope["method"], scope["path"], headers) or await self._admit(exchange)
+        if error is not None:
+            await exchange.send_error(error)
+            return
+        settings = self._engine.settings
+        limited = LimitedBody(receive, scope, headers.get(b"content-length", b"0"), settings, reservation)
+        encoding = headers.get(b"content-encoding", b"").decode("latin-1").strip().lower()
+        if encoding in ("", "identity"):
+            await self._app(scope, limited, exchange.send)
+        else:
+            body = DecompressedBody(limited, encoding, settings.max_upload_bytes, reservation)
+            await self._app(scope, body, exchange.send)
 
     def _endpoint(self, path: str) -> str | None:
         return next((endpoint for pattern, endpoint in self._endpoints if pattern.match(path)), None)
 
-    async def _admit(self, scope: Scope, arrived: float) -> ServiceError | None:
+    async def _admit(self, exchange: "_Exchange") -> ServiceError | None:
         """Return the error if the engine cannot accept the request now. Delays rejections beyond the rate limit."""
-        if scope["method"] != "POST" or self._endpoint(scope["path"]) is None:
+        if exchange.scope["method"] != "POST" or self._endpoint(exchange.scope["path"]) is None:
             return None
-        error = self._capacity_error(arrived)
+        error = self._capacity_error(exchange.arrived)
         if isinstance(error, Unavailable):
             await self._rejection_limit.acquire()
-            error = self._capacity_error(arrived)  # the queue may have space by now
+            error = self._capacity_error(exchange.arrived)  # the queue may have space by now
         return error
 
     def _capacity_error(self, arrived: float) -> ServiceError | None:
@@ -140,34 +123,62 @@ class RequestMiddleware:
             return error
         return self._engine.deadline_error(arrived)
 
-    def _limit_body(self, receive: Receive, scope: Scope, content_length: bytes) -> Receive:
-        """Wrap `receive` so that it enforces the limits on the size and duration of the upload."""
-        limit, seconds = self._settings.max_upload_bytes, self._settings.upload_seconds
-        received = int(content_length) if content_length.isdigit() and int(content_length) > limit else 0
-        until = scope["state"]["arrived"] + seconds
-        complete = False
 
-        async def limited() -> Message:
-            nonlocal received, complete
-            if complete:
-                return await receive()
-            if received <= limit:
-                if scope["state"].get("body_received"):
-                    message = await receive()
-                else:
-                    try:
-                        async with asyncio.timeout(until - time.monotonic()):
-                            message = await receive()
-                    except TimeoutError:
-                        detail = f"the upload took longer than {seconds:g} s"
-                        raise UploadTooSlow(detail, headers={"Connection": "close"}) from None
-                received += len(message.get("body", b""))
-                complete = not message.get("more_body", False)
-            if received > limit:
-                raise TooLarge(f"the request is larger than {limit:,} bytes", headers={"Connection": "close"})
-            return message
+class _Exchange:
+    """One request, and the response to it.
 
-        return limited
+    Args:
+        scope: The request. HEAD is handled as GET, and sent without the body (RFC 9110, section 9.3.2).
+        send: Sends the response.
+        engine: Engine of the service.
+    """
+
+    def __init__(self, scope: Scope, send: Send, engine: Engine) -> None:
+        self._method = scope["method"]
+        self._is_head = self._method == "HEAD"
+        self._send = send
+        self._engine = engine
+        self._status = 500
+        self.state: dict[str, Any] = scope.setdefault("state", {})
+        self.arrived: float = self.state.setdefault("arrived", time.monotonic())
+        self.headers = dict(scope["headers"])
+        client_id = self.headers.get(b"x-request-id", b"")
+        self.request_id = client_id.decode() if _REQUEST_ID.fullmatch(client_id) else new_request_id()
+        self.state["request_id"] = self.request_id
+        self.scope = {**scope, "method": "GET"} if self._is_head else scope
+
+    async def send(self, message: Message) -> None:
+        """Send a message of the response (ASGI), with the headers of all responses."""
+        if message["type"] == "http.response.start":
+            self._status = int(message["status"])
+            headers = [*message.get("headers", ()), (b"x-request-id", self.request_id.encode()), *SECURITY_HEADERS]
+            if "seconds" in self.state:
+                timing = _server_timing(self.state["seconds"], time.monotonic() - self.arrived)
+                headers.append((b"server-timing", timing))
+            if self._engine.state is State.DRAINING:
+                headers.append((b"connection", b"close"))
+            message["headers"] = headers
+        elif self._is_head:
+            message["body"] = b""
+        await self._send(message)
+
+    async def send_error(self, error: ServiceError) -> None:
+        """Send an error response directly, without the application."""
+        body, headers = problem_body(error, self.request_id, self.scope["path"])
+        await self.send({"type": "http.response.start", "status": int(error.status), "headers": headers})
+        await self.send({"type": "http.response.body", "body": body})
+
+    def record(self, route: str) -> None:
+        """Count the request in the metrics, and log it."""
+        seconds = time.monotonic() - self.arrived
+        self._engine.metrics.count_request(route, self._status, seconds)
+        log.info(
+            "request",
+            method=self._method,
+            path=shorten(self.scope["path"]),
+            status=self._status,
+            milliseconds=round(seconds * 1e3, 1),
+        )
 
 
 def _server_timing(parts: dict[str, float], total: float) -> bytes:
@@ -197,8 +208,8 @@ class _ApiKeys:
         if method in ("GET", "HEAD") and (path == PAGE or path.startswith(f"{FILES}/")):
             return None
         scheme, _, token = headers.get(b"authorization", b"").partition(b" ")
-        sent = token.strip() if scheme.lower() == b"bearer" else headers.get(b"x-api-key", b"")
-        if any([hmac.compare_digest(sent, key) for key in self._keys]):  # a list: every key is compared, for constant time
+        sent = (token.strip() if scheme.lower() == b"bearer" else b"", headers.get(b"x-api-key", b""))
+        if any([hmac.compare_digest(one, key) for one in sent for key in self._keys]):  # a list: compares all, in constant time
             return None
         return Unauthorized(
             "an API key is required: send it as Authorization: Bearer KEY or X-API-Key: KEY", {"WWW-Authenticate": "Bearer"}
@@ -224,10 +235,3 @@ class _RateLimit:
         self._remaining -= 1
         if self._tick > current:
             await asyncio.sleep(self._tick * TICK_SECONDS - now)
-
-
-async def _send_error(error: ServiceError, request_id: str, path: str, send: Send) -> None:
-    """Send an error response directly, without the application."""
-    body, headers = problem_body(error, request_id, path)
-    await send({"type": "http.response.start", "status": int(error.status), "headers": headers})
-    await send({"type": "http.response.body", "body": body})

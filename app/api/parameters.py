@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal, TypeVar
 from fastapi import Request
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
+from dinat.app.api.quoting import MAX_CHARACTERS, parse_integer, quote, shorten
 from dinat.app.engine.runtimes.runtime import InferenceOptions
 from dinat.app.errors import Unprocessable
 from dinat.model.config import DinatConfig
@@ -33,6 +34,7 @@ class _FeatureSelection(BaseModel):
         str,
         BeforeValidator(_join_list),
         Field(
+            max_length=1000,
             description="comma-separated feature maps to return: stem, stage1, ..., pooled, hidden_states",
             examples=["stage4,pooled"],
         ),
@@ -44,7 +46,7 @@ class _FeatureSelection(BaseModel):
         names = frozenset(name.strip() for name in self.features.split(",") if name.strip())
         unknown = sorted(names - set(config.feature_names))
         if unknown:
-            raise Unprocessable(f"features must be among {', '.join(config.feature_names)}, got {', '.join(unknown)}")
+            raise Unprocessable(f"features must be among {', '.join(config.feature_names)}, got {shorten(', '.join(unknown))}")
         return names
 
 
@@ -61,7 +63,7 @@ class Parameters(_FeatureSelection):
         """Return the inference options for a network with this configuration. Raises Unprocessable."""
         top_k = min(5, config.num_labels) if self.top_k is None else self.top_k
         if not 1 <= top_k <= config.num_labels:
-            raise Unprocessable(f"top_k must be between 1 and {config.num_labels}, got {top_k}")
+            raise Unprocessable(f"top_k must be between 1 and {config.num_labels}, got {quote(top_k)}")
         return InferenceOptions(top_k, self.feature_names(config))
 
 
@@ -76,6 +78,12 @@ class FeatureParameters(_FeatureSelection):
 
 
 DEADLINE = "X-Deadline-Ms"
+MAX_DEADLINE_MS = 2**53
+"""Largest integer that every JSON and JavaScript implementation represents exactly."""
+
+MAX_QUERY_PARAMETERS = 64
+MAX_DESCRIBED_ERRORS = 5
+"""Number of validation errors that an error message describes; of further ones it has only the count."""
 
 NamedValue = tuple[str, Any]
 ParametersT = TypeVar("ParametersT", bound=BaseModel)
@@ -97,18 +105,23 @@ def read_parameters(
     Raises:
         Unprocessable: A parameter is unknown or invalid, occurs twice in one place, or differs between query and fields.
     """
+    if request.scope["query_string"].count(b"&") >= MAX_QUERY_PARAMETERS:
+        raise Unprocessable(f"the query has more than {MAX_QUERY_PARAMETERS} parameters")
     query = _unique("the query", request.query_params.multi_items()) if request.scope["query_string"] else {}
     body = _unique(source, fields)
-    for name in query.keys() & body.keys():
-        if query[name] != str(body[name]):
-            raise Unprocessable(f"{name} is {query[name]!r} in the query and {str(body[name])!r} in {source}: send it once")
-    values = query | body
-    if not values:
+    if not query and not body:
         return model()
     known = model.model_fields
-    for name in values:
+    for name in (*query, *body):
         if name not in known:
-            raise Unprocessable(f"unknown parameter {name}{_suggestion(name, known)}, supported are {', '.join(known)}")
+            shown, suggestion = shorten(name), _suggestion(name, known)
+            raise Unprocessable(f"unknown parameter {shown}{suggestion}, supported are {', '.join(known)}")
+    for name in query.keys() & body.keys():
+        if query[name] != str(body[name]):
+            raise Unprocessable(
+                f"{name} is {quote(query[name])} in the query and {quote(str(body[name]))} in {source}: send it once"
+            )
+    values = query | body
     try:
         return model.model_validate(values)
     except ValidationError as error:
@@ -116,22 +129,28 @@ def read_parameters(
 
 
 def describe_errors(error: ValidationError) -> str:
-    """Describe all validation errors in one sentence: location, value and message of each."""
-    return "; ".join(f"{'.'.join(map(str, one['loc']))} is {one['input']!r}: {one['msg']}"[:500] for one in error.errors())
+    """Describe the first validation errors in one sentence, with location, value and message of each, and their number."""
+    errors = error.errors(include_url=False, include_context=False)
+    described = [
+        f"{shorten('.'.join(map(str, one['loc'])))} is {quote(one['input'])}: {shorten(one['msg'])}"
+        for one in errors[:MAX_DESCRIBED_ERRORS]
+    ]
+    more = len(errors) - len(described)
+    return "; ".join([*described, *([f"and {more:,} more errors"] if more else [])])
 
 
 def _unique(source: str, items: Iterable[NamedValue]) -> dict[str, Any]:
     values: dict[str, Any] = {}
     for name, value in items:
         if name in values:
-            raise Unprocessable(f"{name} occurs twice in {source}: send it once")
+            raise Unprocessable(f"{shorten(name)} occurs twice in {source}: send it once")
         values[name] = value
     return values
 
 
 def _suggestion(name: str, known: Iterable[str]) -> str:
     normalized = {one.replace("_", ""): one for one in known}
-    matches = get_close_matches(name.lower().replace("_", "").replace("-", ""), normalized, 1)
+    matches = get_close_matches(name[:MAX_CHARACTERS].lower().replace("_", "").replace("-", ""), normalized, 1)
     return f" (did you mean {normalized[matches[0]]}?)" if matches else ""
 
 
@@ -140,9 +159,10 @@ def read_deadline(request: Request) -> int | None:
     value = request.headers.get(DEADLINE)
     if value is None:
         return None
-    if not value.isdecimal() or int(value) < 1:
-        raise Unprocessable(f"{DEADLINE} must be a positive integer (milliseconds), got {value!r}")
-    return int(value)
+    milliseconds = parse_integer(value, MAX_DEADLINE_MS)
+    if not milliseconds:
+        raise Unprocessable(f"{DEADLINE} must be an integer (milliseconds) from 1 to {MAX_DEADLINE_MS:,}, got {quote(value)}")
+    return milliseconds
 
 
 def openapi_parameters(model: type[BaseModel]) -> list[dict[str, Any]]:

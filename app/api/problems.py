@@ -12,11 +12,16 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 from starlette.routing import Match
 
+from dinat.app.api.parameters import MAX_DESCRIBED_ERRORS
+from dinat.app.api.quoting import shorten
 from dinat.app.errors import ServiceError
 
 log = structlog.get_logger("dinat")
 
 PROBLEM = "application/problem+json"
+MAX_DETAIL_CHARACTERS = 2000
+"""Longest detail of a problem. Those parts that repeat what a client sent are shortened on their own."""
+
 CLIENT_DISCONNECTED = 499
 """Status in the log and metrics of a request whose client has disconnected. It is never received."""
 
@@ -46,6 +51,7 @@ def problem_fields(request_id: str, status: int, detail: str, path: str = "") ->
         detail: Description of the error, for people.
         path: Path of the request. The member `error` is added if it is not one of the service's own endpoints.
     """
+    detail = shorten(detail, MAX_DETAIL_CHARACTERS)
     title = HTTPStatus(status).phrase
     error = {} if not path or path.split("/")[1] in NATIVE else {"error": detail}
     return {"type": "about:blank", "title": title, "status": int(status), "detail": detail, "request_id": request_id, **error}
@@ -69,16 +75,17 @@ def add_error_handlers(app: FastAPI) -> None:
         return problem(request, error.status, error.detail, error.headers)
 
     async def on_invalid_request(request: Request, error: Any) -> Response:
-        details = [f"{'.'.join(map(str, one['loc'][1:])) or one['loc'][0]}: {one['msg']}" for one in error.errors()]
+        errors = error.errors()[:MAX_DESCRIBED_ERRORS]
+        details = [f"{'.'.join(map(str, one['loc'][1:])) or one['loc'][0]}: {one['msg']}" for one in errors]
         return problem(request, HTTPStatus.UNPROCESSABLE_ENTITY, "; ".join(details))
 
     async def on_http_exception(request: Request, error: Any) -> Response:
-        detail = f"{request.method} {request.url.path}: {error.detail}"
+        detail = f"{request.method} {shorten(request.url.path)}: {error.detail}"
         headers = {"Allow": _allowed(request)} if error.status_code == HTTPStatus.METHOD_NOT_ALLOWED else error.headers
         return problem(request, error.status_code, detail, headers)
 
     async def on_unexpected_error(request: Request, error: Exception) -> Response:
-        log.error("request failed", path=request.url.path, exc_info=error)
+        log.error("request failed", path=shorten(request.url.path), exc_info=error)
         detail = "internal error: see the log of the service for this request_id"
         headers = {"X-Request-ID": request.state.request_id}  # Starlette sends this response outside of all middleware
         return problem(request, HTTPStatus.INTERNAL_SERVER_ERROR, detail, headers)

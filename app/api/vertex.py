@@ -13,7 +13,8 @@ from dinat.app.api.bodies import read_json
 from dinat.app.api.health import NOT_READY, plain_text_readiness
 from dinat.app.api.inference import infer_all
 from dinat.app.api.parameters import Parameters
-from dinat.app.api.results import classification, json_response
+from dinat.app.api.response_size import estimate, measure, reserve_response
+from dinat.app.api.results import classification, json_fragments, json_response
 from dinat.app.api.schemas import PROBLEMS
 from dinat.app.engine.engine import Engine
 from dinat.app.images import decode_base64
@@ -78,10 +79,19 @@ async def health(request: Request) -> Response:
 async def predict(request: Request) -> Response:
     """Classify the instances. Predictions are in order, as from /classify/batch; one invalid image fails the request."""
     engine: Engine = request.app.state.engine
-    config = engine.loaded.config
-    body = await read_json(request, PredictRequest)
-    options = body.parameters.options(config)
-    images = [decode_base64(instance.b64) for instance in body.instances]
+    loaded = engine.loaded
+
+    def convert(body: PredictRequest) -> tuple[list[bytes], Parameters]:
+        engine.check_capacity(len(body.instances))
+        return [decode_base64(instance.b64) for instance in body.instances], body.parameters
+
+    images, parameters = await read_json(request, PredictRequest, convert)
+    options, encoding = parameters.options(loaded.config), parameters.feature_format
+    reserve_response(request, estimate(loaded, options.features, encoding, options.top_k, len(images)))
     results = await infer_all(request, images, options, label="instance")
-    predictions = [classification(result, config, body.parameters.feature_format) for result in results]
-    return await json_response(request, {"predictions": predictions}, bool(options.features))
+
+    def build() -> dict[str, Any]:
+        return {"predictions": json_fragments(classification(result, loaded.config, encoding) for result in results)}
+
+    size = reserve_response(request, sum(measure(result, encoding) for result in results))
+    return await json_response(request, build, size)

@@ -53,9 +53,17 @@ def test_auto_frontends_are_1_on_a_cpu_and_cores_minus_2_with_a_gpu(monkeypatch:
     assert resolve_frontends(settings(device="cuda")) == 1
 
 
-def test_frontends_share_threads_and_connections(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_frontends_share_threads_connections_and_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("dinat.app.settings.cores", lambda: 16)
     frontend = settings(max_connections=100).for_frontend(3)
     assert (frontend.decode_threads, frontend.max_connections) == (6, 34)
     assert settings().for_frontend(14).decode_threads == 2
+    assert settings().body_budget == 2**28
+    assert settings().for_frontend(4).body_budget == 2**26
+    assert settings().for_frontend(64).body_budget == settings().max_upload_bytes  # one body always fits
+    assert settings(max_upload_bytes=2**30).body_budget == 2**30
+    assert settings(max_body_bytes_in_flight=2**26).for_frontend(2).body_budget == 2**25
+    assert settings(max_response_bytes=2**20).response_budget == 2**22
+    assert settings(max_response_bytes=2**20).for_frontend(2).response_budget == 2**21
+    assert settings(max_response_bytes=2**20).for_frontend(16).response_budget == 2**20
     assert settings(decode_threads=7).for_frontend(14).decode_threads == 7

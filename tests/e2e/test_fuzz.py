@@ -248,6 +248,48 @@ def mutated_request(choose: random.Random, sources: list[bytes]) -> bytes:
     return mutated(source, choose)
 
 
+def json_value(choose: random.Random, depth: int = 0) -> str:
+    """Return JSON, or nearly JSON, of an unusual shape: large, deep, or with extreme numbers."""
+    image = base64.b64encode((DIGITS / "7-1.png").read_bytes()).decode()
+    size = choose.choice((0, 1, 2, 100, 3000, 100_000))
+    scalars = ("null", "true", "0", "-1", "1.5", "NaN", "-Infinity", "1e400", "9" * size, '""', f'"{"a" * size}"', f'"{image}"')
+    match choose.randrange(6) if depth < 3 else 0:
+        case 0 | 1:
+            return choose.choice(scalars) or "0"
+        case 2:
+            return f"[{','.join([choose.choice(scalars[:7])] * size)}]"
+        case 3:
+            return "[" * size + json_value(choose, depth + 1) + "]" * size
+        case 4:
+            return "{" + ",".join(f'"{n}":0' for n in range(size)) + "}"
+    return f"[{','.join(json_value(choose, depth + 1) for _ in range(choose.randrange(4)))}]"
+
+
+JSON_FIELDS = {
+    "/classify": ("image", "images", "top_k", "features", "feature_format"),
+    "/classify/batch": ("images", "top_k", "features", "feature_format"),
+    "/attention": ("image", "y", "x"),
+    "/": ("inputs", "parameters"),
+    "/predict": ("instances", "parameters"),
+    "/v2/models/digits/infer": ("inputs", "outputs", "parameters", "id"),
+}
+
+
+def json_request(choose: random.Random) -> bytes:
+    """Return a request whose JSON has fields of unusual shapes."""
+    path = choose.choice(list(JSON_FIELDS))
+    fields = choose.sample(JSON_FIELDS[path], choose.randint(1, 3))
+    body = "{" + ",".join(f'"{field}":{json_value(choose)}' for field in fields) + "}"
+    if path.startswith("/v2") and choose.random() < 0.7:
+        keys = ("name", "datatype", "shape", "data", "parameters")
+        usual = ('"image"', choose.choice(('"BYTES"', '"UINT8"')), "[1]", '["eA=="]', "{}")
+        unusual = choose.sample(range(5), 2)
+        members = (f'"{keys[n]}":{json_value(choose) if n in unusual else usual[n]}' for n in range(5))
+        body = f'{{"inputs":[{{{",".join(members)}}}],"outputs":{choose.choice(("[]", json_value(choose)))}}}'
+    head = f"POST {path} HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
+    return (head + body).encode()
+
+
 def test_mutated_requests_never_get_500() -> None:
     sources = requests()
     statuses: Counter[str] = Counter()
@@ -260,7 +302,8 @@ def test_mutated_requests_never_get_500() -> None:
         process = psutil.Process(server.process.pid)
 
         def send(seed: int) -> tuple[str, float]:
-            request = mutated_request(random.Random(seed), sources)
+            choose = random.Random(seed)
+            request = json_request(choose) if seed % 4 == 0 else mutated_request(choose, sources)
             line, seconds = exchange(port, request)
             status = line[9:12].decode("latin-1") or "closed"
             if status == "500" or seconds > 2:

@@ -351,6 +351,16 @@ def test_page_fits_a_phone_and_follows_the_color_scheme(server: Server, browser:
         playwright.expect(page.locator("#commands")).to_contain_text("y=0.06")
 
 
+def test_api_documentation_works_under_its_content_security_policy(server: Server, browser: Any) -> None:
+    with visiting(browser, server.url) as visit:
+        page = visit.page
+        page.goto(f"{server.url}/docs")
+        page.click(".opblock-summary:has-text('/health/live')")
+        page.click("button:has-text('Try it out')")
+        page.click("button:has-text('Execute')")
+        playwright.expect(page.locator(".live-responses-table .response-col_status").last).to_have_text("200")
+
+
 def test_screenshots_for_the_documentation(server: Server, browser: Any) -> None:
     """Write screenshots to the folder DINAT_SCREENSHOTS."""
     folder = os.environ.get("DINAT_SCREENSHOTS")

@@ -1,5 +1,6 @@
 """Observation of a service under attack: memory, latency of /health/live, and the responses that an honest client gets."""
 
+import http.client
 import threading
 import time
 from collections import Counter
@@ -62,7 +63,7 @@ def resident_memory(pid: int) -> int:
 @contextmanager
 def observed(server: Server) -> Iterator[Observation]:
     """Observe a service while the body of the `with` attacks it."""
-    pid = server.process.pid
+    pid, address = server.process.pid, server.url.removeprefix("http://")
     observation = Observation(resident_memory(pid))
     stop = threading.Event()
     image = (DIGITS / "7-1.png").read_bytes()
@@ -74,10 +75,16 @@ def observed(server: Server) -> Iterator[Observation]:
     def probe() -> None:
         while not stop.is_set():
             started = time.monotonic()
+            connection = http.client.HTTPConnection(address, timeout=60)  # httpx takes 30 ms to create a client
             try:
-                status = httpx.get(f"{server.url}/health/live", timeout=60).status_code
-            except httpx.HTTPError:
+                connection.request("GET", "/health/live")
+                response = connection.getresponse()
+                response.read()
+                status = response.status
+            except (OSError, http.client.HTTPException):
                 status = 0
+            finally:
+                connection.close()
             observation.live_statuses[status] += 1
             observation.worst_live_seconds = max(observation.worst_live_seconds, time.monotonic() - started)
             stop.wait(0.05)

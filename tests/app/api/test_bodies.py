@@ -168,10 +168,118 @@ def test_base64_variants_are_decoded(service: Service, seven: bytes) -> None:
 
 
 def test_deeply_nested_json_is_rejected(service: Service) -> None:
-    for body in (b'{"image":' + b"[" * 200_000, b"[" * 200_000 + b"]" * 200_000):
-        check_rejected(
-            service.client.post("/classify", content=body, headers={"Content-Type": "application/json"}), 400, "not JSON"
-        )
+    headers = {"Content-Type": "application/json"}
+    for depth, status, detail in ((1500, 400, "not JSON"), (200_000, 413, "lists and objects")):
+        for body in (b'{"image":' + b"[" * depth, b"[" * depth + b"]" * depth):
+            check_rejected(service.client.post("/classify", content=body, headers=headers), status, detail)
+
+
+@pytest.mark.parametrize(
+    ("headers", "status", "detail"),
+    [
+        ({"X-Deadline-Ms": "9" * 5000}, 422, "X-Deadline-Ms must be an integer"),
+        ({"X-Deadline-Ms": "0" * 5000}, 422, "X-Deadline-Ms must be an integer"),
+        ({"X-Deadline-Ms": "inf"}, 422, "X-Deadline-Ms must be an integer"),
+        ({"X-Deadline-Ms": "-1"}, 422, "X-Deadline-Ms must be an integer"),
+        ({"Content-Encoding": "x" * 5000}, 415, "Content-Encoding xxx"),
+        ({"Content-Type": "multipart/form-data; boundary=b; charset=undefined"}, 400, "charset 'undefined' is not supported"),
+        ({"Content-Type": "multipart/form-data; boundary=b; charset=idna"}, 400, "charset 'idna' is not supported"),
+        ({"Content-Type": "multipart/form-data; boundary=" + "b" * 5000}, 400, "the form is malformed"),
+        ({"Content-Type": "multipart/form-data; boundary="}, 400, "the form is malformed"),
+    ],
+)
+def test_invalid_header_is_rejected(service: Service, seven: bytes, headers: dict[str, str], status: int, detail: str) -> None:
+    response = service.client.post("/classify", content=seven, headers=headers)
+    check_rejected(response, status, detail)
+    assert len(response.content) < 1000
+
+
+def test_deadline_may_exceed_that_of_the_service(service: Service, seven: bytes) -> None:
+    assert label(service.client.post("/classify", content=seven, headers={"X-Deadline-Ms": "0000999999999"})) == "7"
+
+
+@pytest.mark.parametrize("top_k", ["9" * 5000, "9" * 4000, "inf", "nan", "1e400", "-1"])
+def test_extreme_number_is_rejected_in_every_place(service: Service, seven: bytes, top_k: str) -> None:
+    text, headers = in_base64(seven), {"Content-Type": "application/json"}
+    for response, statuses in (
+        (service.client.post("/classify", content=seven, params={"top_k": top_k}), {422}),
+        (service.client.post("/classify", files={"image": seven}, data={"top_k": top_k}), {422}),
+        (service.client.post("/classify", content=f'{{"image":"{text}","top_k":{top_k}}}', headers=headers), {400, 422}),
+        (
+            service.client.post("/", content=f'{{"inputs":"{text}","parameters":{{"top_k":{top_k}}}}}', headers=headers),
+            {400, 422},
+        ),
+        (service.client.post("/attention", content=seven, params={"y": top_k}), {422}),
+    ):
+        assert response.status_code in statuses, response.text
+        assert len(response.content) < 1000
+
+
+def test_number_of_parameters_and_fields_is_limited(service: Service, seven: bytes) -> None:
+    query = "&".join(f"p{n}=1" for n in range(65))
+    check_rejected(service.client.post(f"/classify?{query}", content=seven), 422, "the query has more than 64 parameters")
+    parts = [(f"p{n}", (None, "1")) for n in range(200)]
+    check_rejected(service.client.post("/classify", files=parts), 413, "the form has more than 192 parts")
+    body = "image=&" + "&".join(f"p{n}=1" for n in range(64))
+    headers = {"Content-Type": "application/x-www-form-urlencoded"}
+    check_rejected(service.client.post("/classify", content=body, headers=headers), 413, "more than 64 fields")
+    images = [("image", seven)] * 129
+    check_rejected(service.client.post("/classify/batch", files=images), 413, "129 images, at most 128 can be queued")
+
+
+def test_long_values_are_shortened_in_errors(service: Service, seven: bytes) -> None:
+    long = "x" * 20_000
+    for response in (
+        service.client.post("/classify", content=seven, params={long: "1"}),
+        service.client.post("/classify", content=seven, params={"top_k": long}),
+        service.client.post("/classify", content=seven, params={"features": long[:900]}),
+        service.client.post("/classify", json={"image": in_base64(seven), long: 1}),
+        service.client.post("/classify", json={"image": in_base64(seven), "top_k": [[long] * 50] * 50}),
+        service.client.post("/classify", files={long: seven}),
+        service.client.post("/predict", json={"instances": [long] * 100}),
+        service.client.post("/features", content=seven, headers={"Accept": f"{long}, {long}"}),
+        service.client.post(f"/models/{long}", content=seven),
+        service.client.post(f"/v2/models/{long}/infer", content=seven),
+        service.client.get(f"/health/{long}"),
+    ):
+        assert 400 <= response.status_code < 500
+        assert len(response.content) < 3000, response.text
+
+
+def test_validation_errors_are_counted(service: Service) -> None:
+    response = service.client.post("/predict", json={"instances": [0] * 100})
+    check_rejected(response, 422, "instances.0 is 0: ", "instances.4 is 0: ", "and 95 more errors")
+    assert "instances.5" not in response.json()["detail"]
+
+
+def test_truncated_form_is_rejected(service: Service, seven: bytes) -> None:
+    request = httpx.Request("POST", "http://x/", files=[("image", seven), ("image", seven)])
+    headers = {"Content-Type": request.headers["content-type"]}
+    response = service.client.post("/classify/batch", content=request.read()[:-200], headers=headers)
+    check_rejected(response, 400, "the form is malformed: it is truncated")
+
+
+def test_data_after_a_compressed_body_is_rejected(service: Service, seven: bytes) -> None:
+    body = gzip.compress(seven) * 2
+    response = service.client.post("/classify", content=body, headers={"Content-Encoding": "gzip"})
+    check_rejected(response, 400, "data follows its end")
+
+
+def test_large_bodies_are_read_in_every_format(service: Service, seven: bytes) -> None:
+    """Bodies above 64 KiB are parsed in a thread."""
+    image = seven + bytes(200_000)  # Pillow ignores what follows a PNG
+    text = in_base64(image)
+    for request in (
+        {"files": {"image": image}},
+        {"files": {"image": (None, text)}},
+        {"json": {"image": text}},
+        {"data": {"image": text}},
+        {"content": image},
+        {"content": gzip.compress(image), "headers": {"Content-Encoding": "gzip"}},
+    ):
+        assert label(service.client.post("/classify", **request)) == "7"  # type: ignore[arg-type]
+    batch = service.client.post("/classify/batch", files=[("image", image)] * 3).json()["results"]
+    assert [result["predictions"][0]["label"] for result in batch] == ["7"] * 3
 
 
 def test_image_as_text_in_a_form(service: Service, seven: bytes) -> None:
@@ -280,6 +388,8 @@ def test_api_documentation_loads_no_other_host(service: Service) -> None:
     page = service.client.get("/docs")
     assert page.status_code == 200
     assert "//cdn" not in page.text
+    policy = page.headers["Content-Security-Policy"]
+    assert "default-src 'none'" in policy and "unsafe" not in policy and "http" not in policy
     for asset in ("swagger-ui-bundle.js", "swagger-ui.css"):
         assert asset in page.text
         assert len(service.client.get(f"/static-offline-docs/{asset}").content) > 100_000

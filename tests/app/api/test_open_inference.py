@@ -41,6 +41,14 @@ def binary_image(size: int, elements: int = 1) -> dict[str, Any]:
     return {"name": "image", "datatype": "BYTES", "shape": [elements], "parameters": {"binary_data_size": size}}
 
 
+def deep(levels: int) -> list[Any]:
+    """Return a number that is nested in so many lists."""
+    value: list[Any] = [7]
+    for _ in range(levels - 1):
+        value = [value]
+    return value
+
+
 def head(*inputs: dict[str, Any]) -> bytes:
     return json.dumps({"inputs": inputs}, separators=(",", ":")).encode()
 
@@ -160,8 +168,18 @@ def test_triton_client_raises_the_errors(client: Any) -> None:
         ({"inputs": [IMAGE], "outputs": [{"name": "scores", "parameters": 1}]}, "output scores must be an object, got int"),
         ({"inputs": [IMAGE], "outputs": [{"name": "scores", "parameters": {"classification": -1}}]}, "scores only, got -1"),
         ({"inputs": [IMAGE], "parameters": {"timeout": "soon"}}, "positive integer (microseconds), got 'soon'"),
-        ({"inputs": [EMPTY | {"shape": [2**62, 4]}]}, "has 18446744073709551616 elements"),
-        ({"inputs": [EMPTY | {"shape": [0, 2**63]}]}, "shape [0, 9223372036854775808]"),
+        ({"inputs": [EMPTY | {"shape": [2**62, 4]}]}, "shape [4611686018427387904, 4] has a side above 2,147,483,647"),
+        ({"inputs": [EMPTY | {"shape": [2**31 - 1] * 8}]}, "elements, the data has 0"),
+        ({"inputs": [EMPTY | {"shape": [0, *[2**31 - 1] * 7]}]}, "shape [0, 2147483647"),
+        ({"inputs": [EMPTY | {"shape": [1] * 300}]}, "shape has 300 dimensions, the maximum is 8"),
+        ({"inputs": [IMAGE | {"data": deep(7)}]}, "an element of BYTES must be base64 of an image file, got int"),
+        ({"inputs": [IMAGE | {"data": deep(9)}]}, "nested deeper than 8 dimensions"),
+        ({"inputs": [IMAGE | {"data": deep(900)}]}, "nested deeper than 8 dimensions"),
+        ({"inputs": [IMAGE, IMAGE]}, "one input is required, image or pixel_values, got 2"),
+        ({"inputs": [IMAGE], "outputs": [{"name": "scores"}] * 2}, "output scores is requested twice"),
+        ({"inputs": [IMAGE], "id": ["x"] * 1000}, "id must be a string of at most 1000 characters"),
+        ({"inputs": [IMAGE], "id": "x" * 1001}, "id must be a string of at most 1000 characters"),
+        ({"inputs": [IMAGE | {"parameters": {"binary_data_size": True}}]}, "binary_data_size is True"),
     ],
 )  # fmt: skip
 def test_invalid_request_is_described_in_the_error(service: Service, body: dict[str, Any], detail: str) -> None:
@@ -182,6 +200,7 @@ def test_infer_endpoint_requires_post(service: Service) -> None:
         (b"{", "1", "not JSON"),
         (b"{}", "9", "the body has 2 bytes"),
         (b"{}", "x", "is 'x'"),
+        (b"{}", "9" * 5000, "is '999"),
         (head(binary_image(6)) + b"\x09\0\0\0ab", None, "ends within an element of 9 bytes"),
         (head(binary_image(2)) + b"ab", None, "ends within the length of an element"),
         (head(binary_image(0, elements=0)) + b"ab", None, "2 bytes are left"),

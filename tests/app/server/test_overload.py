@@ -199,6 +199,12 @@ def test_api_keys(seven: bytes) -> None:
             assert rejected.json()["request_id"] == rejected.headers["x-request-id"]
         for headers in ({"X-API-Key": "first"}, {"Authorization": "Bearer second"}, {"Authorization": "bearer second"}):
             assert service.client.post("/classify", content=seven, headers=headers).status_code == 200
+        for headers in (
+            {"X-API-Key": "first", "Authorization": "Bearer third"},
+            {"X-API-Key": "third", "Authorization": "Bearer first"},
+            {"X-API-Key": "first", "Authorization": "Basic dXNlcjpwYXNz"},
+        ):
+            assert service.client.post("/classify", content=seven, headers=headers).status_code == 200
         assert service.client.get("/model").status_code == 401
         assert service.client.get("/health/ready").status_code == 200
         assert service.client.get("/metrics").status_code == 200
