@@ -204,6 +204,8 @@ def _png_image_chunks(data: bytes) -> Iterator[bytes]:
             ):
                 raise Unprocessable("the image is damaged: the checksum of its data is wrong")
             yield data[start:end]
+            if kind == b"IEND":
+                return  # what follows is no part of the image
         start = end
     if start + 8 <= len(data):
         raise Unprocessable(f"the image has more than {MAX_CHUNKS:,} chunks: save it again with larger ones")

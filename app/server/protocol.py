@@ -6,7 +6,7 @@
 | head | the head is complete | MAX_HEAD_BYTES, MAX_HEADERS | UPLOAD_SECONDS after its first byte | 431, 408 |
 | body | the body is complete | MAX_UPLOAD_BYTES, by RequestMiddleware | UPLOAD_SECONDS after the head's first byte | 413, 408 |
 | answering | all requests are answered | MAX_PIPELINED requests | DEADLINE_MS, by Engine, and DOWNLOAD_SECONDS | closed |
-| closing | the client has closed, too | discarded unread | see Connection.close | closed |
+| closing | the client has closed, too | MAX_UPLOAD_BYTES, discarded | see Connection.close | closed |
 
 A client may send a request before the previous one is answered (pipelining): the phase is that of the request being received,
 and "answering" when none is. Above MAX_CONNECTIONS, a connection gets one response: to a probe, or 503.
@@ -134,6 +134,10 @@ class Connection(HttpToolsProtocol):
     def data_received(self, data: bytes) -> None:
         """Parse what the client has sent."""
         if self._ended:
+            self._bytes_without_progress += len(data)
+            if self._bytes_without_progress > MAX_HEAD_BYTES + self._settings.max_upload_bytes:
+                self._raw.abort()
+                return
             self.flow.pause_reading()
             self.loop.call_later(DISCARD_SECONDS, self._resume_discarding)
             return

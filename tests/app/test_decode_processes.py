@@ -3,7 +3,7 @@
 import asyncio
 import os
 import signal
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 
 import numpy as np
@@ -43,10 +43,14 @@ def run(test: Callable[[DecodeProcesses], Awaitable[None]], **options: float) ->
     asyncio.run(main())
 
 
-def children() -> Iterator[psutil.Process]:
+def server_of(decoding: DecodeProcesses) -> psutil.Process:
+    assert decoding._server is not None
+    return psutil.Process(decoding._server.pid)
+
+
+def children(decoding: DecodeProcesses) -> list[psutil.Process]:
     """The decode processes, not the server that forks them."""
-    for server in psutil.Process().children():
-        yield from server.children()
+    return [] if decoding._server is None else server_of(decoding).children()
 
 
 async def wait_until(condition: Callable[[], bool]) -> None:
@@ -115,11 +119,11 @@ def test_small_images_share_a_process_and_large_ones_leave_no_memory() -> None:
     async def test(decoding: DecodeProcesses) -> None:
         small, large = inspect(encoded(noise(50, 60), "BMP")), inspect(png_bomb(6000, 6000))
         await decoding.decode(small, PROCESSOR, None)
-        (first,) = children()
+        (first,) = children(decoding)
         await decoding.decode(small, PROCESSOR, None)
-        assert list(children()) == [first]
+        assert children(decoding) == [first]
         await decoding.decode(large, PROCESSOR, None)
-        await wait_until(lambda: not list(children()))
+        await wait_until(lambda: not children(decoding))
 
     run(test)
 
@@ -127,11 +131,11 @@ def test_small_images_share_a_process_and_large_ones_leave_no_memory() -> None:
 def test_cancelling_kills_the_process() -> None:
     async def test(decoding: DecodeProcesses) -> None:
         task = asyncio.create_task(decoding.decode(SLOW, PROCESSOR, None))
-        await wait_until(lambda: any(True for _ in children()))
+        await wait_until(lambda: bool(children(decoding)))
         task.cancel()
         with pytest.raises(asyncio.CancelledError):
             await task
-        await wait_until(lambda: not list(children()))
+        await wait_until(lambda: not children(decoding))
         assert (await decoding.decode(inspect(encoded(noise(5, 6), "BMP")), PROCESSOR, None)).shape == (20, 20, 3)
 
     run(test)
@@ -140,12 +144,13 @@ def test_cancelling_kills_the_process() -> None:
 def test_stopping_kills_all_processes() -> None:
     async def test(decoding: DecodeProcesses) -> None:
         tasks = [asyncio.create_task(decoding.decode(SLOW, PROCESSOR, None)) for _ in range(3)]
-        await wait_until(lambda: len(list(children())) == 2)
+        await wait_until(lambda: len(children(decoding)) == 2)
+        processes = [server_of(decoding), *children(decoding)]
         await decoding.stop()
         for task in tasks:
             with pytest.raises(Unavailable):
                 await task
-        assert not psutil.Process().children()
+        assert not psutil.wait_procs(processes, timeout=10)[1]
 
     run(test, max_pixels=100_000_000)
 
@@ -154,8 +159,8 @@ def test_stopping_kills_all_processes() -> None:
 def test_crash_fails_only_its_image(number: signal.Signals) -> None:
     async def test(decoding: DecodeProcesses) -> None:
         task = asyncio.create_task(decoding.decode(SLOW, PROCESSOR, None))
-        await wait_until(lambda: any(True for _ in children()))
-        (process,) = children()
+        await wait_until(lambda: bool(children(decoding)))
+        (process,) = children(decoding)
         process.send_signal(number)
         with pytest.raises(Unprocessable if number == signal.SIGSEGV else Unavailable):
             await task
@@ -169,10 +174,11 @@ def test_server_that_exits_is_restarted() -> None:
         image = inspect(encoded(noise(5, 6), "BMP"))
         for _ in range(2):
             assert (await decoding.decode(image, PROCESSOR, None)).shape == (20, 20, 3)
-            (server,) = psutil.Process().children()
-            for process in (*server.children(), server):
+            server, processes = server_of(decoding), children(decoding)
+            for process in (*processes, server):
                 process.kill()
             os.waitid(os.P_PID, server.pid, os.WEXITED | os.WNOWAIT)
+            psutil.wait_procs(processes, timeout=10)
 
     run(test)
 
@@ -180,7 +186,7 @@ def test_server_that_exits_is_restarted() -> None:
 def test_server_imports_neither_torch_nor_the_web_framework() -> None:
     async def test(decoding: DecodeProcesses) -> None:
         await decoding.decode(inspect(encoded(noise(5, 6), "BMP")), PROCESSOR, None)
-        (server,) = psutil.Process().children()
+        server = server_of(decoding)
         files = " ".join(one.path for one in server.memory_maps())
         assert "_imaging" in files
         assert not any(f"/{name}/" in files for name in ("torch", "uvloop", "pydantic_core"))

@@ -67,7 +67,7 @@ def test_outputs_match_transformers(
             assert value.shape == tuple(GOLDEN[f"{key}/shape"]), key
             difference = np.abs(fingerprint(value.numpy()) - GOLDEN[key]).max()
             largest = max(largest, difference / max(1.0, np.abs(GOLDEN[key]).max()))
-    record_property("largest difference", largest)
+    record_property("largest difference", float(largest))
     assert largest <= TOLERANCE[dtype]
 
 
