@@ -221,6 +221,7 @@ class DecodeServer:
                     signal.set_wakeup_fd(-1)
                     for pid in self._processes:
                         os.kill(pid, signal.SIGKILL)
+                        os.waitpid(pid, 0)
                     return
 
     def _start(self) -> bool:

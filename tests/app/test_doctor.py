@@ -31,6 +31,7 @@ def examine(capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, dict
     return run
 
 
+@pytest.mark.slow
 def test_report_without_problems(examine: Callable[..., tuple[int, dict[str, Any]]]) -> None:
     status, report = examine()
     assert (status, report["problems"], report["missing"]) == (0, [], [])

@@ -38,7 +38,7 @@ MISSING = {
 }
 
 
-@pytest.fixture(params=["nginx", "envoy"])
+@pytest.fixture(params=["nginx", pytest.param("envoy", marks=pytest.mark.slow)])
 def kind(request: pytest.FixtureRequest) -> str:
     name = str(request.param)
     if MISSING[name] is not None:

@@ -13,6 +13,7 @@ from tests.e2e.processes import DIGITS, Server, load_until_rejected
 pytestmark = pytest.mark.process
 
 
+@pytest.mark.slow
 def test_every_request_is_logged_as_one_json_line() -> None:
     with Server() as server:
         response = httpx.post(

@@ -181,6 +181,7 @@ def test_lora_adapter_is_trained_saved_and_merged(tmp_path: Path) -> None:
         torch.testing.assert_close(merged(PIXELS).logits, after, rtol=0, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_main_runs_a_script_or_module_with_the_classes_registered(tmp_path: Path) -> None:
     (tmp_path / "neighbor.py").write_text("FOLDER = " + repr(str(FOLDER)))
     (tmp_path / "script.py").write_text(

@@ -42,7 +42,7 @@ def network() -> DinatForImageClassification:
 
 
 @pytest.mark.parametrize("file_format", FORMATS)
-@pytest.mark.parametrize("batch", [None, 3])
+@pytest.mark.parametrize("batch", [None, pytest.param(3, marks=pytest.mark.slow)])
 def test_every_format_matches_pytorch(
     network: DinatForImageClassification, tmp_path: Path, file_format: str, batch: int | None
 ) -> None:
@@ -60,6 +60,7 @@ def test_every_format_matches_pytorch(
     assert outputs["stage2"].shape == (batch or 5, 16, 3, 3)
 
 
+@pytest.mark.slow
 def test_metadata_contains_labels_and_preprocessing(network: DinatForImageClassification, tmp_path: Path) -> None:
     for suffix in (".onnx", ".xml", ".pt2"):
         export(network, PROCESSOR, tmp_path / f"graph{suffix}", format_of(Path(f"x{suffix}")), batch=1)

@@ -52,7 +52,7 @@ def attack(server: Server, images: list[bytes], clients: int = 16) -> Counter[in
 
 ATTACKS: dict[str, tuple[Callable[[], list[bytes]], set[int], int]] = {
     "scans": (lambda: [jpeg_scans(60_000, 7000)] * 4, {422}, 160),
-    "junk": (lambda: [jpeg_junk(20 * MIB - 3)] * 16, {422}, 500),
+    "junk": (lambda: [jpeg_junk(20 * MIB - 3)] * 16, {422, 503}, 500),
     "scans below the limit": (lambda: [jpeg_scans(90, 7000)] * 4, {200, 422}, 700),
     "segments": (lambda: [jpeg_segments(900)] * 16, {200}, 100),
     "EXIF directories": (lambda: [jpeg_segments(1, 0xE1, b"Exif\0\0" + exif_directory(4500, 11_000))] * 16, {200}, 100),
@@ -79,6 +79,7 @@ def test_expensive_images_do_not_delay_other_clients(server: Server, name: str, 
     assert observation.growth < growth * MIB
 
 
+@pytest.mark.slow
 def test_memory_of_large_images_is_given_back() -> None:
     with Server(runtime="torch", precision="fp32", decode_threads=2) as server:
         attack(server, [png_bomb(1000, 1000)] * 4)

@@ -6,6 +6,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -29,8 +30,7 @@ def relative_error(output: torch.Tensor, expected: torch.Tensor) -> float:
     return float((output.double() - expected).norm() / expected.norm())
 
 
-@settings(max_examples=25, deadline=None)
-@given(
+PROBLEMS = given(
     kernel_size=st.sampled_from([3, 5, 7, 9, 11, 13]),
     dilation=st.integers(1, 4),
     margin=st.tuples(st.integers(0, 11), st.integers(0, 11)),
@@ -41,7 +41,23 @@ def relative_error(output: torch.Tensor, expected: torch.Tensor) -> float:
     config=st.sampled_from([*HALF_CONFIGS, *FLOAT_CONFIGS, TileConfig(16, 4, 32, 4, 1), TileConfig(5, 3, 16, 1, 1)]),
     seed=st.integers(0, 99),
 )
-def test_matches_reference(
+
+
+@settings(max_examples=4, deadline=None)
+@PROBLEMS
+def test_matches_reference(**problem: Any) -> None:
+    assert_matches_reference(**problem)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+@settings(max_examples=25, deadline=None)
+@PROBLEMS
+def test_many_problems_match_reference(**problem: Any) -> None:
+    assert_matches_reference(**problem)
+
+
+def assert_matches_reference(
     kernel_size: int,
     dilation: int,
     margin: tuple[int, int],

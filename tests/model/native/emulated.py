@@ -16,7 +16,8 @@ IS_INSTALLED = bool(shutil.which(COMPILER) and shutil.which(EMULATOR))
 [NEON] = native.TARGETS["aarch64"]
 EMULATED = [NEON] if IS_INSTALLED and NEON not in native.supported_targets() else []
 TARGETS = [
-    *native.supported_targets(),
+    *native.supported_targets()[:1],
+    *(pytest.param(target, marks=pytest.mark.slow) for target in native.supported_targets()[1:]),
     *(pytest.param(target, marks=[pytest.mark.emulator, pytest.mark.slow]) for target in EMULATED),
 ]
 """Targets that can run on this machine, as parameters of the tests of all kernels."""

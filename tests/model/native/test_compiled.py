@@ -237,6 +237,7 @@ def test_library_is_compiled_once_and_cached(tmp_path: Path) -> None:
     assert (tmp_path / "calls").read_text().split() == ["call"] * 2
 
 
+@pytest.mark.slow
 def test_tiled_is_used_without_a_working_compiler(tmp_path: Path) -> None:
     assert run(tmp_path, CC="no-such-compiler") == ["True", "False no C compiler: install gcc or clang"]
     assert run(tmp_path, CC=str(shutil.which("false"))) == ["True", "False the C compiler fails"]

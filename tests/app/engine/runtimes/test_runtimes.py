@@ -29,7 +29,6 @@ pytestmark = pytest.mark.export
 
 IMAGES = [Image.open(path).convert("RGB") for path in sorted(DIGITS.glob("*.png"))]
 ALL_FEATURES = frozenset({"stem", "stage1", "stage2", "stage3", "pooled", "hidden_states"})
-EXPORTED = ["openvino", "onnxruntime"]
 
 has_bf16 = "BF16" in openvino.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
 
@@ -44,7 +43,7 @@ def reference() -> Runtime:
     return load("torch")
 
 
-@pytest.fixture(scope="module", params=EXPORTED)
+@pytest.fixture(scope="module", params=["openvino", pytest.param("onnxruntime", marks=pytest.mark.slow)])
 def exported(request: pytest.FixtureRequest) -> Runtime:
     return load(request.param)
 
