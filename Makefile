@@ -2,6 +2,8 @@ PYTHON ?= python3
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile --constraint constraints.txt
 PYTEST := $(BIN)/python -m pytest
+# Two test processes, each with one thread: threads that wait for each other spin, and would take the other's CPU.
+PARALLEL := OMP_NUM_THREADS=1 $(PYTEST) --numprocesses 2
 
 # Without AVX-512 or a C compiler a CPU serves faster by OpenVINO, the extra cpu. A GPU host needs neither.
 HAS_KERNELS := test -e /dev/nvidiactl || \
@@ -33,15 +35,15 @@ serve: install
 
 # The fast tests, and at least one of each slower kind: up to five minutes on two cores.
 test: .venv/test
-	$(PYTEST) --numprocesses 2
+	$(PARALLEL)
 
 # The rest of what every change must pass, but for the rehearsal.
 test-slow: .venv/test
-	$(PYTEST) -m "slow and not nightly" --numprocesses 2
+	$(PARALLEL) -m "slow and not nightly"
 
 # The GPU code on a fake GPU: tests/gpu, every published network, the benchmark.
 rehearsal: .venv/test
-	$(PYTEST) -m rehearsal --numprocesses 2
+	$(PARALLEL) -m rehearsal
 
 # Hours: fuzzing, chaos, soak, Schemathesis, and the image (as root on Debian 12).
 nightly: fuzz soak chaos api-test image-test
