@@ -69,6 +69,7 @@ def test_inaccurate_backend_sets_exit_status_1(
     assert all("attention tiled" in problem and "relative error" in problem for problem in report["problems"])
 
 
+@pytest.mark.slow
 def test_service_startup_failure_is_reported(
     examine: Callable[..., tuple[int, dict[str, Any]]], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -53,7 +53,7 @@ def outputs(network: str, size: tuple[int, int], dtype: torch.dtype, attention: 
         yield f"backbone_hidden_states/{stage}", state
 
 
-@pytest.mark.parametrize("attention", ["tiled", "reference"])
+@pytest.mark.parametrize("attention", ["tiled", pytest.param("reference", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=["float64", "float32"])
 @pytest.mark.parametrize("size", INPUTS, ids=lambda size: "x".join(map(str, size)))
 @pytest.mark.parametrize("network", NETWORKS)

@@ -94,6 +94,7 @@ def test_memory_of_large_images_is_given_back() -> None:
         assert after - before < 150 * MIB
 
 
+@pytest.mark.slow
 def test_sigterm_during_a_long_decode_ends_the_service() -> None:
     options = {"decode_seconds": 60, "deadline_ms": 60_000, "drain_seconds": 0.5, "max_pixels": 200_000_000}
     with Server(runtime="torch", lame_duck_seconds=0, **options) as server, ThreadPoolExecutor(1) as threads:
@@ -112,6 +113,7 @@ def test_sigterm_during_a_long_decode_ends_the_service() -> None:
     assert seconds < 10
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("original", [False, True])
 def test_extreme_aspect_ratio_with_a_crop_costs_no_more_than_its_output(tmp_path: Path, original: bool) -> None:
     DinatForImageClassification.from_pretrained("digits").save_pretrained(tmp_path)

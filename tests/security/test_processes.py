@@ -47,6 +47,7 @@ def test_sigterm_while_the_hub_does_not_answer_ends_the_service(frontends: int, 
                 assert process.wait(10) == 0
 
 
+@pytest.mark.slow
 @pytest.mark.process
 def test_second_sigterm_ends_the_service_at_once() -> None:
     with Server(lame_duck_seconds=60) as server:
@@ -68,6 +69,7 @@ def test_sighup_answers_all_requests(frontends: int) -> None:
     assert set(statuses) <= {200, 503}
 
 
+@pytest.mark.slow
 @pytest.mark.process
 def test_sighup_does_not_stop_a_service_that_nohup_started() -> None:
     with Server(prefix=["nohup"], frontends=2) as server:
@@ -78,6 +80,7 @@ def test_sighup_does_not_stop_a_service_that_nohup_started() -> None:
         assert server.stop() == 0
 
 
+@pytest.mark.slow
 @pytest.mark.process
 def test_nothing_remains_when_the_supervisor_is_killed(monkeypatch: pytest.MonkeyPatch) -> None:
     with tempfile.TemporaryDirectory() as folder:
@@ -92,6 +95,7 @@ def test_nothing_remains_when_the_supervisor_is_killed(monkeypatch: pytest.Monke
         assert not list(Path(folder).glob("dinat-*"))  # PyTorch has a cache of its own there
 
 
+@pytest.mark.slow
 @pytest.mark.process
 def test_connections_over_a_low_limit_of_open_files_are_rejected_with_503() -> None:
     with Server(prefix=["sh", "-c", 'ulimit -n 64; exec "$@"', "sh"]) as server, ExitStack() as stack:

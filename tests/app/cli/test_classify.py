@@ -96,6 +96,7 @@ def test_user_error_is_one_line(flags: list[str], message: str, capsys: pytest.C
     assert message in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_closed_pipe_ends_without_traceback() -> None:
     command = [sys.executable, "-m", "dinat", "classify", *ALL, "--output", "csv", *EXACT]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:

@@ -35,6 +35,7 @@ def test_serve_runs_until_sigterm() -> None:
     assert server.returncode == 0, log + rest
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

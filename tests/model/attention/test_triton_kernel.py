@@ -138,7 +138,8 @@ LIMITS = {80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 120: 99}
 """KiB of shared memory available to a program, by compute capability."""
 
 
-@pytest.mark.parametrize("capability", [80, *(pytest.param(sm, marks=pytest.mark.slow) for sm in LIMITS if sm != 80)])
+@pytest.mark.slow
+@pytest.mark.parametrize("capability", LIMITS)
 def test_no_config_spills_or_exceeds_the_limits_of_a_gpu(
     capability: int, record_property: Callable[[str, object], None]
 ) -> None:

@@ -250,6 +250,7 @@ def test_empty_xdg_cache_home_is_ignored(tmp_path: Path, monkeypatch: pytest.Mon
     assert default_cache() == tmp_path / ".cache" / "dinat-serve"
 
 
+@pytest.mark.slow
 def test_cache_that_cannot_be_written_is_ignored(tmp_path: Path) -> None:
     (tmp_path / "dinat-serve").write_text("a file where the folder should be")
     assert run(tmp_path) == ["True", "True "]
