@@ -90,6 +90,20 @@ class Metrics:
             registry=registry,
         )
 
+        self._in_flight = Gauge(
+            "dinat_in_flight_bytes",
+            "Bytes that requests in progress hold above 64 KiB each: request_bodies and responses, each of which has a limit.",
+            ["kind"],
+            multiprocess_mode="sum",
+            registry=registry,
+        )
+
+    def in_flight_bytes(self, kind: str) -> Callable[[float], None]:
+        """Return what sets the number of bytes that requests hold in this process: request_bodies or responses."""
+        gauge = self._in_flight.labels(kind)
+        gauge.set(0)  # in place of what a killed process left
+        return gauge.set
+
     def add_engine(self, model: str, waiting: Callable[[], int], loaded: Callable[[], LoadedModel | None]) -> None:
         """Export the queue depth and the loaded model of an engine, read at each scrape.
 

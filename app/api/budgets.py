@@ -1,5 +1,7 @@
 """Limits on the bytes that all requests of a process hold at once."""
 
+from collections.abc import Callable
+
 from dinat.app.errors import Unavailable
 
 FREE_BYTES = 64 * 1024
@@ -12,12 +14,25 @@ class ByteBudget:
     Args:
         limit: Maximum number of bytes.
         name: What is held, for error messages: "request bodies".
+        on_change: Called with the number of bytes held, whenever it changes.
     """
 
-    def __init__(self, limit: int, name: str) -> None:
+    def __init__(self, limit: int, name: str, on_change: Callable[[int], object] = lambda _: None) -> None:
         self.limit = limit
         self.name = name
-        self.used = 0
+        self._used = 0
+        self._on_change = on_change
+
+    @property
+    def used(self) -> int:
+        """Bytes that requests hold now."""
+        return self._used
+
+    def add(self, size: int) -> None:
+        """Count this many bytes more, or fewer if negative."""
+        if size:
+            self._used += size
+            self._on_change(self._used)
 
 
 class Reservation:
@@ -40,7 +55,7 @@ class Reservation:
                 f"{budget.name} in flight have {budget.used:,} bytes, the limit is {budget.limit:,}: retry later",
                 {"Retry-After": "1"},
             )
-        budget.used += size - self._held
+        budget.add(size - self._held)
         self._held = size
 
     def release(self) -> None:

@@ -67,8 +67,9 @@ class RequestMiddleware:
         self._endpoints = [(route.path_regex, route.path) for route in endpoints if "POST" in (route.methods or ())]
         self._api_keys = _ApiKeys(engine.settings)
         self._rejection_limit = _RateLimit(REJECTIONS_PER_SECOND)
-        self._body_budget = ByteBudget(engine.settings.body_budget, "request bodies")
-        self._response_budget = ByteBudget(engine.settings.response_budget, "responses")
+        settings, in_flight = engine.settings, engine.metrics.in_flight_bytes
+        self._body_budget = ByteBudget(settings.body_budget, "request bodies", in_flight("request_bodies"))
+        self._response_budget = ByteBudget(settings.response_budget, "responses", in_flight("responses"))
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Handle a request (ASGI)."""

@@ -31,6 +31,8 @@ def test_requests_images_and_batches_are_counted(seven: bytes) -> None:
     assert counted["dinat_images_total", (("outcome", "rejected"),)] == 1
     assert counted["dinat_batch_size_images_sum", ()] == 3
     assert counted["dinat_queue_depth_images", ()] == 0
+    assert counted["dinat_in_flight_bytes", (("kind", "request_bodies"),)] == 0
+    assert counted["dinat_in_flight_bytes", (("kind", "responses"),)] == 0
     assert counted["dinat_request_duration_seconds_count", (("route", "/classify"),)] == 4
     for part in ("decode", "queue", "compute", "encode"):
         assert counted["dinat_part_duration_seconds_count", (("part", part),)] == 3

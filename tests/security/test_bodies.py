@@ -29,7 +29,8 @@ FORM = {"Content-Type": f"multipart/form-data; boundary={BOUNDARY}"}
 AS_JSON = {"Content-Type": "application/json"}
 URLENCODED = {"Content-Type": "application/x-www-form-urlencoded"}
 
-MAX_LIVE_SECONDS = 0.5
+MAX_LIVE_SECONDS = 2.0
+"""Bound beside other tests on two cores; the attacks took 4 to 86 s without the limits."""
 MAX_GROWTH = 400 * 2**20
 MAX_ANSWER_BYTES = 16 * 1024
 
@@ -231,7 +232,7 @@ def test_bodies_in_flight_share_a_budget() -> None:
             for _ in range(2):  # each without its last byte
                 client = stack.enter_context(socket.create_connection((url.host, url.port)))
                 client.sendall(head + image[:-1])
-            wait_for_status(service, image, 503)
+            wait_for(lambda: 'dinat_in_flight_bytes{kind="request_bodies"} 1.9' in service.client.get("/metrics").text)
             rejected = service.client.post("/classify", content=image)
             assert rejected.status_code == 503
             assert rejected.headers["retry-after"] == "1"
@@ -239,13 +240,13 @@ def test_bodies_in_flight_share_a_budget() -> None:
             compressed = service.client.post("/classify", content=gzip.compress(image), headers={"Content-Encoding": "gzip"})
             assert compressed.status_code == 503
             assert service.client.post("/classify", content=SEVEN).status_code == 200  # small ones do not count
-        wait_for_status(service, image, 200)
+        wait_for(lambda: service.client.post("/classify", content=image).status_code == 200)
 
 
-def wait_for_status(service: Service, image: bytes, status: int) -> None:
-    """Classify until the response has this status: the server handles other connections at its own pace."""
+def wait_for(condition: Callable[[], bool]) -> None:
+    """Wait until a condition holds: the server handles other connections at its own pace."""
     deadline = time.monotonic() + 10
-    while service.client.post("/classify", content=image).status_code != status:
+    while not condition():
         assert time.monotonic() < deadline
 
 
@@ -276,7 +277,7 @@ def test_reservation_of_a_client_that_disconnects_is_released() -> None:
         for _ in range(8):
             with socket.create_connection((url.host, url.port)) as client:
                 client.sendall(head + image[:-1])
-        wait_for_status(service, image, 200)
+        wait_for(lambda: service.client.post("/classify", content=image).status_code == 200)
 
 
 def test_responses_in_flight_share_a_budget() -> None:
