@@ -5,7 +5,7 @@ BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile --constraint constraints.txt
 PYTEST := $(BIN)/python -m pytest
 # Two test processes, each with one thread: threads that wait for each other spin, and would take the other's CPU.
-PARALLEL := OMP_NUM_THREADS=1 $(PYTEST) --numprocesses 2
+PARALLEL := OMP_NUM_THREADS=1 $(PYTEST) --numprocesses 2 --dist worksteal
 
 # Without AVX-512 or a C compiler a CPU serves faster by OpenVINO, the extra cpu. A GPU host needs neither.
 HAS_KERNELS := test -e /dev/nvidiactl || \

@@ -260,6 +260,7 @@ def test_sigterm_while_the_model_loads_exits_at_once() -> None:
     assert "killed" not in log
 
 
+@pytest.mark.slow
 def test_port_in_use_is_an_error_at_startup() -> None:
     with socket.create_server(("127.0.0.1", 0)) as listener:
         completed = serve("--port", str(listener.getsockname()[1]))

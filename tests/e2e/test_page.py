@@ -310,6 +310,7 @@ def test_format_unsupported_by_the_browser_is_classified(server: Server, browser
         assert visit.best_label() == "7"
 
 
+@pytest.mark.slow
 def test_api_key_form_is_shown_if_required(browser: Any) -> None:
     with Server(api_keys="secret") as server, visiting(browser, server.url, expect_errors=True) as visit:
         page = visit.page

@@ -41,7 +41,9 @@ def network() -> DinatForImageClassification:
     return network
 
 
-@pytest.mark.parametrize("file_format", FORMATS)
+@pytest.mark.parametrize(
+    "file_format", ["torch-export", *(pytest.param(name, marks=pytest.mark.slow) for name in ("onnx", "openvino"))]
+)
 @pytest.mark.parametrize("batch", [None, pytest.param(3, marks=pytest.mark.slow)])
 def test_every_format_matches_pytorch(
     network: DinatForImageClassification, tmp_path: Path, file_format: str, batch: int | None

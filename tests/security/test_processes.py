@@ -27,7 +27,7 @@ IMAGE = (DIGITS / "7-1.png").read_bytes()
 
 
 @pytest.mark.process
-@pytest.mark.parametrize("frontends", [1, 2])
+@pytest.mark.parametrize("frontends", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_sigterm_while_the_hub_does_not_answer_ends_the_service(frontends: int, tmp_path: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as hub:
         environment = {
@@ -60,7 +60,7 @@ def test_second_sigterm_ends_the_service_at_once() -> None:
 
 
 @pytest.mark.process
-@pytest.mark.parametrize("frontends", [1, 2])
+@pytest.mark.parametrize("frontends", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_sighup_answers_all_requests(frontends: int) -> None:
     with Server(frontends=frontends) as server, load_until_rejected(server.url, IMAGE) as statuses:
         server.process.send_signal(signal.SIGHUP)

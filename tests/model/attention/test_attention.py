@@ -31,7 +31,7 @@ def test_tiled_matches_reference(problem: tuple[list[Tensor], int, int]) -> None
     torch.testing.assert_close(output, expected, rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float16, pytest.param(torch.bfloat16, marks=pytest.mark.slow)])
 @settings(deadline=None, max_examples=20)
 @given(problem=problems())
 def test_tiled_in_half_precision_matches_reference(dtype: torch.dtype, problem: tuple[list[Tensor], int, int]) -> None:

@@ -224,6 +224,7 @@ def run(cache: Path, **environment: str) -> list[str]:
     return done.stdout.splitlines()
 
 
+@pytest.mark.slow
 def test_library_is_compiled_once_and_cached(tmp_path: Path) -> None:
     compiler = tmp_path / "cc"
     compiler.write_text(f'#!/bin/sh\necho call >> {tmp_path / "calls"}\nexec {shlex.join(native.compiler())} "$@"\n')
