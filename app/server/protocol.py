@@ -30,6 +30,7 @@ from dinat.app.api.middleware import new_request_id
 from dinat.app.api.problems import problem_body
 from dinat.app.engine.engine import Engine
 from dinat.app.errors import BadRequest, HeadTooLarge, ServiceError, Unavailable, UploadTooSlow
+from dinat.app.server.connections import Connections
 
 log = structlog.get_logger("dinat")
 
@@ -57,9 +58,6 @@ MAX_CHUNKS = 4096
 
 MAX_PIPELINED = 64
 
-PROBES = ("/health", "/metrics", "/ping", "/v2/health/")
-"""Prefixes of the paths that are answered on connections above MAX_CONNECTIONS."""
-
 PEER_CHECK_SECONDS = 0.1
 
 
@@ -75,9 +73,7 @@ class Phase(StrEnum):
 
 def http_protocol(engine: Engine) -> Any:
     """Return what creates a connection to the endpoints of this engine, for uvicorn's setting `http`."""
-    paths = [*PROBES, *filter(None, [engine.settings.aip_health_route])]
-    probes = tuple(f"{method} {path}".encode() for method in ("GET", "HEAD") for path in paths)
-    return partial(Connection, engine, probes, {})
+    return partial(Connection, engine, Connections(engine.settings))
 
 
 class Connection(HttpToolsProtocol):
@@ -85,21 +81,19 @@ class Connection(HttpToolsProtocol):
 
     Args:
         engine: Engine of the service.
-        probes: What a request begins with that is answered above MAX_CONNECTIONS.
-        over_limit: Open connections of this server above MAX_CONNECTIONS, the oldest first.
+        shared: What the connections of a server share.
         arguments: See uvicorn.
     """
 
-    def __init__(
-        self, engine: Engine, probes: tuple[bytes, ...], over_limit: "dict[Connection, None]", **arguments: Any
-    ) -> None:
+    def __init__(self, engine: Engine, shared: Connections, **arguments: Any) -> None:
         super().__init__(**arguments)
-        self._engine, self._settings = engine, engine.settings
-        self._probes, self._over_limit = probes, over_limit
+        self._engine, self._settings, self._shared = engine, engine.settings, shared
         self._phase = Phase.IDLE
         self._deadline = self._timer_due = self._close_by = math.inf
         self._timer: asyncio.TimerHandle | None = None
         self._answering: RequestResponseCycle | None = None
+        self._is_probe = False
+        """Whether this is the first request, a probe, and was received at once."""
         self._ended = False
         """Whether the client sends no further request, or is to send none."""
         self._rejection: ServiceError | None = None
@@ -111,14 +105,9 @@ class Connection(HttpToolsProtocol):
         """The connection is open."""
         self._raw = transport
         super().connection_made(_Transport(transport, self.close))  # type: ignore[arg-type]
-        limit = self._settings.max_connections
-        if len(self.connections) - len(self._over_limit) > limit:
+        self._shared.add(self, transport, len(self.connections))
+        if self._shared.is_over_limit(self):
             self._close_by = self.loop.time() + LINGER_SECONDS
-            self._over_limit[self] = None
-            if len(self._over_limit) > limit:
-                oldest = next(iter(self._over_limit))
-                del self._over_limit[oldest]
-                oldest._raw.abort()
         self._enter(Phase.IDLE, self.loop.time() + self._settings.upload_seconds)
 
     def connection_lost(self, exc: Exception | None) -> None:
@@ -126,7 +115,7 @@ class Connection(HttpToolsProtocol):
         self._phase, self._ended = Phase.CLOSING, True
         if self._timer is not None:
             self._timer.cancel()
-        self._over_limit.pop(self, None)
+        self._shared.remove(self)
         self._disconnect_answering()
         super().connection_lost(exc)
         self.transport.close = self._raw.close  # type: ignore[method-assign] # a reference cycle otherwise
@@ -141,7 +130,8 @@ class Connection(HttpToolsProtocol):
             self.flow.pause_reading()
             self.loop.call_later(DISCARD_SECONDS, self._resume_discarding)
             return
-        if self in self._over_limit and not (data.startswith(self._probes) and data.endswith(b"\r\n\r\n")):
+        self._is_probe = self.cycle is None and self._shared.is_probe(data)
+        if not self._is_probe and self._shared.is_over_limit(self):
             limit = self._settings.max_connections
             self._reject(Unavailable(f"{limit} connections are open, no more are accepted: retry later", {"Retry-After": "1"}))
             return
@@ -223,7 +213,7 @@ class Connection(HttpToolsProtocol):
         if len(self.pipeline) == MAX_PIPELINED:
             raise BadRequest(f"{MAX_PIPELINED} requests wait for their responses: send fewer ahead")
         super().on_headers_complete()
-        if self in self._over_limit:
+        if self._shared.is_over_limit(self):
             self.cycle.keep_alive = False
         self._bytes_without_progress = 0
         self._enter(Phase.BODY, self._deadline + LINGER_SECONDS)  # RequestMiddleware responds first
@@ -265,7 +255,11 @@ class Connection(HttpToolsProtocol):
 
     def _start_asgi_task(self, cycle: RequestResponseCycle, app: ASGI3Application) -> None:
         self._answering = cycle
-        super()._start_asgi_task(cycle, app)
+        start = partial(super()._start_asgi_task, cycle, app)
+        if self._is_probe:
+            start()
+        else:
+            self._shared.start(self.loop, start)
 
     def _parse(self, data: bytes) -> None:
         """Parse data. Ignore each offer to switch to another protocol, such as h2c (RFC 9110, 7.8).

@@ -7,6 +7,7 @@ import signal
 import socket
 import threading
 from collections.abc import Callable, Generator
+from functools import partial
 from types import FrameType
 
 import structlog
@@ -48,11 +49,12 @@ class Server(uvicorn.Server):
         report_status: Callable[[str], object] = lambda _: None,
     ) -> None:
         settings = engine.settings
+        self._create_connection = http_protocol(engine)
         config = uvicorn.Config(
             app,
             host=settings.host,
             port=settings.port,
-            http=http_protocol(engine),
+            http=self._create_connection,
             ws="none",
             backlog=settings.max_connections,
             server_header=False,
@@ -71,6 +73,9 @@ class Server(uvicorn.Server):
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         """See uvicorn."""
         await super().startup(sockets)
+        self._listeners = [
+            socket.socket(fileno=os.dup(listener.fileno())) for server in self.servers for listener in server.sockets
+        ]
         if self._lifeline is not None:
             asyncio.get_running_loop().add_reader(self._lifeline, self._drain)
 
@@ -78,7 +83,36 @@ class Server(uvicorn.Server):
         """See uvicorn."""
         self._report_status(self._engine.state)
         self._trim.tick(busy=bool(self.server_state.tasks))
+        await self._accept_waiting()
         return await super().on_tick(counter)
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """See uvicorn."""
+        for listener in self._listeners:
+            listener.close()
+        await super().shutdown(sockets)
+
+    async def _accept_waiting(self) -> None:
+        """Accept all connections that wait.
+
+        uvloop accepts one in each iteration of the event loop, and under load an iteration takes long: a probe would wait
+        behind a thousand other connections.
+        """
+        loop = asyncio.get_running_loop()
+        create_connection = partial(
+            self._create_connection,
+            config=self.config,
+            server_state=self.server_state,
+            app_state=self.lifespan.state,
+            _loop=loop,
+        )
+        accepted = []
+        for listener in self._listeners:
+            with contextlib.suppress(OSError):  # none waits, or too many files are open
+                for _ in range(self._engine.settings.max_connections):
+                    accepted.append(listener.accept()[0])
+        connecting = (loop.connect_accepted_socket(create_connection, connection) for connection in accepted)
+        await asyncio.gather(*connecting, return_exceptions=True)
 
     @contextlib.contextmanager
     def capture_signals(self) -> Generator[None]:

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import httpx
 import pytest
 
-from tests.app.conftest import Service, running
+from tests.app.conftest import running
 from tests.e2e.processes import DIGITS, Server
 from tests.security.observer import Observation, observed
 

@@ -182,6 +182,19 @@ def test_connection_above_the_limit_ends_by_its_deadline(loop: str, short_deadli
             assert time.monotonic() - started < 2
 
 
+@LOOPS
+def test_probe_does_not_wait_behind_hundreds_of_connections(loop: str) -> None:
+    with serving(loop) as target, ExitStack() as stack:
+        stack.enter_context(target.connect(b"GET /busy HTTP/1.1\r\n\r\n"))  # an iteration of the event loop takes 20 ms
+        target.wait_for_requests(1)
+        for _ in range(300):
+            stack.enter_context(target.connect())
+        started = time.monotonic()
+        assert statuses(target.exchange(b"GET /health HTTP/1.0\r\n\r\n")) == [404]
+        assert time.monotonic() - started < 2  # not 300 iterations
+        target.application.release.set()
+
+
 MISUSES: list[tuple[bytes, bytes]] = [
     (b"", b""),
     (b"GET /health/live HTTP/1.1\r\nX: ", b"a"),

@@ -25,7 +25,7 @@ LARGE = 32 * 2**20
 
 
 class Application:
-    """An ASGI application: /live, /echo, /large, and /wait, which responds after `release`; others are 404.
+    """An ASGI application: /live, /echo, /large, and /wait and /busy, which respond after `release`; others are 404.
 
     Attributes:
         requests: Number of requests.
@@ -50,14 +50,17 @@ class Application:
                     return
                 body, more = body + message["body"], message["more_body"]
         if path == "/wait":
-            watch = asyncio.create_task(receive())  # type: ignore[arg-type]
+            watch = asyncio.ensure_future(receive())
             while not self.release.is_set() and not watch.done():
                 await asyncio.sleep(0.01)
             if watch.done():
                 self.disconnected.set()
                 return
             watch.cancel()
-        status = 200 if path in ("/live", "/echo", "/large", "/wait") else 404
+        while path == "/busy" and not self.release.is_set():
+            time.sleep(0.02)
+            await asyncio.sleep(0)
+        status = 200 if path in ("/live", "/echo", "/large", "/wait", "/busy") else 404
         headers = [(b"content-length", b"%d" % len(body))]
         await send({"type": "http.response.start", "status": status, "headers": headers})
         await send({"type": "http.response.body", "body": body})
@@ -104,7 +107,7 @@ def serving(loop: str = "uvloop", **changes: Any) -> Iterator[Target]:
     """Serve an Application on a free port in another thread, on this kind of event loop."""
     application = Application()
     server = Server(application, Engine(Settings(_env_file=None, **changes)))  # type: ignore[arg-type]
-    server.config.loop, server.config.lifespan = loop, "off"  # type: ignore[assignment]
+    server.config.loop, server.config.lifespan = loop, "off"
     with socket.create_server(("127.0.0.1", 0)) as listener:
         thread = threading.Thread(target=server.run, args=([listener],))
         thread.start()
