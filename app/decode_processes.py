@@ -178,12 +178,7 @@ class DecodeProcesses:
         with theirs:
             self._server = subprocess.Popen(
                 [sys.executable, "-P", "-m", "dinat.app.decode_worker", str(theirs.fileno())],
-                env={
-                    **os.environ,
-                    "PYTHONPATH": os.pathsep.join(os.path.abspath(path) for path in sys.path),
-                    "OMP_NUM_THREADS": "1",
-                    "OPENBLAS_NUM_THREADS": "1",
-                },
+                env=_environment(),
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
                 pass_fds=[theirs.fileno()],
@@ -217,6 +212,13 @@ class _Process:
         """Kill the process, unless it has exited."""
         self.connection.close()
         self.lifeline.close()
+
+
+def _environment() -> dict[str, str]:
+    """Environment variables of the server: the modules of this process, and no settings or secrets of the service."""
+    inherited = {name: value for name, value in os.environ.items() if not name.startswith(("DINAT_", "HF_"))}
+    modules = os.pathsep.join(os.path.abspath(path) for path in sys.path)
+    return inherited | {"PYTHONPATH": modules, "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
 
 
 def _wait(server: "subprocess.Popen[bytes]") -> None:

@@ -154,6 +154,7 @@ def _run(connection: socket.socket) -> None:
         _limit(request)
         reply, pixels = process_image(request, data)
         signal.setitimer(signal.ITIMER_PROF, 0)
+        _set_memory_limit(resource.getrlimit(resource.RLIMIT_AS)[1])
         is_last = _memory() > max_memory
         connection.sendall(replace(reply, is_last=is_last).encode())
         if pixels is not None:
@@ -168,10 +169,13 @@ def _memory() -> int:
 def _limit(request: DecodeRequest) -> None:
     """Limit the CPU time and the memory of this process. Pillow then raises MemoryError; SIGPROF ends the process."""
     used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize() if sys.platform == "linux" else 0
-    limit = used + request.memory_bytes
+    _set_memory_limit(used + request.memory_bytes)
+    signal.setitimer(signal.ITIMER_PROF, request.cpu_seconds)
+
+
+def _set_memory_limit(limit: int) -> None:
     with suppress(OSError, ValueError):  # a lower hard limit is in force
         resource.setrlimit(resource.RLIMIT_AS, (limit, resource.getrlimit(resource.RLIMIT_AS)[1]))
-    signal.setitimer(signal.ITIMER_PROF, request.cpu_seconds)
 
 
 def _receive(connection: socket.socket, length: int) -> bytes:

@@ -179,8 +179,9 @@ def _read_png(data: bytes) -> ImageFile:
         raise Unprocessable("the image is damaged: it has more than one header")
     width, height = struct.unpack(">II", chunks[1][8:16])
     exif = next((chunk[8:-4] for chunk in chunks if chunk[4:8] == b"eXIf"), b"")
-    image = b"".join(chunk for chunk in chunks if chunk[4:8] != b"eXIf")
-    return ImageFile(image, "PNG", (width, height), orientation=_exif_orientation(exif) or 1)
+    if exif or sum(map(len, chunks)) != len(data):  # something is omitted
+        data = b"".join(chunk for chunk in chunks if chunk[4:8] != b"eXIf")
+    return ImageFile(data, "PNG", (width, height), orientation=_exif_orientation(exif) or 1)
 
 
 def _png_image_chunks(data: bytes) -> Iterator[bytes]:

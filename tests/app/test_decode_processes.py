@@ -183,13 +183,17 @@ def test_server_that_exits_is_restarted() -> None:
     run(test)
 
 
-def test_server_imports_neither_torch_nor_the_web_framework() -> None:
+def test_server_imports_neither_torch_nor_the_web_framework_and_has_no_secrets(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("DINAT_API_KEYS", "HF_TOKEN"):
+        monkeypatch.setenv(name, "secret")
+
     async def test(decoding: DecodeProcesses) -> None:
         await decoding.decode(inspect(encoded(noise(5, 6), "BMP")), PROCESSOR, None)
         server = server_of(decoding)
         files = " ".join(one.path for one in server.memory_maps())
         assert "_imaging" in files
         assert not any(f"/{name}/" in files for name in ("torch", "uvloop", "pydantic_core"))
+        assert "secret" not in server.environ().values()
 
     run(test)
 
