@@ -98,6 +98,8 @@ class Connection(HttpToolsProtocol):
         """Whether the client sends no further request, or is to send none."""
         self._rejection: ServiceError | None = None
         """The last response, once the requests before it are answered."""
+        self._num_headers = 0
+        """Headers and trailers of the current request so far."""
         self._bytes_without_progress = 0
         """Bytes received since the last part of a body, or the last end of a head or request. Discarded bodies count."""
 
@@ -192,6 +194,7 @@ class Connection(HttpToolsProtocol):
     def on_message_begin(self) -> None:
         """A request begins. Its deadline counts from here."""
         super().on_message_begin()
+        self._num_headers = 0
         self.scope["state"]["arrived"] = time.monotonic()
         self._bytes_without_progress = 0
         self._enter(Phase.HEAD, self.loop.time() + self._settings.upload_seconds)
@@ -200,8 +203,9 @@ class Connection(HttpToolsProtocol):
         """A header, or a trailer, which is discarded (RFC 9110, 6.5.1)."""
         if self._phase is Phase.HEAD:
             super().on_header(name, value)
-            if len(self.headers) > MAX_HEADERS:
-                raise _head_too_large()
+        self._num_headers += 1
+        if self._num_headers > MAX_HEADERS:
+            raise _head_too_large()
 
     def on_headers_complete(self) -> None:
         """The head is complete."""
