@@ -126,7 +126,7 @@ OUTPUTS = b",".join([b'{"name":"hidden_states.0"}'] * 20_000)
 FP32 = b'{"inputs":[{"name":"pixel_values","datatype":"FP32","shape":[1,3,64,64],"data":['
 UINT8 = FP32.replace(b"FP32", b"UINT8")
 
-ATTACKS = [
+BODIES = [
     Attack(
         "shape of 80,000 large sides",
         INFER,
@@ -183,7 +183,7 @@ def check(observation: Observation, max_growth: int = MAX_GROWTH) -> None:
     assert observation.growth < max_growth, observation
 
 
-@pytest.mark.parametrize("attack", ATTACKS, ids=lambda attack: attack.name)
+@pytest.mark.parametrize("attack", BODIES, ids=lambda attack: attack.name)
 def test_body_is_rejected_at_little_cost(server: Server, attack: Attack) -> None:
     request = attack.request()
     with observed(server) as observation:
