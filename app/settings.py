@@ -147,6 +147,12 @@ class Settings(BaseSettings):
         validation_alias=AliasChoices("port", "DINAT_PORT", "AIP_HTTP_PORT", "SAGEMAKER_BIND_TO_PORT"),
         description="Port to listen on; 0 selects a free one. Also read from AIP_HTTP_PORT and SAGEMAKER_BIND_TO_PORT.",
     )
+    root_path: str = Field(
+        "",
+        pattern=r"^(/[\w.~-]+)*$",
+        description="Path at which a proxy publishes the service, such as /dinat, whether or not the proxy removes it from "
+        "requests. Proxies in FORWARDED_ALLOW_IPS may send it as X-Forwarded-Prefix instead. Default: none.",
+    )
     aip_predict_route: str = Field(
         "/predict",
         pattern="^/",

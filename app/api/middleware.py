@@ -76,7 +76,7 @@ class RequestMiddleware:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        exchange = _Exchange(scope, send, self._engine)
+        exchange = _Exchange(_with_root_path(scope, self._engine.settings.root_path), send, self._engine)
         body, response = Reservation(self._body_budget), Reservation(self._response_budget)
         exchange.state["response_bytes"] = response
         structlog.contextvars.bind_contextvars(request_id=exchange.request_id)
@@ -86,12 +86,12 @@ class RequestMiddleware:
             body.release()
             response.release()
             matched = exchange.scope.get("route")
-            exchange.record(matched.path if matched is not None else self._endpoint(scope["path"]) or "none")
+            exchange.record(matched.path if matched is not None else self._endpoint(exchange.path) or "none")
             structlog.contextvars.unbind_contextvars("request_id")
 
     async def _handle(self, exchange: "_Exchange", receive: Receive, reservation: Reservation) -> None:
         scope, headers = exchange.scope, exchange.headers
-        error = self._api_keys.check(scope["method"], scope["path"], headers) or await self._admit(exchange)
+        error = self._api_keys.check(scope["method"], exchange.path, headers) or await self._admit(exchange)
         if error is not None:
             await exchange.send_error(error)
             return
@@ -109,7 +109,7 @@ class RequestMiddleware:
 
     async def _admit(self, exchange: "_Exchange") -> ServiceError | None:
         """Return the error if the engine cannot accept the request now. Delays rejections beyond the rate limit."""
-        if exchange.scope["method"] != "POST" or self._endpoint(exchange.scope["path"]) is None:
+        if exchange.scope["method"] != "POST" or self._endpoint(exchange.path) is None:
             return None
         error = self._capacity_error(exchange.arrived)
         if isinstance(error, Unavailable):
@@ -125,8 +125,19 @@ class RequestMiddleware:
         return self._engine.deadline_error(arrived)
 
 
+def _with_root_path(scope: Scope, default: str) -> Scope:
+    """Set the root path of a request, and complete its path if a proxy has removed the root path from it, as ASGI has it."""
+    root, path = scope.get("root_path") or default, scope["path"]
+    if not root:
+        return scope
+    return {**scope, "root_path": root, "path": path if path == root or path.startswith(f"{root}/") else root + path}
+
+
 class _Exchange:
     """One request, and the response to it.
+
+    Attributes:
+        path: Path of the request without the root path.
 
     Args:
         scope: The request. HEAD is handled as GET, and sent without the body (RFC 9110, section 9.3.2).
@@ -147,6 +158,7 @@ class _Exchange:
         self.request_id = client_id.decode() if _REQUEST_ID.fullmatch(client_id) else new_request_id()
         self.state["request_id"] = self.request_id
         self.scope = {**scope, "method": "GET"} if self._is_head else scope
+        self.path: str = scope["path"].removeprefix(scope.get("root_path", ""))
 
     async def send(self, message: Message) -> None:
         """Send a message of the response (ASGI), with the headers of all responses."""

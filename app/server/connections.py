@@ -25,6 +25,7 @@ class Connections:
 
     def __init__(self, settings: Settings) -> None:
         paths = [*PROBES, *filter(None, [settings.aip_health_route])]
+        paths += [settings.root_path + path for path in paths]
         self._probes = tuple(f"{method} {path}".encode() for method in ("GET", "HEAD") for path in paths)
         self._limit = settings.max_connections
         self._over_limit: dict[asyncio.Protocol, asyncio.Transport] = {}

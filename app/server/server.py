@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import os
+import re
 import signal
 import socket
 import threading
@@ -13,6 +14,8 @@ from types import FrameType
 import structlog
 import uvicorn
 from fastapi import FastAPI
+from uvicorn._types import ASGIReceiveCallable, ASGISendCallable, Scope
+from uvicorn.middleware.proxy_headers import ProxyHeadersMiddleware
 
 from dinat.app.engine.engine import Engine
 from dinat.app.host import GRACE_SECONDS, exit_after, stop_signals
@@ -22,8 +25,21 @@ from dinat.app.server.protocol import LINGER_SECONDS, SHUTDOWN_SECONDS, http_pro
 
 log = structlog.get_logger("dinat")
 
+ROOT_PATH = re.compile(rb"(/[\w.~-]+)+")
+
 QUIET_SECONDS = 0.25
 """After a drain, the server closes once no request has come for this long: a request in transit would be reset."""
+
+
+class _ForwardedHeaders(ProxyHeadersMiddleware):
+    """Adds X-Forwarded-Prefix to the headers of a trusted proxy that uvicorn honours, as the root path."""
+
+    async def __call__(self, scope: Scope, receive: ASGIReceiveCallable, send: ASGISendCallable) -> None:
+        if scope["type"] == "http" and scope["client"] and scope["client"][0] in self.trusted_hosts:
+            prefix = next((value for name, value in scope["headers"] if name == b"x-forwarded-prefix"), b"").rstrip(b"/")
+            if prefix and ROOT_PATH.fullmatch(prefix):
+                scope["root_path"] = prefix.decode()
+        await super().__call__(scope, receive, send)
 
 
 class Server(uvicorn.Server):
@@ -52,6 +68,7 @@ class Server(uvicorn.Server):
         self._create_connection = http_protocol(engine)
         config = uvicorn.Config(
             app,
+            proxy_headers=False,
             host=settings.host,
             port=settings.port,
             http=self._create_connection,
@@ -62,6 +79,7 @@ class Server(uvicorn.Server):
             access_log=False,
             timeout_graceful_shutdown=SHUTDOWN_SECONDS + 1,
         )
+        config.app = _ForwardedHeaders(app, trusted_hosts=config.forwarded_allow_ips)  # type: ignore[arg-type]
         super().__init__(config)
         self._engine = engine
         self._lifeline, self._report_status = lifeline, report_status

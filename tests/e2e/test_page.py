@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tests.e2e.processes import DIGITS, Server
+from tests.e2e.processes import DIGITS, Server, free_port
 
 playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
 CHROMIUM = shutil.which("chromium")
@@ -354,12 +354,57 @@ def test_page_fits_a_phone_and_follows_the_color_scheme(server: Server, browser:
 
 def test_api_documentation_works_under_its_content_security_policy(server: Server, browser: Any) -> None:
     with visiting(browser, server.url) as visit:
-        page = visit.page
-        page.goto(f"{server.url}/docs")
-        page.click(".opblock-summary:has-text('/health/live')")
-        page.click("button:has-text('Try it out')")
-        page.click("button:has-text('Execute')")
-        playwright.expect(page.locator(".live-responses-table .response-col_status").last).to_have_text("200")
+        execute_health_check(visit.page, f"{server.url}/docs")
+
+
+def execute_health_check(page: Any, url: str) -> None:
+    """Send GET /health/live from the documentation."""
+    page.goto(url)
+    page.click(".opblock-summary:has-text('/health/live')")
+    page.click("button:has-text('Try it out')")
+    page.click("button:has-text('Execute')")
+    playwright.expect(page.locator(".live-responses-table .response-col_status").last).to_have_text("200")
+
+
+NGINX = """
+daemon off;
+pid nginx.pid;
+error_log stderr warn;
+events {{}}
+http {{
+    access_log off;
+    client_body_temp_path body;
+    proxy_temp_path proxy;
+    fastcgi_temp_path fastcgi;
+    uwsgi_temp_path uwsgi;
+    scgi_temp_path scgi;
+    server {{
+        listen 127.0.0.1:{port};
+        location /dinat/ {{
+            proxy_pass http://127.0.0.1:{server_port}{path};
+        }}
+    }}
+}}
+"""
+
+
+@pytest.mark.skipif(shutil.which("nginx") is None, reason="nginx is not installed")
+@pytest.mark.parametrize("path", [pytest.param("/", id="removed"), pytest.param("", id="passed on")])
+def test_page_and_documentation_at_a_path_of_a_proxy(browser: Any, tmp_path: Path, path: str) -> None:
+    port = free_port()
+    with Server(root_path="/dinat") as server:
+        (tmp_path / "conf").write_text(NGINX.format(port=port, server_port=server.url.rpartition(":")[2], path=path))
+        with subprocess.Popen(["nginx", "-p", str(tmp_path), "-c", str(tmp_path / "conf"), "-e", "stderr"]) as proxy:
+            try:
+                with httpx.Client(transport=httpx.HTTPTransport(retries=8)) as client:
+                    assert client.get(f"http://127.0.0.1:{port}/dinat/health").status_code == 200
+                with visiting(browser, f"http://127.0.0.1:{port}/dinat") as visit:
+                    visit.wait_until_ready().choose("7.png", SEVEN)
+                    visit.wait_for_image("7.png")
+                    assert visit.best_label() == "7"
+                    execute_health_check(visit.page, f"http://127.0.0.1:{port}/dinat/docs")
+            finally:
+                proxy.terminate()
 
 
 def test_screenshots_for_the_documentation(server: Server, browser: Any) -> None:
