@@ -122,7 +122,7 @@ USER 10001
 VOLUME /cache
 EXPOSE 8000
 HEALTHCHECK --interval=10s --timeout=5s --start-period=5m --retries=3 \
-    CMD ["python", "-c", "import os, urllib.request as u; u.urlopen('http://127.0.0.1:' + os.environ.get('DINAT_PORT', '8000') + '/health', timeout=4)"]
+    CMD ["python", "-m", "dinat.app.healthcheck"]
 ENTRYPOINT ["dinat"]
 CMD ["serve"]
 ARG VERSION=0.1.0
