@@ -178,7 +178,9 @@ def test_retries_do_not_amplify_overload(kind: str, tmp_path: Path) -> None:
     ports = [free_port() for _ in range(3)]
     with ExitStack() as stack:
         full = stack.enter_context(servers(ports[:2], queue_limit=1, max_batch=1))
-        load = stack.enter_context(Load(stack.enter_context(proxy(kind, ports, tmp_path)), clients=32))
+        url = stack.enter_context(proxy(kind, ports, tmp_path))
+        assert httpx.get(f"{url}/model", headers={"X-Request-ID": "mine"}).headers["x-request-id"] == "mine"
+        load = stack.enter_context(Load(url, clients=32))
         load.wait_for(600)
         load.__exit__()
         responses, upstream = Counter(load.statuses), attempts(full[0]) + attempts(full[1])
