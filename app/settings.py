@@ -5,7 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import AliasChoices, BeforeValidator, Field, SecretStr, ValidationError
+from pydantic import AfterValidator, AliasChoices, BeforeValidator, Field, SecretStr, ValidationError
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 from dinat.app.host import cores
@@ -14,6 +14,37 @@ from dinat.model.native import default_cache
 
 def _split(value: object) -> object:
     return tuple(part.strip() for part in value.split(",") if part.strip()) if isinstance(value, str) else value
+
+
+def read_keys(file: Path) -> tuple[str, ...]:
+    """Read API keys from a file: one a line, without empty lines and those that begin with "#".
+
+    Raises:
+        OSError: The file cannot be read.
+        ValueError: It has no key, or is not text.
+    """
+    lines = [line.strip() for line in file.read_text("utf-8-sig").splitlines()]
+    keys = tuple(line for line in lines if line and not line.startswith("#"))
+    if not keys:
+        raise ValueError("it has no key")
+    return keys
+
+
+def _check_keys_file(file: Path | None) -> Path | None:
+    if file is not None:
+        try:
+            read_keys(file)
+        except (OSError, ValueError) as error:
+            raise ValueError(f"no API key can be read from it: {error}") from None
+    return file
+
+
+def _check_port(value: object) -> object:
+    if isinstance(value, str) and value.startswith("tcp://"):
+        raise ValueError(
+            "Kubernetes sets this for a Service named dinat: set enableServiceLinks: false in the pod, or a number here"
+        )
+    return value
 
 
 Names = Annotated[tuple[str, ...], NoDecode, BeforeValidator(_split)]
@@ -126,6 +157,11 @@ class Settings(BaseSettings):
     api_keys: Keys = Field(
         (), description="Comma-separated API keys. If set, requests must send one as a Bearer token or as X-API-Key."
     )
+    api_keys_file: Annotated[Path | None, AfterValidator(_check_keys_file)] = Field(
+        None,
+        description="File with further API keys, one a line. It is read again when it has changed, so that keys can be rotated "
+        "without a restart.",
+    )
     keyless: Names = Field(
         ("health", "metrics"),
         description="Comma-separated endpoints that do not require an API key. Default: health,metrics.",
@@ -140,7 +176,7 @@ class Settings(BaseSettings):
         None, description="URL to export OpenTelemetry traces to; requires the extra tracing. Default: no traces."
     )
     host: str = Field("127.0.0.1", description="Address to listen on.")
-    port: int = Field(
+    port: Annotated[int, BeforeValidator(_check_port)] = Field(
         8000,
         ge=0,
         le=65535,

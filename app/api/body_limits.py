@@ -32,8 +32,7 @@ class LimitedBody:
         self._seconds = settings.upload_seconds
         self._reservation = reservation
         self._complete = False
-        if parse_integer(content_length.decode("latin-1"), self._limit) is None:
-            self.received = self._limit + 1
+        self._is_announced_too_large = parse_integer(content_length.decode("latin-1"), self._limit) is None
 
     async def __call__(self) -> Message:
         """Receive the next part of the body, or wait for the client to disconnect.
@@ -57,7 +56,7 @@ class LimitedBody:
         return message
 
     def _check_size(self) -> None:
-        if self.received > self._limit:
+        if self._is_announced_too_large or self.received > self._limit:
             raise TooLarge(f"the request is larger than {self._limit:,} bytes", headers={"Connection": "close"})
 
     async def _next_message(self) -> Message:

@@ -1,7 +1,6 @@
 """ASGI middleware of all requests: request id, API key, admission, body limits, metrics and the access log."""
 
 import asyncio
-import hmac
 import re
 import time
 from collections.abc import Sequence
@@ -15,13 +14,12 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from dinat.app.api.body_limits import LimitedBody
 from dinat.app.api.budgets import ByteBudget, Reservation
 from dinat.app.api.decompression import DecompressedBody
-from dinat.app.api.page import FILES, PAGE
+from dinat.app.api.keys import ApiKeys
 from dinat.app.api.problems import problem_body
 from dinat.app.api.quoting import shorten
 from dinat.app.engine.backend import State
 from dinat.app.engine.engine import Engine
 from dinat.app.errors import ServiceError, Unauthorized, Unavailable
-from dinat.app.settings import Settings
 
 log = structlog.get_logger("dinat")
 
@@ -48,7 +46,7 @@ class RequestMiddleware:
     """Middleware of all HTTP requests.
 
     * Sets the request id, the client's X-Request-ID or a new one, in the request's state, the log and the response header.
-    * Requires one of API_KEYS, except for the endpoints in KEYLESS and for the web page.
+    * Requires an API key, see ApiKeys.
     * When the queue is full, rejects requests with 503 before the body is read or the request is routed; the same with 504
       for requests whose deadline has passed while they waited in this process.
     * Limits the body: see LimitedBody and DecompressedBody.
@@ -65,7 +63,7 @@ class RequestMiddleware:
         self._app = app
         self._engine = engine
         self._endpoints = [(route.path_regex, route.path) for route in endpoints if "POST" in (route.methods or ())]
-        self._api_keys = _ApiKeys(engine.settings)
+        self._api_keys = ApiKeys(engine.settings)
         self._rejection_limit = _RateLimit(REJECTIONS_PER_SECOND)
         settings, in_flight = engine.settings, engine.metrics.in_flight_bytes
         self._body_budget = ByteBudget(settings.body_budget, "request bodies", in_flight("request_bodies"))
@@ -91,12 +89,17 @@ class RequestMiddleware:
 
     async def _handle(self, exchange: "_Exchange", receive: Receive, reservation: Reservation) -> None:
         scope, headers = exchange.scope, exchange.headers
-        error = self._api_keys.check(scope["method"], exchange.path, headers) or await self._admit(exchange)
+        try:
+            exchange.api_key = self._api_keys.identify(scope["method"], exchange.path, headers)
+        except Unauthorized as unauthorized:
+            error: ServiceError | None = unauthorized
+        else:
+            error = await self._admit(exchange)
         if error is not None:
             await exchange.send_error(error)
             return
         settings = self._engine.settings
-        limited = LimitedBody(receive, scope, headers.get(b"content-length", b"0"), settings, reservation)
+        limited = exchange.body = LimitedBody(receive, scope, headers.get(b"content-length", b"0"), settings, reservation)
         encoding = headers.get(b"content-encoding", b"").decode("latin-1").strip().lower()
         if encoding in ("", "identity"):
             await self._app(scope, limited, exchange.send)
@@ -138,6 +141,8 @@ class _Exchange:
 
     Attributes:
         path: Path of the request without the root path.
+        api_key: Which API key it has, see ApiKeys.
+        body: Its body.
 
     Args:
         scope: The request. HEAD is handled as GET, and sent without the body (RFC 9110, section 9.3.2).
@@ -151,6 +156,9 @@ class _Exchange:
         self._send = send
         self._engine = engine
         self._status = 500
+        self._response_bytes = 0
+        self.api_key: str | None = None
+        self.body: LimitedBody | None = None
         self.state: dict[str, Any] = scope.setdefault("state", {})
         self.arrived: float = self.state.setdefault("arrived", time.monotonic())
         self.headers = dict(scope["headers"])
@@ -173,6 +181,7 @@ class _Exchange:
             message["headers"] = headers
         elif self._is_head:
             message["body"] = b""
+        self._response_bytes += len(message.get("body", b""))
         await self._send(message)
 
     async def send_error(self, error: ServiceError) -> None:
@@ -185,13 +194,24 @@ class _Exchange:
         """Count the request in the metrics, and log it."""
         seconds = time.monotonic() - self.arrived
         self._engine.metrics.count_request(route, self._status, seconds)
-        log.info(
-            "request",
-            method=self._method,
-            path=shorten(self.scope["path"]),
-            status=self._status,
-            milliseconds=round(seconds * 1e3, 1),
-        )
+        log.info("request", **self._fields(route, seconds))
+
+    def _fields(self, route: str, seconds: float) -> dict[str, Any]:
+        """Describe the request in the terms of OpenTelemetry's semantic conventions for HTTP servers."""
+        fields: dict[str, Any] = {
+            "http.request.method": self._method,
+            "url.path": shorten(self.scope["path"]),
+            "http.route": route,
+            "http.response.status_code": self._status,
+            "http.server.request.duration": round(seconds, 4),
+            "http.request.body.size": self.body.received if self.body is not None else 0,
+            "http.response.body.size": self._response_bytes,
+        }
+        if self.scope.get("client"):
+            fields["client.address"] = self.scope["client"][0]
+        if self.api_key is not None:
+            fields["api_key"] = self.api_key
+        return fields
 
 
 def _server_timing(parts: dict[str, float], total: float) -> bytes:
@@ -202,31 +222,6 @@ def _server_timing(parts: dict[str, float], total: float) -> bytes:
 def new_request_id() -> str:
     """Return 32 random hexadecimal digits. They need not be cryptographically secure."""
     return f"{getrandbits(128):032x}"
-
-
-class _ApiKeys:
-    """Requires one of API_KEYS, as `Authorization: Bearer KEY` or `X-API-Key: KEY`, except for the endpoints in KEYLESS.
-
-    The web page is public as well: it has no secrets, and a browser cannot send a key for it. The page asks the user for one.
-    """
-
-    def __init__(self, settings: Settings) -> None:
-        self._keys = [key.get_secret_value().encode() for key in settings.api_keys]
-        self._keyless = tuple(f"/{name}" for name in settings.keyless)
-
-    def check(self, method: str, path: str, headers: dict[bytes, bytes]) -> ServiceError | None:
-        """Return an error if the request requires a key and has no valid one."""
-        if not self._keys or any(path == prefix or path.startswith(f"{prefix}/") for prefix in self._keyless):
-            return None
-        if method in ("GET", "HEAD") and (path == PAGE or path.startswith(f"{FILES}/")):
-            return None
-        scheme, _, token = headers.get(b"authorization", b"").partition(b" ")
-        sent = (token.strip() if scheme.lower() == b"bearer" else b"", headers.get(b"x-api-key", b""))
-        if any([hmac.compare_digest(one, key) for one in sent for key in self._keys]):  # a list: compares all, in constant time
-            return None
-        return Unauthorized(
-            "an API key is required: send it as Authorization: Bearer KEY or X-API-Key: KEY", {"WWW-Authenticate": "Bearer"}
-        )
 
 
 class _RateLimit:

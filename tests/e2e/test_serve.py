@@ -24,8 +24,12 @@ def test_every_request_is_logged_as_one_json_line() -> None:
         assert response.json()["predictions"][0]["label"] == "5"
         assert server.stop() == 0
     (line,) = [event for event in server.events if event["event"] == "request"]
-    assert (line["method"], line["path"], line["status"], line["request_id"]) == ("POST", "/classify", 200, "mine")
-    assert line["milliseconds"] > 0
+    assert (line["http.request.method"], line["url.path"], line["http.response.status_code"]) == ("POST", "/classify", 200)
+    assert line["request_id"] == "mine"
+    assert 0 < line["http.server.request.duration"] < 10
+    assert line["http.request.body.size"] > (DIGITS / "5-2.png").stat().st_size
+    assert line["http.response.body.size"] == len(response.content)
+    assert line["client.address"] == "127.0.0.1"
     assert line["level"] == "info"
     assert "never-logged" not in str(server.events)
 
@@ -35,7 +39,7 @@ def test_sigterm_under_load_answers_all_requests_and_exits_with_0() -> None:
     with Server() as server, load_until_rejected(server.url, image) as statuses:
         assert server.stop() == 0
     assert set(statuses) <= {200, 503}
-    logged = [event["status"] for event in server.events if event["event"] == "request"]
+    logged = [event["http.response.status_code"] for event in server.events if event["event"] == "request"]
     assert sorted(logged) == sorted(statuses)
 
 

@@ -40,6 +40,8 @@ def test_serve_runs_until_sigterm() -> None:
     ("arguments", "message"),
     [
         (["serve", "--port", "abc"], "DINAT_PORT='abc': Input should be a valid integer"),
+        (["serve", "--port", "tcp://10.0.0.1:80"], "Kubernetes sets this for a Service named dinat: set enableServiceLinks"),
+        (["serve", "--api-keys-file", "nowhere"], "no API key can be read from it: [Errno 2] No such file or directory"),
         (["serve", "--precision", "int3", "--max-batch", "0"], "DINAT_PRECISION='int3'"),
         (["serve", "--max-batch", "0"], "DINAT_MAX_BATCH='0': Input should be greater than or equal to 1"),
         (["serve", "--port", "0", "--model", "no/such/model.pth"], "'no/such/model.pth' does not exist"),

@@ -6,6 +6,7 @@ import socket
 import threading
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -212,6 +213,33 @@ def test_api_keys(seven: bytes) -> None:
         assert service.client.get("/health").status_code == 200
         assert service.client.get("/metrics").status_code == 401
         assert service.client.get("/metrics", headers={"X-API-Key": "first"}).status_code == 200
+
+
+def test_api_keys_of_a_file_are_rotated(seven: bytes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("dinat.app.api.keys.CHECK_SECONDS", 0)
+    file = tmp_path / "keys"
+    file.write_text("# of the mobile app\nold\n\n")
+    with running(api_keys="fixed", api_keys_file=file) as service:
+
+        def status(key: str) -> int:
+            return service.client.post("/classify", content=seven, headers={"X-API-Key": key}).status_code
+
+        assert [status(key) for key in ("fixed", "old", "new", "", "# of the mobile app")] == [200, 200, 401, 401, 401]
+        (tmp_path / "next").write_text("old\nnew\n")
+        (tmp_path / "next").replace(file)
+        assert [status(key) for key in ("fixed", "old", "new")] == [200, 200, 200]
+        file.write_text("new")
+        assert [status(key) for key in ("fixed", "old", "new")] == [200, 401, 200]
+        file.unlink()
+        assert [status(key) for key in ("fixed", "old", "new")] == [200, 401, 200]
+
+
+def test_every_key_is_required_before_the_file_is_read(seven: bytes, tmp_path: Path) -> None:
+    file = tmp_path / "keys"
+    file.write_text("key")
+    with running(api_keys_file=file) as service:
+        file.unlink()
+        assert service.client.post("/classify", content=seven).status_code == 401
 
 
 def test_cors_and_security_headers(seven: bytes) -> None:
