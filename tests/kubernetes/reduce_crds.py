@@ -2,8 +2,8 @@
 
     python -m tests.kubernetes.reduce_crds KIND=CRD.yaml ...
 
-The complete definitions take megabytes, most of them descriptions and repeated pod fields. Fields that the chart does not use
-are either unrestricted (any value is valid) or excluded (no value is valid).
+Adds them to schemas.json, or replaces them there. The complete definitions take megabytes, most of them descriptions and
+repeated pod fields. Fields that the chart does not use are either unrestricted (any value is valid) or excluded (no value is valid).
 """
 
 import json
@@ -74,7 +74,7 @@ def reduce_schema(schema: dict[str, Any]) -> dict[str, Any]:
 
 
 def main() -> None:
-    schemas = {}
+    schemas = json.loads(SCHEMAS.read_text())
     for argument in sys.argv[1:]:
         kind, _, path = argument.partition("=")
         definition = yaml.safe_load(Path(path).read_text())

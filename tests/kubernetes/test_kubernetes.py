@@ -11,6 +11,7 @@ import pytest
 import yaml
 
 from dinat.app.settings import Settings
+from tests.kubernetes import values_table
 from tests.kubernetes.reduce_crds import SCHEMAS
 
 helm = pytest.importorskip("helm_python", reason="helm-python-sdk is not installed")
@@ -119,7 +120,8 @@ def test_every_pod_is_unprivileged_and_has_limits(name: str) -> None:
         for container in pod.get("containers", ()):
             assert container["securityContext"]["allowPrivilegeEscalation"] is False
             assert container["securityContext"]["capabilities"] == {"drop": ["ALL"]}
-            assert {"cpu", "memory"} <= container["resources"]["limits"].keys() & container["resources"]["requests"].keys()
+            assert "memory" in container["resources"]["limits"]
+            assert {"cpu", "memory"} <= container["resources"]["requests"].keys()
             image, _, tag = container["image"].rpartition(":")
             assert image
             assert tag not in ("", "latest")
@@ -137,7 +139,7 @@ def test_container_environment_consists_of_valid_settings(name: str) -> None:
                 for name, value in environment(container).items()
                 if name.startswith("DINAT_")
             }
-            values.pop("api_keys", None)
+            values.pop("api_keys_file", None)  # mounted
             assert values.keys() <= Settings.model_fields.keys()
             settings = Settings(_env_file=None, **values)
             pod = pod_spec(manifest) or {}
@@ -158,6 +160,59 @@ def test_gpu_limits_selectors_autoscaling_and_egress() -> None:
     assert only(gpus, "ScaledObject")["spec"]["scaleTargetRef"]["name"] == only(gpus, "Deployment")["metadata"]["name"]
     egress = only(cpu, "NetworkPolicy")["spec"]["egress"]
     assert [port["port"] for rule in egress for port in rule["ports"]] == [53, 53]
+
+
+def test_values_of_a_platform_team() -> None:
+    manifests = render(VALUES["platform"])
+    deployment = only(manifests, "Deployment")["spec"]
+    pod = deployment["template"]["spec"]
+    (container,) = pod["containers"]
+    env = environment(container)
+    assert (env["DINAT_MAX_UPLOAD_BYTES"], env["DINAT_MAX_WAIT_MS"], env["DINAT_SELF_CHECK"]) == ("20971520", "0.5", "false")
+    assert env["HTTPS_PROXY"] == "http://proxy:3128"
+    assert env["DINAT_API_KEYS_FILE"] == "/run/secrets/dinat/api-keys"
+    assert container["envFrom"] == [{"configMapRef": {"name": "common"}}]
+    assert container["resources"]["limits"] == {"memory": "8Gi", "nvidia.com/gpu": 1}
+    assert pod["securityContext"] == {"runAsNonRoot": True, "seccompProfile": {"type": "RuntimeDefault"}}
+    mounts = {mount["name"] for mount in container["volumeMounts"]}
+    assert mounts == {volume["name"] for volume in pod["volumes"]} == {"cache", "tmp", "ca", "api-keys"}
+    assert deployment["template"]["metadata"]["labels"]["team"] == "vision"
+    assert deployment["strategy"] == {"type": "Recreate"}
+    assert len(pod["topologySpreadConstraints"]) == 1
+    service = only(manifests, "Service")
+    (rule,) = only(manifests, "Ingress")["spec"]["rules"]
+    assert rule["http"]["paths"][0]["backend"]["service"]["name"] == service["metadata"]["name"]
+    (backend,) = only(manifests, "HTTPRoute")["spec"]["rules"][0]["backendRefs"]
+    assert (backend["name"], backend["port"]) == (service["metadata"]["name"], service["spec"]["ports"][0]["port"])
+    alerts = yaml.safe_load((DEPLOY / "prometheus" / "alerts.yml").read_text())
+    assert only(manifests, "PrometheusRule")["spec"] == alerts
+    assert [port["port"] for rule in only(manifests, "NetworkPolicy")["spec"]["egress"] for port in rule["ports"]] == [
+        53,
+        53,
+        443,
+        4318,
+    ]
+
+
+@pytest.mark.parametrize(
+    ("cache", "strategy"),
+    [
+        ({"kind": "pod"}, "RollingUpdate"),
+        ({"kind": "claim"}, "Recreate"),  # two nodes cannot mount the volume
+        ({"kind": "claim", "accessMode": "ReadWriteMany"}, "RollingUpdate"),
+        ({"kind": "claim", "claim": "mine"}, "RollingUpdate"),
+    ],
+)
+def test_upgrade_does_not_wait_for_a_volume(cache: dict[str, str], strategy: str) -> None:
+    assert only(render({"cache": cache}), "Deployment")["spec"]["strategy"]["type"] == strategy
+
+
+@pytest.mark.parametrize("number", [1, 1024, 2**21, 2**31, 0.25, 1.5, 30])
+def test_numbers_of_settings_are_not_rounded(number: float) -> None:
+    (container,) = only(render({"settings": {"MAX_UPLOAD_BYTES": number}}), "Deployment")["spec"]["template"]["spec"][
+        "containers"
+    ]
+    assert environment(container)["DINAT_MAX_UPLOAD_BYTES"] == str(number)
 
 
 def test_kserve_downloads_the_checkpoint_and_sets_the_name() -> None:
@@ -182,15 +237,15 @@ def test_kserve_downloads_the_checkpoint_and_sets_the_name() -> None:
         ({"image": {"tag": "latest"}}, "tag"),
         ({"replica": 3}, "replica"),
         ({"gpus": -1}, "gpus"),
-        ({"resources": {"limits": {"cpu": "1"}}}, "memory"),
+        ({"resources": {"limits": {"cpu": "many"}}}, "cpu"),
+        ({"ingress": {"enabled": True, "hosts": [{"host": "a", "paths": []}]}}, "paths"),
+        ({"apiKeys": {"secret": "keys"}, "settings": {"KEYLESS": "metrics"}}, "KEYLESS must contain health"),
         ({"settings": {"queue_limit": 5}}, "queue_limit"),
         ({"settings": {"DEVICE": "cpu"}}, "DEVICE"),
         ({"autoscaling": {"kind": "vpa"}}, "kind"),
     ],
 )
 def test_invalid_value_is_rejected_with_its_name(values: dict[str, Any], field: str) -> None:
-    if "resources" in values:
-        values = {"resources": {"limits": {"cpu": "1", "memory": None}, "requests": {"cpu": "1", "memory": "1Gi"}}}
     with pytest.raises(helm.HelmError, match=field):
         render(values)
 
@@ -201,6 +256,17 @@ def test_schema_describes_every_value() -> None:
         described = schema["properties"][name]
         if "$ref" in described:
             described = schema["definitions"][described["$ref"].rpartition("/")[2]]
-        if isinstance(value, dict) and "properties" in described:
+        if value and isinstance(value, dict) and "properties" in described:
             assert value.keys() == described["properties"].keys(), name
     assert values.keys() == schema["properties"].keys() - {"global"}
+
+
+def test_readme_of_the_chart_describes_the_values() -> None:
+    assert values_table.README.read_text() == values_table.readme(), "run python -m tests.kubernetes.values_table"
+
+
+@pytest.mark.parametrize("name", ["", *sorted(VALUES)])
+def test_chart_has_no_lint(name: str) -> None:
+    result = helm.lint(CHART, VALUES.get(name, {}), strict=True, kube_version="1.37.0")
+    assert result["errors"] == []
+    assert [message["error"] for message in result["messages"]] == ["icon is recommended"]

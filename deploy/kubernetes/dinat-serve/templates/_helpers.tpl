@@ -20,23 +20,26 @@ helm.sh/chart: {{ .Chart.Name }}-{{ .Chart.Version }}
 {{ .Values.image.repository }}{{ if .Values.image.digest }}@{{ .Values.image.digest }}{{ else }}:{{ .Values.image.tag | default .Chart.AppVersion }}{{ end }}
 {{- end }}
 
-{{- define "dinat.podSecurity" -}}
-runAsNonRoot: true
-runAsUser: 10001
-runAsGroup: 10001
-fsGroup: 10001
-fsGroupChangePolicy: OnRootMismatch
-seccompProfile: { type: RuntimeDefault }
+{{- define "dinat.resources" -}}
+{{- $resources := deepCopy .Values.resources }}
+{{- if gt (int .Values.gpus) 0 }}
+{{- $_ := set $resources "limits" (merge (dict "nvidia.com/gpu" (int .Values.gpus)) ($resources.limits | default dict)) }}
+{{- end }}
+{{- toYaml $resources }}
 {{- end }}
 
-{{- define "dinat.resources" -}}
-requests:
-  {{- toYaml .Values.resources.requests | nindent 2 }}
-limits:
-  {{- toYaml .Values.resources.limits | nindent 2 }}
-  {{- if gt (int .Values.gpus) 0 }}
-  nvidia.com/gpu: {{ .Values.gpus }}
-  {{- end }}
+{{/* A setting as text. Helm reads numbers as floating point, and would write 2097152 as 2.097152e+06. */}}
+{{- define "dinat.setting" -}}
+{{- if and (kindIs "float64" .) (eq . (floor .)) }}{{ printf "%.0f" . }}{{ else }}{{ toString . }}{{ end }}
+{{- end }}
+
+{{/* Environment variables must not take the probes away. */}}
+{{- define "dinat.check" -}}
+{{- if and (or .Values.apiKeys.secret .Values.settings.API_KEYS_FILE) (hasKey .Values.settings "KEYLESS") }}
+{{- if not (has "health" (splitList "," (.Values.settings.KEYLESS | toString | nospace))) }}
+{{- fail "settings.KEYLESS must contain health: without it the probes get 401, and Kubernetes restarts every pod" }}
+{{- end }}
+{{- end }}
 {{- end }}
 
 {{/*
@@ -44,6 +47,7 @@ The container. Arguments: `container`, its name; `model`, the checkpoint; `name`
 from which KServe downloads the checkpoint.
 */}}
 {{- define "dinat.container" -}}
+{{- include "dinat.check" .root -}}
 name: {{ .container }}
 image: {{ include "dinat.image" .root }}
 imagePullPolicy: {{ .root.Values.image.pullPolicy }}
@@ -65,22 +69,26 @@ env:
   - { name: DINAT_LAME_DUCK_SECONDS, value: {{ .root.Values.stop.lameDuckSeconds | quote }} }
   - { name: DINAT_DRAIN_SECONDS, value: {{ .root.Values.stop.drainSeconds | quote }} }
   {{- range $name, $value := .root.Values.settings }}
-  - { name: DINAT_{{ $name }}, value: {{ $value | toString | quote }} }
+  - { name: DINAT_{{ $name }}, value: {{ include "dinat.setting" $value | quote }} }
   {{- end }}
-  {{- with .root.Values.apiKeys }}{{ if .secret }}
-  - name: DINAT_API_KEYS
-    valueFrom: { secretKeyRef: { name: {{ .secret }}, key: {{ .key }} } }
-  {{- end }}{{ end }}
+  {{- if .root.Values.apiKeys.secret }}
+  - { name: DINAT_API_KEYS_FILE, value: {{ printf "/run/secrets/dinat/%s" .root.Values.apiKeys.key | quote }} }
+  {{- end }}
   {{- with .root.Values.huggingFace }}{{ if .secret }}
   - name: HF_TOKEN
     valueFrom: { secretKeyRef: { name: {{ .secret }}, key: {{ .key }} } }
   {{- end }}{{ end }}
+  {{- with .root.Values.env }}
+  {{- toYaml . | nindent 2 }}
+  {{- end }}
+{{- with .root.Values.envFrom }}
+envFrom:
+  {{- toYaml . | nindent 2 }}
+{{- end }}
 resources:
   {{- include "dinat.resources" .root | nindent 2 }}
 securityContext:
-  allowPrivilegeEscalation: false
-  readOnlyRootFilesystem: true
-  capabilities: { drop: [ALL] }
+  {{- toYaml .root.Values.securityContext | nindent 2 }}
 # The port is open seconds after the start. Loading the model may take minutes; until then /health/live is 200, /health/ready 503.
 startupProbe:
   httpGet: { path: /health/live, port: http }
@@ -102,6 +110,12 @@ volumeMounts:
   {{- if .root.Values.models.claim }}
   - { name: models, mountPath: /models, readOnly: true }
   {{- end }}
+  {{- if .root.Values.apiKeys.secret }}
+  - { name: api-keys, mountPath: /run/secrets/dinat, readOnly: true }
+  {{- end }}
+  {{- with .root.Values.extraVolumeMounts }}
+  {{- toYaml . | nindent 2 }}
+  {{- end }}
 {{- end }}
 
 {{- define "dinat.volumes" -}}
@@ -116,6 +130,13 @@ volumeMounts:
 {{- if .Values.models.claim }}
 - name: models
   persistentVolumeClaim: { claimName: {{ .Values.models.claim }}, readOnly: true }
+{{- end }}
+{{- with .Values.apiKeys }}{{ if .secret }}
+- name: api-keys
+  secret: { secretName: {{ .secret }}, items: [{ key: {{ .key }}, path: {{ .key }} }] }
+{{- end }}{{ end }}
+{{- with .Values.extraVolumes }}
+{{ toYaml . }}
 {{- end }}
 {{- end }}
 
@@ -141,6 +162,21 @@ tolerations:
 {{- with .Values.affinity }}
 affinity:
   {{- toYaml . | nindent 2 }}
+{{- end }}
+{{- end }}
+
+{{/*
+How pods are replaced. Two pods on different nodes cannot mount a ReadWriteOnce volume, so that a new pod beside the old one might
+never start.
+*/}}
+{{- define "dinat.strategy" -}}
+{{- if .Values.updateStrategy }}
+{{- toYaml .Values.updateStrategy }}
+{{- else if and (eq .Values.cache.kind "claim") (not .Values.cache.claim) (ne .Values.cache.accessMode "ReadWriteMany") -}}
+type: Recreate
+{{- else -}}
+type: RollingUpdate
+rollingUpdate: { maxUnavailable: 0, maxSurge: 1 }
 {{- end }}
 {{- end }}
 
