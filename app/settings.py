@@ -17,14 +17,14 @@ def _split(value: object) -> object:
 
 
 def read_keys(file: Path) -> tuple[str, ...]:
-    """Read API keys from a file: one a line, without empty lines and those that begin with "#".
+    """Read API keys from a file, separated by lines or commas, without lines that begin with "#".
 
     Raises:
         OSError: The file cannot be read.
         ValueError: It has no key, or is not text.
     """
-    lines = [line.strip() for line in file.read_text("utf-8-sig").splitlines()]
-    keys = tuple(line for line in lines if line and not line.startswith("#"))
+    lines = [line for line in file.read_text("utf-8-sig").splitlines() if not line.lstrip().startswith("#")]
+    keys = tuple(key.strip() for line in lines for key in line.split(",") if key.strip())
     if not keys:
         raise ValueError("it has no key")
     return keys

@@ -218,13 +218,13 @@ def test_api_keys(seven: bytes) -> None:
 def test_api_keys_of_a_file_are_rotated(seven: bytes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("dinat.app.api.keys.CHECK_SECONDS", 0)
     file = tmp_path / "keys"
-    file.write_text("# of the mobile app\nold\n\n")
+    file.write_text("# of Ann, Bob\nold, older\n\n")
     with running(api_keys="fixed", api_keys_file=file) as service:
 
         def status(key: str) -> int:
             return service.client.post("/classify", content=seven, headers={"X-API-Key": key}).status_code
 
-        assert [status(key) for key in ("fixed", "old", "new", "", "# of the mobile app")] == [200, 200, 401, 401, 401]
+        assert [status(key) for key in ("fixed", "old", "older", "new", "", "Bob")] == [200, 200, 200, 401, 401, 401]
         (tmp_path / "next").write_text("old\nnew\n")
         (tmp_path / "next").replace(file)
         assert [status(key) for key in ("fixed", "old", "new")] == [200, 200, 200]
