@@ -1,19 +1,25 @@
 """The service on a real Ray cluster with Ray Serve on loopback, with two replicas."""
 
 import io
+import signal
+import socket
 import subprocess
 import sys
+import tempfile
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 
 import httpx
 import psutil
 import pytest
+import yaml
 from PIL import Image
 
 from dinat.client import Classification, DinatClient
-from tests.e2e.processes import DIGITS, Server
+from tests.e2e.processes import DIGITS, Server, free_port
 
 pytestmark = pytest.mark.ray
 
@@ -24,24 +30,95 @@ CLIENTS = 8
 SETTINGS = {"runtime": "torch", "precision": "fp32"}
 
 
+@contextmanager
+def serve_run(folder: Path, *arguments: str, port: int = 8000) -> Iterator[str]:
+    """Run `serve run` in a folder, as documented: from a shell, where nothing of Ray runs. Yields the address."""
+    with socket.socket() as probe:
+        if probe.connect_ex(("127.0.0.1", port)) == 0:
+            pytest.skip(f"port {port} is in use, and `serve run` has no flag for another")
+    command = [str(Path(sys.executable).with_name("serve")), "run", *arguments]
+    url = f"http://127.0.0.1:{port}"
+    with (
+        (folder / "log").open("w+") as log,
+        subprocess.Popen(command, cwd=folder, stdout=log, stderr=log) as process,
+    ):
+        try:
+            while not _is_ready(url):
+                assert process.poll() is None, (folder / "log").read_text()
+                time.sleep(0.2)
+            yield url
+        finally:
+            process.send_signal(signal.SIGINT)
+            process.wait(60)
+
+
+def _is_ready(url: str) -> bool:
+    try:
+        return httpx.get(f"{url}/health").status_code == 200
+    except httpx.HTTPError:
+        return False
+
+
+@contextmanager
+def hidden_clusters(**environment: str) -> Iterator[None]:
+    """Hide clusters that run on this host: Ray records them in its temporary folder. A socket's path must be short."""
+    with tempfile.TemporaryDirectory(prefix="ray", ignore_cleanup_errors=True) as folder, pytest.MonkeyPatch.context() as patch:
+        for name, value in {"RAY_TMPDIR": folder, **environment}.items():
+            patch.setenv(name, value)
+        yield
+
+
 @pytest.fixture(scope="module")
-def ray_url() -> Iterator[str]:
-    """Address of a Ray cluster that serves two replicas."""
-    arguments = [f"{name}={value}" for name, value in {"min_replicas": 2, **SETTINGS}.items()]
-    with subprocess.Popen(
-        [sys.executable, "-m", "tests.e2e.ray_service", *arguments],
-        cwd=ROOT,
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    ) as process:
-        assert process.stdin is not None and process.stdout is not None and process.stderr is not None
-        url = process.stdout.readline().strip()
-        assert url, process.stderr.read()
+def ray_url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """Address of two replicas on a cluster that `serve run` has started."""
+    arguments = [f"{name}={value}" for name, value in {"model": "digits", "min_replicas": 2, **SETTINGS}.items()]
+    with hidden_clusters(), serve_run(tmp_path_factory.mktemp("ray"), "dinat.ray:dinat", *arguments) as url:
         yield url
-        process.stdin.close()
-        assert process.wait(60) == 0, process.stderr.read()
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(240)
+def test_serve_run_on_a_cluster_that_runs(tmp_path: Path) -> None:
+    """The documented command, and the application of the KubeRay manifest."""
+    port, gcs_port = free_port(), free_port()
+    manifest = yaml.safe_load((ROOT / "deploy" / "ray" / "rayservice.yaml").read_text())
+    config = yaml.safe_load(manifest["spec"]["serveConfigV2"])
+    config["http_options"] |= {"host": "127.0.0.1", "port": port}
+    config["applications"][0]["args"] |= {"model": "digits", "device": "cpu", "max_replicas": 1}
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(config))
+    head = [
+        str(Path(sys.executable).with_name("ray")),
+        "start",
+        "--head",
+        "--block",
+        "--port",
+        str(gcs_port),
+        "--num-cpus",
+        "2",
+    ]
+    with (
+        hidden_clusters(RAY_AUTH_MODE="disabled", RAY_ADDRESS=f"127.0.0.1:{gcs_port}"),
+        subprocess.Popen(head, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as cluster,
+    ):
+        try:
+            wait_for_port(gcs_port)
+            for arguments, http_port in ((["dinat.ray:dinat", "model=digits"], 8000), (["config.yaml"], port)):
+                with serve_run(tmp_path, *arguments, port=http_port) as url:
+                    response = httpx.post(f"{url}/classify", content=(DIGITS / "7-1.png").read_bytes())
+                    assert response.json()["predictions"][0]["label"] == "7"
+            assert cluster.poll() is None
+        finally:
+            cluster.terminate()
+
+
+def wait_for_port(port: int) -> None:
+    while True:
+        try:
+            socket.create_connection(("127.0.0.1", port)).close()
+        except OSError:
+            time.sleep(0.2)
+        else:
+            return
 
 
 def distinct_images(count: int) -> list[bytes]:

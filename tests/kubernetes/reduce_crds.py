@@ -3,7 +3,8 @@
     python -m tests.kubernetes.reduce_crds KIND=CRD.yaml ...
 
 Adds them to schemas.json, or replaces them there. The complete definitions take megabytes, most of them descriptions and
-repeated pod fields. Fields that the chart does not use are either unrestricted (any value is valid) or excluded (no value is valid).
+repeated pod fields. Fields that the chart does not use are either unrestricted (any value is valid) or excluded (no value
+is valid).
 """
 
 import json
