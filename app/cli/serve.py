@@ -14,7 +14,7 @@ from dinat.app.logs import configure_logs, flush_logs
 from dinat.app.main import create_app
 from dinat.app.server.heap import keep_freed_memory, reduce_gc
 from dinat.app.server.server import Server
-from dinat.app.server.supervisor import ServiceFailed, Supervisor, resolve_frontends
+from dinat.app.server.supervisor import ServiceFailed, Supervisor, listen, resolve_frontends
 from dinat.app.settings import Settings
 
 log = structlog.get_logger("dinat")
@@ -40,13 +40,16 @@ def serve(*, settings: Settings) -> None:
         except ServiceFailed as failure:
             raise CommandError(str(failure)) from None
         return
+    if settings.port:
+        for listener in listen(settings, 1)[0]:  # raises OSError before the model is loaded if the port is in use
+            listener.close()
     reduce_gc()
     engine = Engine(settings)
     server = Server(create_app(settings, engine), engine)
     try:
         server.run()
         status = 0 if server.started else 1
-    except SystemExit as end:  # the port is in use, which uvicorn has logged
+    except SystemExit as end:  # uvicorn could not listen, and has logged why
         status = end.code if isinstance(end.code, int) else 1
     if engine.failure is not None:
         raise CommandError(f"{settings.model} cannot be served: {engine.failure}")

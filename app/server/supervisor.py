@@ -176,7 +176,7 @@ class Supervisor:
         self._settings = settings
         self._names = [f"frontend-{n}" for n in range(1, frontends + 1)]
         self._board = StatusBoard(["supervisor", "engine", *self._names])
-        self._sockets = dict(zip(self._names, _listen(settings, frontends), strict=True))
+        self._sockets = dict(zip(self._names, listen(settings, frontends), strict=True))
         self._children: dict[str, BaseProcess] = {}
         self._restarts: dict[str, int] = {}
         self._failed_starts = 0
@@ -395,7 +395,7 @@ class Supervisor:
         return not self._board.is_in_state("engine", NOT_RESPONDING)
 
 
-def _listen(settings: Settings, count: int) -> list[list[socket.socket]]:
+def listen(settings: Settings, count: int) -> list[list[socket.socket]]:
     """Open the sockets of each frontend process, one for each address of the host, all on one port.
 
     Raises OSError if the port is in use.
