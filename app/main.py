@@ -19,7 +19,7 @@ from dinat.app.api.parse_thread import ParseThread
 from dinat.app.api.problems import add_error_handlers
 from dinat.app.engine.engine import Engine
 from dinat.app.settings import Settings
-from dinat.app.tracing import trace_requests
+from dinat.app.tracing import configure_tracing
 
 
 def create_app(
@@ -45,6 +45,8 @@ def create_app(
         starting.cancel()  # of no effect once the model is loaded
         await engine.stop()
         await asyncio.wait([starting])
+        if tracing is not None:
+            await tracing.stop()
         app.state.parse_thread.stop()
 
     app = docs.offline_app(
@@ -61,7 +63,8 @@ def create_app(
         vertex.router(settings),
     ]
     endpoints = [route for router in routers for route in router.routes if isinstance(route, Route)]
-    app.add_middleware(RequestMiddleware, engine=engine, endpoints=endpoints)
+    tracing = configure_tracing(app, settings.otlp_endpoint)
+    app.add_middleware(RequestMiddleware, engine=engine, endpoints=endpoints, tracing=tracing)
     if settings.cors_origins:
         app.add_middleware(
             CORSMiddleware,
@@ -70,8 +73,6 @@ def create_app(
             allow_headers=["*"],
             expose_headers=["X-Request-ID", "Retry-After", "Server-Timing"],
         )
-    if settings.otlp_endpoint:
-        trace_requests(app, settings.otlp_endpoint)
     add_error_handlers(app)
     for router in (*routers, health.router, page.router, docs.router):
         app.include_router(router)

@@ -173,7 +173,9 @@ class Settings(BaseSettings):
         "auto", description="Log format. auto: console on a terminal, else json."
     )
     otlp_endpoint: str | None = Field(
-        None, description="URL to export OpenTelemetry traces to; requires the extra tracing. Default: no traces."
+        None,
+        description="URL to export OpenTelemetry traces to; requires the extra tracing. Default: OTEL_EXPORTER_OTLP_ENDPOINT, "
+        "or no traces.",
     )
     host: str = Field("127.0.0.1", description="Address to listen on.")
     port: Annotated[int, BeforeValidator(_check_port)] = Field(

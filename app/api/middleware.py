@@ -20,6 +20,7 @@ from dinat.app.api.quoting import shorten
 from dinat.app.engine.backend import State
 from dinat.app.engine.engine import Engine
 from dinat.app.errors import ServiceError, Unauthorized, Unavailable
+from dinat.app.tracing import Tracing
 
 log = structlog.get_logger("dinat")
 
@@ -57,10 +58,12 @@ class RequestMiddleware:
         app: Application to wrap.
         engine: Engine of the service.
         endpoints: Routes whose POST requests are processed by the engine.
+        tracing: Traces requests, if it is enabled.
     """
 
-    def __init__(self, app: ASGIApp, engine: Engine, endpoints: Sequence[Route]) -> None:
+    def __init__(self, app: ASGIApp, engine: Engine, endpoints: Sequence[Route], tracing: Tracing | None) -> None:
         self._app = app
+        self._tracing = tracing
         self._engine = engine
         self._endpoints = [(route.path_regex, route.path) for route in endpoints if "POST" in (route.methods or ())]
         self._api_keys = ApiKeys(engine.settings)
@@ -74,10 +77,11 @@ class RequestMiddleware:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        exchange = _Exchange(_with_root_path(scope, self._engine.settings.root_path), send, self._engine)
+        exchange = _Exchange(_with_root_path(scope, self._engine.settings.root_path), send, self._engine, self._tracing)
         body, response = Reservation(self._body_budget), Reservation(self._response_budget)
         exchange.state["response_bytes"] = response
-        structlog.contextvars.bind_contextvars(request_id=exchange.request_id)
+        ids = {"request_id": exchange.request_id} | (self._tracing.fields() if self._tracing is not None else {})
+        structlog.contextvars.bind_contextvars(**ids)
         try:
             await self._handle(exchange, receive, body)
         finally:
@@ -85,7 +89,7 @@ class RequestMiddleware:
             response.release()
             matched = exchange.scope.get("route")
             exchange.record(matched.path if matched is not None else self._endpoint(exchange.path) or "none")
-            structlog.contextvars.unbind_contextvars("request_id")
+            structlog.contextvars.unbind_contextvars(*ids)
 
     async def _handle(self, exchange: "_Exchange", receive: Receive, reservation: Reservation) -> None:
         scope, headers = exchange.scope, exchange.headers
@@ -148,9 +152,11 @@ class _Exchange:
         scope: The request. HEAD is handled as GET, and sent without the body (RFC 9110, section 9.3.2).
         send: Sends the response.
         engine: Engine of the service.
+        tracing: Traces requests, if it is enabled.
     """
 
-    def __init__(self, scope: Scope, send: Send, engine: Engine) -> None:
+    def __init__(self, scope: Scope, send: Send, engine: Engine, tracing: Tracing | None) -> None:
+        self._tracing = tracing
         self._method = scope["method"]
         self._is_head = self._method == "HEAD"
         self._send = send
@@ -176,6 +182,8 @@ class _Exchange:
             if "seconds" in self.state:
                 timing = _server_timing(self.state["seconds"], time.monotonic() - self.arrived)
                 headers.append((b"server-timing", timing))
+                if self._tracing is not None:
+                    self._tracing.add_parts(self.state["seconds"])
             if self._engine.state is State.DRAINING:
                 headers.append((b"connection", b"close"))
             message["headers"] = headers

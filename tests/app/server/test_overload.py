@@ -1,7 +1,6 @@
 """Overload, timeouts and disconnected clients, over real sockets."""
 
 import base64
-import gzip
 import socket
 import threading
 from collections.abc import Sequence
@@ -256,32 +255,3 @@ def test_cors_and_security_headers(seven: bytes) -> None:
 def test_no_origin_is_allowed_by_default(service: Service, seven: bytes) -> None:
     response = service.client.post("/classify", content=seven, headers={"Origin": "https://page.example"})
     assert "access-control-allow-origin" not in response.headers
-
-
-def test_traces_are_exported_without_health_requests(seven: bytes) -> None:
-    received: list[bytes] = []
-    listener = socket.create_server(("127.0.0.1", 0))
-
-    def collect() -> None:
-        connection, _ = listener.accept()
-        with connection, connection.makefile("rb") as stream:
-            length = 0
-            while (line := stream.readline().strip()) != b"":
-                name, _, value = line.partition(b":")
-                length = int(value) if name.lower() == b"content-length" else length
-            received.append(stream.read(length))
-            connection.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: 0\r\nConnection: close\r\n\r\n")
-
-    collector = threading.Thread(target=collect)
-    collector.start()
-    with running(otlp_endpoint=f"http://127.0.0.1:{listener.getsockname()[1]}/v1/traces") as service:
-        assert service.client.get("/health").status_code == 200
-        assert service.client.post("/classify", content=seven).status_code == 200
-    collector.join(30)
-    listener.close()
-    assert len(received) == 1
-
-    body = gzip.decompress(received[0]) if received[0][:2] == b"\x1f\x8b" else received[0]
-    assert b"/classify" in body
-    assert b"dinat-serve" in body
-    assert b"/health" not in body
