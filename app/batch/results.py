@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 from uuid import uuid4
 
@@ -95,9 +95,14 @@ class Results:
     def _open_atomic(self, name: str) -> Iterator[Any]:
         """Open a stream to a temporary file that is renamed on success."""
         temporary = f"{self._folder}/{UNFINISHED}{uuid4().hex}"
-        with self._filesystem.open_output_stream(temporary) as stream:
-            yield stream
-        self._filesystem.move(temporary, f"{self._folder}/{name}")
+        try:
+            with self._filesystem.open_output_stream(temporary) as stream:
+                yield stream
+            self._filesystem.move(temporary, f"{self._folder}/{name}")
+        except BaseException:
+            with suppress(OSError, pa.ArrowException):  # the storage may be the cause
+                self._filesystem.delete_file(temporary)
+            raise
 
 
 class Rows:

@@ -1,19 +1,23 @@
 """Images of a batch, divided into shards. A shard is computed, written and resumed as a unit."""
 
+import gzip
 import hashlib
 import tarfile
+import zlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 from pyarrow import fs
 
 from dinat.app.batch.storage import BatchError, list_files, open_filesystem
+from dinat.app.errors import NoImage
 from dinat.app.images import SUFFIXES
 
 TAR_SUFFIXES = (".tar", ".tar.gz", ".tgz")
@@ -59,6 +63,26 @@ class Item:
     path: str
     data: bytes | Path | Callable[[], bytes] | None
     columns: Mapping[str, Any] = field(default_factory=dict)
+
+
+DAMAGE = (tarfile.TarError, EOFError, gzip.BadGzipFile, zlib.error)
+"""Errors that a damaged tar file causes; others are of the storage."""
+
+
+class _Member(tarfile.TarInfo):
+    """A member of a tar file. A header that is cut short is an error; tarfile takes it for the end of the file."""
+
+    @classmethod
+    def fromtarfile(cls, tar: tarfile.TarFile) -> Self:
+        """See TarInfo."""
+        try:
+            return super().fromtarfile(tar)
+        except tarfile.TruncatedHeaderError:  # type: ignore[attr-defined]
+            raise tarfile.ReadError("unexpected end of data") from None
+
+
+def _raise(error: Exception) -> bytes:
+    raise error
 
 
 class Source(ABC):
@@ -134,17 +158,25 @@ class TarFiles(Source):
         return [self.shard(number, [info]) for number, info in enumerate(self.files)]
 
     def items(self, shard: Shard) -> Iterator[Item]:
-        """See Source."""
+        """See Source. What can be read of a damaged file is kept, and its end becomes a row with an error."""
         (path,) = shard.files
+        is_readable = False
         try:
-            with self.filesystem.open_input_stream(path) as stream, tarfile.open(fileobj=stream, mode="r|*") as tar:
+            with (
+                self.filesystem.open_input_stream(path, compression=None) as stream,
+                tarfile.open(fileobj=stream, mode="r|*", tarinfo=_Member) as tar,
+            ):
                 for member in tar:
                     if member.isfile() and member.name.lower().endswith(SUFFIXES):
                         file = tar.extractfile(member)
                         assert file is not None  # guaranteed by isfile()
                         yield Item(f"{self.name(path)}/{member.name.removeprefix('./')}", file.read())
-        except (tarfile.TarError, EOFError, pa.ArrowException) as error:
-            raise BatchError(f"{path} is not a complete tar file: {error}") from None
+                        is_readable = True
+        except (tarfile.TarError, EOFError, OSError, zlib.error) as error:
+            message = f"{path} is not a complete tar file: {error}"
+            if not is_readable or not isinstance(error, DAMAGE):
+                raise BatchError(message) from None
+            yield Item(self.name(path), partial(_raise, NoImage(message)))
 
 
 class ParquetFiles(Source):
@@ -155,16 +187,16 @@ class ParquetFiles(Source):
         keep: Names of columns to copy to the results.
 
     Raises:
-        BatchError: The file is not Parquet, or has no such column.
+        BatchError: No file is Parquet, or the first has no such column.
     """
 
     def __init__(self, filesystem: Any, folder: str, files: Sequence[Any], column: str | None, keep: Sequence[str]) -> None:
         super().__init__(filesystem, folder, files)
-        schema = self._open(files[0].path).schema_arrow
+        file, schema = self._first_schema()
         self.column = column or _image_column(schema)
         unknown = [name for name in (self.column, *keep) if name not in schema.names]
         if unknown:
-            raise BatchError(f"{files[0].path} has no column {', '.join(unknown)}: its columns are {', '.join(schema.names)}")
+            raise BatchError(f"{file} has no column {', '.join(unknown)}: its columns are {', '.join(schema.names)}")
         if not _holds_bytes(schema.field(self.column).type):
             raise BatchError(f"the column {self.column} holds {schema.field(self.column).type}, not encoded images")
         self.keep = [schema.field(name) for name in keep]
@@ -174,10 +206,14 @@ class ParquetFiles(Source):
         return self.keep
 
     def shards(self, shard_size: int) -> list[Shard]:
-        """See Source. A shard has whole row groups."""
+        """See Source. A shard has whole row groups. A damaged file is a shard, which fails."""
         shards: list[Shard] = []
         for info in self.files:
-            metadata = self._open(info.path).metadata
+            try:
+                metadata = self._open(info.path).metadata
+            except BatchError:
+                shards.append(self.shard(len(shards), [info]))
+                continue
             first = last = 0
             for group in range(metadata.num_row_groups):
                 last += metadata.row_group(group).num_rows
@@ -189,24 +225,34 @@ class ParquetFiles(Source):
     def items(self, shard: Shard) -> Iterator[Item]:
         """See Source."""
         (path,) = shard.files
-        assert shard.rows is not None
+        file = self._open(path)
+        assert shard.rows is not None  # a file that cannot be opened has no rows
         row, end = shard.rows
+        keep = [column.name for column in self.keep]
+        columns = list(dict.fromkeys([self.column, *keep]))
+        missing = [name for name in columns if name not in file.schema_arrow.names]
+        if missing:
+            raise BatchError(f"{path} has no column {', '.join(missing)}")
         try:
-            file = self._open(path)
             first_row, groups = 0, []
             for group in range(file.metadata.num_row_groups):
                 if row <= first_row < end:
                     groups.append(group)
                 first_row += file.metadata.row_group(group).num_rows
-            keep = [column.name for column in self.keep]
-            columns = list(dict.fromkeys([self.column, *keep]))
             for batch in file.iter_batches(ROWS_PER_READ, row_groups=groups, columns=columns):
                 copied = batch.select(keep).to_pylist()
                 for image, values in zip(batch.column(self.column), copied, strict=True):
                     yield Item(f"{self.name(path)}/{row}", _image_bytes(image.as_py()), values)
                     row += 1
-        except pa.ArrowException as error:
+        except (pa.ArrowException, OSError) as error:
             raise BatchError(f"{path} cannot be read: {error}") from None
+
+    def _first_schema(self) -> tuple[str, pa.Schema]:
+        """Return the first file that can be opened, and its schema."""
+        for info in self.files[:-1]:
+            with suppress(BatchError):
+                return info.path, self._open(info.path).schema_arrow
+        return self.files[-1].path, self._open(self.files[-1].path).schema_arrow
 
     def _open(self, path: str) -> pq.ParquetFile:
         try:

@@ -1,3 +1,4 @@
+import gzip
 import io
 import json
 import os
@@ -120,21 +121,50 @@ def test_feature_maps_and_unreadable_images(tmp_path: Path) -> None:
     assert good["pooled"]["shape"] == [128]
 
 
-def test_damaged_tar_fails_alone_and_is_computed_once_replaced(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_damaged_tar_keeps_what_can_be_read(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     source, out = tmp_path / "in", tmp_path / "out"
     source.mkdir()
-    write_tar(source / "a.tar", IMAGES[:5])
-    write_tar(source / "b.tar", IMAGES[5:9])
-    whole = (source / "a.tar").read_bytes()
-    (source / "a.tar").write_bytes(whole[: len(whole) // 3])
+    for name in ("a.tar", "b.tar"):
+        write_tar(source / name, IMAGES[:5])
+    whole_file = (source / "a.tar").read_bytes()
+    (source / "a.tar").write_bytes(whole_file[: len(whole_file) // 2 + 100])  # within a block of 512 bytes
+    (source / "c.tar.gz").write_bytes(gzip.compress(random.Random(0).randbytes(10_000))[:5000])
+    (source / "empty.tar").touch()
     assert main(["batch", str(source), str(out), *EXACT]) == 1
-    assert f"dinat: shard 0 ({source / 'a.tar'}): {source / 'a.tar'} is not a complete tar file" in capsys.readouterr().err
-    (part,) = out.glob("part-*")
-    assert part.name.startswith("part-000001-")
-    (source / "a.tar").write_bytes(whole)
-    assert main(["batch", str(source), str(out), *EXACT]) == 0
-    assert "5 images in 1 of 2 shards, 1 done before" in capsys.readouterr().err
-    assert len(rows(out)) == 9
+    log = capsys.readouterr().err
+    for number, name in ((2, "c.tar.gz"), (3, "empty.tar")):
+        assert f"dinat: shard {number} ({source / name}): {source / name} is not a complete tar file" in log
+    assert {path.name[:11] for path in out.iterdir()} == {"_batch.json", "part-000000", "part-000001"}  # no temporary files
+    (error,) = [row for row in rows(out) if row["error"]]
+    assert error["path"] == "a.tar"
+    assert error["error"].startswith(f"{source / 'a.tar'} is not a complete tar file: unexpected end of data")
+    kept, whole = ([row["labels"] for row in rows(out) if row["path"].startswith(f"{name}.tar/")] for name in "ab")
+    assert 0 < len(kept) < len(whole) == 5
+    assert kept == whole[: len(kept)]
+    for name in ("a.tar", "c.tar.gz", "empty.tar"):
+        write_tar(source / name, IMAGES[:5])
+    assert main(["batch", str(source), str(out), "--replace", *EXACT]) == 0
+    assert "15 images in 3 of 4 shards, 1 done before" in capsys.readouterr().err
+    assert len(rows(out)) == 20
+
+
+def test_damaged_parquet_fails_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    source, out = tmp_path / "in", tmp_path / "out"
+    source.mkdir()
+    table = pa.table({"image": [path.read_bytes() for path in IMAGES[:3]], "id": [1, 2, 3]})
+    for name in ("b", "c"):
+        pq.write_table(table, source / f"{name}.parquet")
+    (source / "a.parquet").touch()
+    (source / "b.parquet").write_bytes((source / "c.parquet").read_bytes()[:-100])
+    pq.write_table(pa.table({"other": [1]}), source / "d.parquet")
+    assert main(["batch", str(source), str(out), "--column", "image", "--keep", "id", *EXACT]) == 1
+    log = capsys.readouterr().err
+    for number, name in ((0, "a"), (1, "b")):
+        file = source / f"{name}.parquet"
+        assert f"shard {number} ({file}): {file} is not a Parquet file" in log
+    assert f"shard 3 ({source / 'd.parquet'}): {source / 'd.parquet'} has no column image, id" in log
+    assert [row["id"] for row in rows(out)] == [1, 2, 3]
+    assert {path.name[:11] for path in out.iterdir()} == {"_batch.json", "part-000002"}
 
 
 @pytest.mark.slow
