@@ -10,6 +10,7 @@ from functools import lru_cache, wraps
 from typing import ParamSpec, TypeVar
 
 import torch
+from torch.utils._python_dispatch import _disable_current_modes
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -38,17 +39,35 @@ def record_cached_value(value: T) -> T:
     return value
 
 
+def constant(function: Callable[P, T]) -> Callable[P, T]:
+    """Run a function outside inference mode and dispatch modes.
+
+    Tensors that are first requested during inference can then be used in training, and those first requested while fake tensors
+    are propagated, as torch.export does, have values.
+    """
+    outside = torch.inference_mode(False)(function)
+
+    @wraps(function)
+    def wrapper(*args: P.args, **kwargs: P.kwargs) -> T:
+        if torch._C._len_torch_dispatch_stack():
+            with _disable_current_modes():
+                return outside(*args, **kwargs)
+        return outside(*args, **kwargs)
+
+    return wrapper
+
+
 def capture_safe_cache(maxsize: int) -> Callable[[Callable[P, T]], Callable[P, T]]:
     """Cache a function's most recently used values by its arguments, like functools.lru_cache.
 
-    The function runs outside inference mode, so that tensors first requested during inference can be used in training.
+    The function runs as `constant` describes.
 
     Args:
         maxsize: Maximum number of entries.
     """
 
     def decorate(function: Callable[P, T]) -> Callable[P, T]:
-        cached = lru_cache(maxsize=maxsize)(torch.inference_mode(False)(function))
+        cached = lru_cache(maxsize=maxsize)(constant(function))
 
         @wraps(function)
         def wrapper(*args: P.args, **kwargs: P.kwargs) -> T:

@@ -17,6 +17,7 @@ from dinat.model.checkpoints.pretrained import PreTrainedModel
 from dinat.model.config import DinatConfig
 from dinat.model.cpu.fast_layers import LayerNorm, fused_linear
 from dinat.model.errors import ConfigError, DinatError
+from dinat.model.fast_path import is_transformed
 from dinat.model.loss import classification_loss
 from dinat.model.outputs import BackboneOutput, DinatImageClassifierOutput, DinatModelOutput
 
@@ -67,7 +68,9 @@ class PatchEmbeddings(nn.Module):
                 "Make sure that the channel dimension of the pixel values match with the one set in the configuration: "
                 f"expected (batch, {self.num_channels}, height, width), got {tuple(pixel_values.shape)}"
             )
-        return self.projection(pixel_values.contiguous(memory_format=torch.channels_last)).permute(0, 2, 3, 1)
+        if torch.compiler.is_compiling() or not is_transformed():  # vmap does not implement memory formats
+            pixel_values = pixel_values.contiguous(memory_format=torch.channels_last)
+        return self.projection(pixel_values).permute(0, 2, 3, 1)
 
 
 class Embeddings(nn.Module):
@@ -111,7 +114,7 @@ class NeighborhoodSelfAttention(nn.Module):
 
     def forward(self, x: Tensor, with_weights: bool) -> tuple[Tensor, Tensor | None]:
         """Attend over x (B, H, W, C). Returns (B, H, W, C), and the weights (B, heads, H, W, kernel_size**2) or None."""
-        q, k, v = (y.view(*x.shape[:-1], self.heads, -1) for y in self.project(x))
+        q, k, v = (y.view(*x.shape[:-1], self.heads, y.shape[-1] // self.heads) for y in self.project(x))
         dropout = self.dropout if self.training else 0.0
         weights = None
         if with_weights:
@@ -139,6 +142,14 @@ class NeighborhoodSelfAttention(nn.Module):
         self.query, self.key, self.value = (nn.Linear(channels, channels, bias=bias) for _ in range(3))
 
 
+def project_and_add(x: Tensor, dense: nn.Module, dropout: nn.Dropout, add: Tensor | None) -> Tensor:
+    """Compute dropout(dense(x)), plus `add` if given. Dropout may be active while the layer is in eval mode (MC dropout)."""
+    if not dropout.training:
+        return fused_linear(x, dense, add=add)
+    projected: Tensor = dropout(fused_linear(x, dense))
+    return projected if add is None else add + projected
+
+
 class AttentionOutput(nn.Module):
     """Output projection of the attention."""
 
@@ -148,7 +159,7 @@ class AttentionOutput(nn.Module):
         self.dropout = nn.Dropout(config.attention_probs_dropout_prob)
 
     def forward(self, x: Tensor, add: Tensor | None = None) -> Tensor:
-        return self.dropout(fused_linear(x, self.dense, add=add))
+        return project_and_add(x, self.dense, self.dropout, add)
 
 
 class Attention(nn.Module):
@@ -200,7 +211,7 @@ class Output(nn.Module):
         self.dropout = nn.Dropout(config.hidden_dropout_prob)
 
     def forward(self, x: Tensor, add: Tensor | None = None) -> Tensor:
-        return self.dropout(fused_linear(x, self.dense, add=add))
+        return project_and_add(x, self.dense, self.dropout, add)
 
 
 class Layer(nn.Module):
@@ -219,7 +230,7 @@ class Layer(nn.Module):
             self.layer_scale_parameters = nn.Parameter(torch.full((2, channels), float(config.layer_scale_init_value)))
 
     def forward(self, x: Tensor, with_weights: bool = False) -> tuple[Tensor, Tensor | None]:
-        if self.layer_scale_parameters is None and not self.training:  # the residual sum can be fused into the projection
+        if self.layer_scale_parameters is None and not self.drop_path.training:  # the sum can be fused into the projection
             x, weights = self.attention(self.layernorm_before(x), with_weights, add=x)
             return self.output(self.intermediate(self.layernorm_after(x)), add=x), weights
         attended, weights = self.attention(self.layernorm_before(x), with_weights)

@@ -14,6 +14,7 @@ from dinat.model.attention.geometry import check_geometry
 from dinat.model.attention.reference import reference_attention
 from dinat.model.attention.tiled import tiled_attention
 from dinat.model.errors import AttentionError
+from dinat.model.fast_path import is_plain, is_transformed
 
 __all__ = ["BACKENDS", "check_backend", "neighborhood_attention", "neighborhood_attention_with_weights"]
 
@@ -113,6 +114,8 @@ def neighborhood_attention(
     _check(q, k, v, rpb, kernel_size, dilation)
     check_backend(backend)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
+    if not torch.compiler.is_compiling() and not v.numel():
+        return v.clone()
 
     def attend(name: str, q: Tensor, k: Tensor, v: Tensor, rpb: Tensor | None) -> Tensor:
         return run_candidate(name, q, k, v, rpb, kernel_size, dilation, scale, dropout)
@@ -133,8 +136,8 @@ def neighborhood_attention(
 
 
 def _is_inference(*inputs: Tensor | None) -> bool:
-    """Return whether no input requires a gradient and torch.compile is not tracing."""
-    if torch.compiler.is_compiling():
+    """Return whether no input requires a gradient, and nothing transforms operations."""
+    if is_transformed() or not is_plain(*inputs[:3]):
         return False
     return not torch.is_grad_enabled() or not any(x is not None and x.requires_grad for x in inputs)
 
@@ -168,6 +171,9 @@ def _check(q: Tensor, k: Tensor, v: Tensor, rpb: Tensor | None, kernel_size: int
         raise AttentionError(f"q, k and v must share one shape (batch, height, width, heads, head_dim), got {shapes}")
     if not torch.is_floating_point(q) or not q.dtype == k.dtype == v.dtype:
         raise AttentionError(f"q, k and v must share one floating dtype, got {q.dtype}, {k.dtype}, {v.dtype}")
+    devices = {x.device for x in (q, k, v, rpb) if x is not None}
+    if len(devices) > 1:
+        raise AttentionError(f"q, k, v and rpb must be on one device, got {', '.join(sorted(map(str, devices)))}")
     check_geometry(q.shape[1], q.shape[2], kernel_size, dilation)
     side = 2 * kernel_size - 1
     if rpb is not None and tuple(rpb.shape) != (q.shape[3], side, side):

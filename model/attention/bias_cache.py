@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
 from dinat.model.capture_safe_cache import record_cached_value
+from dinat.model.fast_path import is_transformed
 
 MAX_ENTRIES = 8
 """Cached values per table, for the most recent feature map sizes and dtypes; also the limit of those without a table."""
@@ -27,7 +28,7 @@ def cached_for_table(rpb: Tensor | None, key: Hashable, make: Callable[[], T]) -
         key: Identifies the value among those derived from this table.
         make: Computes the value. It may depend on the table and the key only.
     """
-    if torch.compiler.is_compiling() or (rpb is not None and rpb.requires_grad and torch.is_grad_enabled()):
+    if is_transformed() or (rpb is not None and rpb.requires_grad and torch.is_grad_enabled()):
         return make()
     values = _without_table if rpb is None else _values_of(rpb)
     value: T | None = values.get(key)

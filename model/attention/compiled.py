@@ -6,9 +6,10 @@ import torch
 from torch import Tensor
 
 from dinat.model.attention.bias_cache import cached_for_table
-from dinat.model.attention.tiled import Plan, plan, register_fake_and_autograd
+from dinat.model.attention.tiled import Plan, plan, register_fake_and_autograd, tiled_attention
 from dinat.model.capture_safe_cache import capture_safe_cache
 from dinat.model.errors import AttentionError
+from dinat.model.fast_path import is_fake, is_plain, is_transformed
 from dinat.model.native import library, unavailable_reason
 from dinat.model.native.dtypes import DTYPES
 
@@ -21,7 +22,7 @@ TILES = {16: (4, 4), 8: (2, 4), 4: (2, 2)}
 
 def supports(q: Tensor, kernel_size: int) -> bool:
     """Return whether the kernel is available for queries q (B, H, W, heads, head_dim)."""
-    return q.device.type == "cpu" and supports_heads(q.dtype, q.shape[-1]) and supports_kernel_size(kernel_size)
+    return is_plain(q) and supports_heads(q.dtype, q.shape[-1]) and supports_kernel_size(kernel_size)
 
 
 def supports_kernel_size(kernel_size: int) -> bool:
@@ -48,7 +49,9 @@ def compiled_attention(
     """
     if dropout:
         raise AttentionError("attention compiled does not support dropout: use attention tiled")
-    if torch.compiler.is_compiling() or torch.is_grad_enabled():
+    if is_transformed() and not torch.compiler.is_compiling() and not is_fake():
+        return tiled_attention(q, k, v, rpb, kernel_size, dilation, scale)
+    if torch.compiler.is_compiling() or torch.is_grad_enabled() or is_fake():
         attended: Tensor = compiled_operator(q, k, v, rpb, kernel_size, dilation, scale)
         return attended
     return _attend(q, k, v, rpb, kernel_size, dilation, scale)
@@ -66,8 +69,9 @@ register_fake_and_autograd(compiled_operator)
 
 
 def _attend(q: Tensor, k: Tensor, v: Tensor, rpb: Tensor | None, kernel_size: int, dilation: int, scale: float) -> Tensor:
-    if not supports(q, kernel_size):
-        raise AttentionError(_unsupported_reason(q, kernel_size))
+    for x in (q, k, v):
+        if not supports(x, kernel_size):
+            raise AttentionError(_unsupported_reason(x, kernel_size))
     batch, height, width, heads, _ = q.shape
     q, k, v = (_with_uniform_stride(x) for x in (q, k, v))
     if not q.stride() == k.stride() == v.stride():
@@ -144,7 +148,7 @@ def _with_uniform_stride(x: Tensor) -> Tensor:
 
 
 def _unsupported_reason(q: Tensor, kernel_size: int) -> str:
-    if q.device.type != "cpu" or q.dtype not in DTYPES or q.shape[-1] != HEAD_DIM:
-        got = f"{q.device}, {q.dtype}, head_dim {q.shape[-1]}"
-        return f"attention compiled requires a CPU, float32 or bfloat16, and head_dim {HEAD_DIM}; got {got}"
+    if not is_plain(q) or q.dtype not in DTYPES or q.shape[-1] != HEAD_DIM:
+        got = f"{type(q).__name__} on {q.device}, {q.dtype}, head_dim {q.shape[-1]}"
+        return f"attention compiled requires plain tensors on a CPU, float32 or bfloat16, and head_dim {HEAD_DIM}; got {got}"
     return unavailable_reason() or f"attention compiled does not support kernel_size {kernel_size}"

@@ -19,6 +19,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
+from dinat.model.capture_safe_cache import constant
 from dinat.model.errors import AttentionError
 
 
@@ -40,7 +41,7 @@ def window_start(position: Tensor, length: Tensor | int, kernel_size: int) -> Te
 
 
 @lru_cache(maxsize=256)
-@torch.inference_mode(False)
+@constant
 def neighbors(length: int, kernel_size: int, dilation: int) -> tuple[Tensor, Tensor]:
     """Return the window of every query of an axis, in order of position.
 
@@ -71,7 +72,7 @@ class AxisTiles:
 
 
 @lru_cache(maxsize=256)
-@torch.inference_mode(False)
+@constant
 def axis_tiles(length: int, kernel_size: int, dilation: int, tile: int) -> tuple[AxisTiles, ...]:
     """Divide every dilation group of an axis into tiles of about `tile` queries, and group the tiles that share a bias.
 

@@ -6,6 +6,7 @@ that holds the RPB inside each query's window and -inf outside it. Tiles with eq
 bias and run as one batch.
 """
 
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from itertools import product
 from typing import Any
@@ -13,10 +14,12 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from dinat.model.attention.bias_cache import cached_for_table
 from dinat.model.attention.geometry import axis_tiles
 from dinat.model.capture_safe_cache import capture_safe_cache
+from dinat.model.fast_path import is_fake, is_transformed
 
 CACHE_BYTES = 2 * 2**20
 """Bytes of keys gathered at once on a CPU: about the size of its L2 cache."""
@@ -109,7 +112,7 @@ def tiled_attention(
     q: Tensor, k: Tensor, v: Tensor, rpb: Tensor | None, kernel_size: int, dilation: int, scale: float, dropout: float = 0.0
 ) -> Tensor:
     """Compute neighborhood attention (arXiv 2209.15001, section 3) of q, k and v (B, H, W, heads, head_dim) by tiles."""
-    if torch.compiler.is_dynamo_compiling() and not dropout:
+    if (torch.compiler.is_dynamo_compiling() or is_fake()) and not dropout:
         attended: Tensor = tiled_operator(q, k, v, rpb, kernel_size, dilation, scale)
         return attended
     height, width, heads, head_dim = q.shape[1:]
@@ -123,9 +126,10 @@ def tiled_attention(
             queries = _gather(q, group.queries).view(-1, group.queries_per_tile, heads, head_dim)
             keys = _gather(k, group.keys).view(-1, group.keys_per_tile, heads, head_dim)
             values = _gather(v, group.keys).view(-1, group.keys_per_tile, heads, head_dim)
-            output = F.scaled_dot_product_attention(
-                queries.transpose(1, 2), keys.transpose(1, 2), values.transpose(1, 2), bias, dropout, scale=scale
-            )
+            with _differentiable_twice():
+                output = F.scaled_dot_product_attention(
+                    queries.transpose(1, 2), keys.transpose(1, 2), values.transpose(1, 2), bias, dropout, scale=scale
+                )
             output = output.transpose(1, 2)
             if torch.compiler.is_compiling():  # an exporter may choose another memory layout, which reshape would depend on
                 output = output.clone(memory_format=torch.contiguous_format)
@@ -140,6 +144,13 @@ def tiled_attention(
         chunks = [slice(start, start + chunk_size) for start in range(0, q.shape[0], chunk_size)]
         output = torch.cat([attend(q[chunk], k[chunk], v[chunk]) for chunk in chunks])
     return output.view(-1, height, width, heads, head_dim)
+
+
+def _differentiable_twice() -> AbstractContextManager[None]:
+    """Select the attention that forward-mode AD and torch.func can transform, where they are active."""
+    if is_transformed() and not torch.compiler.is_compiling():
+        return sdpa_kernel(SDPBackend.MATH)
+    return nullcontext()
 
 
 @torch.library.custom_op("dinat::tiled_attention", mutates_args=())

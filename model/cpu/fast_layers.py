@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dinat.model.cpu.features import has_bf16
+from dinat.model.fast_path import check_packed_input, is_observed, is_plain
 from dinat.model.native import library
 from dinat.model.native.dtypes import DTYPES
 
@@ -34,8 +35,14 @@ def fused_linear(x: Tensor, linear: nn.Module, gelu: bool = False, add: Tensor |
         Tensor (..., out_features).
     """
     if isinstance(linear, PackedLinear):
+        check_packed_input(x)
         return _fused_linear(x, linear.packed, linear.bias, gelu, add)
-    if isinstance(linear, nn.Linear) and is_unmodified(linear, nn.Linear) and _is_fast(x.device, x.dtype) and not _is_traced():
+    if (
+        isinstance(linear, nn.Linear)
+        and is_unmodified(linear, nn.Linear)
+        and not is_observed()
+        and _has_kernel(x, linear.weight, linear.bias, add)
+    ):
         return _fused_linear(x, linear.weight, linear.bias, gelu, add)
     y: Tensor = linear(x)
     return F.gelu(y) if gelu else y if add is None else add + y
@@ -54,10 +61,10 @@ class LayerNorm(nn.LayerNorm):
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalize x (..., channels) over its channels."""
-        if x.dtype not in DTYPES or x.device.type != "cpu" or _is_traced() or not x.is_contiguous():
+        if x.dtype not in DTYPES or is_observed() or not self._has_kernel(x):
             return super().forward(x)
         kernels, channels = library(), x.shape[-1]
-        if kernels is None or channels % kernels.lanes or not self._is_supported(x):
+        if kernels is None or channels % kernels.lanes:
             return super().forward(x)
         out = torch.empty_like(x)
         kernels.layer_norm(
@@ -68,9 +75,14 @@ class LayerNorm(nn.LayerNorm):
         )
         return out
 
-    def _is_supported(self, x: Tensor) -> bool:
-        """Return whether the norm is over the last dimension, with parameters of the dtype and device of x."""
-        return self.normalized_shape == x.shape[-1:] and self.weight.dtype == x.dtype and self.weight.device == x.device
+    def _has_kernel(self, x: Tensor) -> bool:
+        """Return whether the norm is over the last dimension, and all memory is contiguous."""
+        weight, bias = self.weight, self.bias
+        return (
+            (weight is not None and bias is not None and is_plain(x, weight, bias))
+            and (x.is_contiguous() and weight.is_contiguous() and bias.is_contiguous())
+            and self.normalized_shape == x.shape[-1:] == weight.shape == bias.shape
+        )
 
 
 class PackedLinear(nn.Module):
@@ -106,6 +118,7 @@ class PackedConvolution(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Compute the convolution of x (B, C, H, W)."""
+        check_packed_input(x)
         y: Tensor = _ONEDNN._convolution_pointwise(x, self.packed, self.bias, *self.geometry, self.groups, "none", [], "")
         return y
 
@@ -135,9 +148,9 @@ def _is_fast(device: torch.device, dtype: torch.dtype) -> bool:
     return dtype == torch.float32 or (dtype == torch.bfloat16 and has_bf16() and bool(_ONEDNN._is_mkldnn_bf16_supported()))
 
 
-def _is_traced() -> bool:
-    """Return whether autograd, autocast or torch.compile must see every operation."""
-    return torch.is_grad_enabled() or torch.is_autocast_enabled("cpu") or torch.compiler.is_compiling()
+def _has_kernel(x: Tensor, weight: Tensor, bias: Tensor | None, add: Tensor | None) -> bool:
+    """Return whether oneDNN computes a linear layer of these tensors."""
+    return is_plain(x, weight, bias, add) and _is_fast(x.device, x.dtype) and x.numel() > 0
 
 
 def is_unmodified(module: nn.Module, *classes: type[nn.Module]) -> bool:

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from dinat.model.attention import compiled, neighborhood_attention, neighborhood_attention_with_weights
 from dinat.model.cpu.fast_layers import LayerNorm, is_unmodified, pack_module
 from dinat.model.dinat import Attention, AttentionOutput, DropPath, Intermediate, Layer, NeighborhoodSelfAttention, Output
+from dinat.model.fast_path import check_packed_input
 from dinat.model.native import Library, library
 
 Network = TypeVar("Network", bound=nn.Module)
@@ -81,6 +82,7 @@ class PackedLayer(nn.Module):
 
     def forward(self, x: Tensor, with_weights: bool = False) -> tuple[Tensor, Tensor | None]:
         """Compute the layer; see Layer.forward."""
+        check_packed_input(x)
         height, width = x.shape[1:3]
         x = x.contiguous()
         below, right = max(0, self.window - height), max(0, self.window - width)
@@ -99,6 +101,8 @@ class PackedLayer(nn.Module):
         """Return query, key and value of x (B, H, W, C), each (B, H, W, heads, head_dim)."""
         channels = x.shape[-1]
         out = x.new_empty(*x.shape[:-1], 3, self.heads, channels // self.heads)
+        if not x.numel():
+            return out.unbind(3)
         status = _library().project(
             *(x.data_ptr(), out.data_ptr(), x.numel() // channels, channels, self.qkv.outputs),
             *((None, None, 0.0) if is_normalized else _norm_arguments(self.before)),
@@ -110,6 +114,8 @@ class PackedLayer(nn.Module):
     def _complete(self, attended: Tensor, x: Tensor) -> Tensor:
         """Compute everything after attention from the attention output and the layer's input x, all (B, H, W, C)."""
         out = torch.empty_like(x)
+        if not x.numel():
+            return out
         channels = x.shape[-1]
         status = _library().complete(
             *(attended.data_ptr(), x.data_ptr(), out.data_ptr(), x.numel() // channels, channels, self.up.outputs),
@@ -144,9 +150,12 @@ class PanelConvolution(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Compute the convolution: (B, C, H, W) -> (B, out_channels, H/2, W/2), rounded up."""
+        check_packed_input(x)
         x = x.permute(0, 2, 3, 1).contiguous()
         images, height, width, channels = x.shape
         out = x.new_empty(images, -(-height // 2), -(-width // 2), self.weight.outputs)
+        if not x.numel():
+            return out.permute(0, 3, 1, 2)
         status = _library().convolve(
             *(x.data_ptr(), out.data_ptr(), images, height, width, channels, self.weight.outputs),
             *(*self.weight.pointers(), torch.get_num_threads()),

@@ -192,7 +192,7 @@ def test_auto_uses_compiled_only_for_inference() -> None:
 def test_unsupported_arguments_raise_attention_error() -> None:
     q = torch.randn(1, 9, 9, 1, 16)
     with torch.no_grad():
-        with pytest.raises(AttentionError, match=r"head_dim 32; got cpu, torch\.float32, head_dim 16"):
+        with pytest.raises(AttentionError, match=r"head_dim 32; got Tensor on cpu, torch\.float32, head_dim 16"):
             neighborhood_attention(q, q, q, kernel_size=3, backend="compiled")
         q = torch.randn(1, 17, 17, 1, 32)
         with pytest.raises(AttentionError, match="does not support kernel_size 17"):

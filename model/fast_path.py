@@ -1,0 +1,66 @@
+"""When a kernel that PyTorch cannot see may compute: one rule for every fast path.
+
+A kernel reads memory by its address and ignores whatever observes or transforms operations. Where the rule says no, PyTorch's
+own operations compute, exactly.
+"""
+
+import torch
+from torch import Tensor, nn
+from torch.autograd import forward_ad
+from torch.nn.modules import module as module_hooks
+
+from dinat.model.errors import DinatError
+
+PLAIN_TYPES = (Tensor, nn.Parameter)
+
+
+def is_plain(*tensors: Tensor | None) -> bool:
+    """Return whether all tensors (None is ignored) hold numbers of one dtype in the CPU's memory.
+
+    Subclasses do not: quantized weights, fake tensors, tensors of torch.func.
+    """
+    dtype = None
+    for x in tensors:
+        if x is not None:
+            if type(x) not in PLAIN_TYPES or not x.is_cpu or x.layout is not torch.strided or x.is_quantized or x.is_neg():
+                return False
+            if dtype is None:
+                dtype = x.dtype
+            elif x.dtype is not dtype:
+                return False
+    return True
+
+
+def is_transformed() -> bool:
+    """Return whether operations are recorded or transformed: torch.func, forward-mode AD, tracing, export, dispatch modes."""
+    return torch.compiler.is_compiling() or bool(
+        torch._C._functorch.peek_interpreter_stack() is not None
+        or forward_ad._current_level >= 0
+        or torch._C._len_torch_dispatch_stack()
+        or torch._C._is_tracing()
+    )
+
+
+def is_observed() -> bool:
+    """Return whether anything must see every operation: autograd, autocast, hooks of all modules, or what transforms them."""
+    return torch.compiler.is_compiling() or bool(
+        torch.is_grad_enabled()
+        or torch._C._is_any_autocast_enabled()
+        or module_hooks._global_forward_hooks
+        or module_hooks._global_forward_pre_hooks
+        or is_transformed()
+    )
+
+
+def is_fake() -> bool:
+    """Return whether tensors without memory are propagated (FakeTensorMode), outside torch.compile and torch.export."""
+    return not torch.compiler.is_compiling() and torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.FAKE) is not None
+
+
+def check_packed_input(x: Tensor) -> None:
+    """Raise DinatError unless a packed module can compute x: its weights are in a layout that only kernels read."""
+    if not is_plain(x) or is_transformed() or (x.requires_grad and torch.is_grad_enabled()):
+        raise DinatError(
+            "a packed network only infers plain CPU tensors, without gradients, torch.func, tracing or dispatch modes: "
+            "use the network before pack()"
+        )

@@ -1,0 +1,242 @@
+"""What PyTorch's users do to a module: every fast path gives way to what observes or transforms operations."""
+
+import copy
+import subprocess
+import sys
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils.flop_counter import FlopCounterMode
+
+from dinat.model import DinatConfig, DinatForImageClassification
+from dinat.model.attention import neighborhood_attention
+from dinat.model.cpu.fast_layers import LayerNorm
+from dinat.model.cpu.packing import pack
+from dinat.model.errors import AttentionError, DinatError
+
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch.func uses torch.jit
+
+CONFIG = DinatConfig(
+    embed_dim=64,
+    depths=[2, 1],
+    num_heads=[2, 4],
+    kernel_size=3,
+    dilations=[[1, 2], [1]],
+    mlp_ratio=2.0,
+    id2label={0: "a", 1: "b", 2: "c"},
+)
+PIXELS = torch.linspace(-2, 2, 2 * 3 * 40 * 36).view(2, 3, 40, 36).sin()
+
+
+@pytest.fixture
+def network() -> DinatForImageClassification:
+    torch.manual_seed(0)
+    return DinatForImageClassification(CONFIG).eval().requires_grad_(False)
+
+
+@pytest.fixture
+def expected(network: DinatForImageClassification) -> Tensor:
+    """The logits by PyTorch's operations and the definition of attention."""
+    reference = DinatForImageClassification(CONFIG, attention="reference").eval()
+    reference.load_state_dict(network.state_dict())
+    logits = reference(PIXELS).logits  # with gradients, no kernel is used
+    return logits.detach()
+
+
+def qkv(count: int = 3, head_dim: int = 32) -> list[Tensor]:
+    torch.manual_seed(1)
+    return [torch.randn(2, 9, 8, 2, head_dim) for _ in range(count)]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("stride", [0, 2])
+@pytest.mark.parametrize("name", ["weight", "bias"])
+def test_parameters_that_are_not_contiguous(name: str, stride: int) -> None:
+    norm, x = LayerNorm(64), torch.randn(5, 64)
+    values = torch.randn(1).expand(64) if stride == 0 else torch.randn(128)[::2]
+    assert values.stride() == (stride,)
+    setattr(norm, name, nn.Parameter(values))
+    plain = nn.functional.layer_norm(x, (64,), norm.weight.contiguous(), norm.bias.contiguous())
+    torch.testing.assert_close(norm(x), plain, rtol=0, atol=1e-5)
+
+
+@torch.no_grad()
+def test_norm_without_parameters() -> None:
+    x = torch.randn(5, 64)
+    torch.testing.assert_close(LayerNorm(64, elementwise_affine=False)(x), nn.functional.layer_norm(x, (64,)))
+
+
+@pytest.mark.parametrize("backend", ["auto", "compiled", "tiled", "reference"])
+@pytest.mark.parametrize("grad", [False, True])
+def test_forward_mode_ad_of_attention(backend: str, grad: bool) -> None:
+    q, k, v, *tangents = qkv(6)
+    with torch.set_grad_enabled(grad):
+        primal, tangent = torch.func.jvp(
+            lambda *inputs: neighborhood_attention(*inputs, kernel_size=3, backend=backend), (q, k, v), tuple(tangents)
+        )
+    q, k, v, *tangents = (x.double() for x in qkv(6))
+    difference = 1e-6
+    moved = [
+        neighborhood_attention(
+            *(x + sign * difference * dx for x, dx in zip((q, k, v), tangents, strict=True)), kernel_size=3, backend="reference"
+        )
+        for sign in (1, -1)
+    ]
+    torch.testing.assert_close(tangent.double(), (moved[0] - moved[1]) / (2 * difference), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(
+        primal.double(), neighborhood_attention(q, k, v, kernel_size=3, backend="reference"), atol=1e-5, rtol=0
+    )
+
+
+@torch.no_grad()
+def test_forward_mode_ad_of_the_network(network: DinatForImageClassification) -> None:
+    def logits(x: Tensor) -> Tensor:
+        return network(x).logits
+
+    direction = torch.randn_like(PIXELS)
+    _, tangent = torch.func.jvp(logits, (PIXELS,), (direction,))
+    network.double()
+    step = 1e-6 * direction.double()
+    moved = [logits(PIXELS.double() + sign * step) for sign in (1, -1)]
+    torch.testing.assert_close(tangent.double(), (moved[0] - moved[1]) / 2e-6, rtol=1e-3, atol=1e-4)
+
+
+@torch.no_grad()
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")  # sizes become constants
+def test_trace(network: DinatForImageClassification, expected: Tensor) -> None:
+    traced = torch.jit.trace(lambda x: network(x).logits, PIXELS, check_trace=False)
+    torch.testing.assert_close(traced(PIXELS), expected, rtol=0, atol=1e-5)
+    other = PIXELS.flip(0) * 0.5
+    torch.testing.assert_close(traced(other), network(other).logits, rtol=0, atol=1e-5)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("backend", ["auto", "compiled", "tiled"])
+def test_fake_tensors(backend: str, network: DinatForImageClassification) -> None:
+    with FakeTensorMode() as mode:
+        inputs = [mode.from_tensor(x) for x in qkv()]
+        assert neighborhood_attention(*inputs, kernel_size=3, backend=backend).shape == inputs[0].shape
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        assert network(mode.from_tensor(PIXELS)).logits.shape == (2, 3)
+    assert network(PIXELS).logits.isfinite().all()  # no fake tensor was cached
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("backend", ["auto", "compiled", "tiled", "reference"])
+@pytest.mark.parametrize("which", [0, 1, 2, 3])
+def test_tensor_on_another_device_is_rejected(backend: str, which: int) -> None:
+    inputs = [*qkv(), torch.zeros(2, 5, 5)]
+    inputs[which] = inputs[which].to("meta")
+    with pytest.raises(AttentionError, match="must be on one device, got cpu, meta"):
+        neighborhood_attention(*inputs, kernel_size=3, backend=backend)
+
+
+@pytest.mark.parametrize("backend", ["auto", "compiled", "tiled", "reference"])
+@pytest.mark.parametrize("grad", [False, True])
+def test_empty_batch(backend: str, grad: bool, network: DinatForImageClassification) -> None:
+    with torch.set_grad_enabled(grad):
+        inputs = [x[:0].requires_grad_(grad) for x in qkv()]
+        output = neighborhood_attention(*inputs, kernel_size=3, backend=backend)
+        assert output.shape == (0, 9, 8, 2, 32)
+        assert output.requires_grad == grad
+        assert network(PIXELS[:0]).logits.shape == (0, 3)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_empty_batch_of_a_packed_network(dtype: torch.dtype, network: DinatForImageClassification) -> None:
+    packed = pack(network.to(dtype))
+    assert packed(PIXELS[:0].to(dtype)).logits.shape == (0, 3)
+    assert packed(PIXELS.to(dtype)).logits.isfinite().all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_packed_network_rejects_what_it_cannot_compute(dtype: torch.dtype, network: DinatForImageClassification) -> None:
+    packed = pack(network.to(dtype))
+    pixels = PIXELS.to(dtype)
+    with pytest.raises(DinatError, match="a packed network only infers"), torch.no_grad():
+        torch.func.jvp(lambda x: packed(x).logits, (pixels,), (pixels,))
+    with pytest.raises(DinatError, match="a packed network only infers"), FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        packed(mode.from_tensor(pixels))
+
+
+def test_dropout_alone_in_training_mode(network: DinatForImageClassification) -> None:
+    """Monte Carlo dropout: the residual path is not dropped."""
+    for module in network.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 1.0  # only the residual paths remain
+            module.train()
+    layer = network.dinat.encoder.levels[0].layers[0]
+    x = torch.randn(1, 9, 8, 64)
+    with torch.no_grad():
+        torch.testing.assert_close(layer(x)[0], x)
+
+
+@torch.no_grad()
+def test_hooks_of_all_modules_see_every_layer(network: DinatForImageClassification, expected: Tensor) -> None:
+    seen: list[nn.Module] = []
+    handle = nn.modules.module.register_module_forward_hook(lambda module, *_: seen.append(module))
+    try:
+        logits = network(PIXELS).logits
+    finally:
+        handle.remove()
+    torch.testing.assert_close(logits, expected, rtol=0, atol=1e-5)
+    assert {id(module) for module in network.modules() if isinstance(module, nn.Linear)} <= {id(module) for module in seen}
+
+
+@torch.no_grad()
+def test_flop_counter_sees_every_product(network: DinatForImageClassification) -> None:
+    with FlopCounterMode(display=False) as inference:
+        network(PIXELS)
+    with torch.enable_grad(), FlopCounterMode(display=False) as training:
+        network(PIXELS)
+    assert inference.get_total_flops() == training.get_total_flops() > 1e6
+
+
+@torch.no_grad()
+def test_vmap(network: DinatForImageClassification, expected: Tensor) -> None:
+    logits = torch.vmap(lambda x: network(x[None]).logits[0])(PIXELS)
+    torch.testing.assert_close(logits, expected, rtol=0, atol=1e-5)
+
+
+@torch.no_grad()
+def test_copies_and_functional_calls(network: DinatForImageClassification, expected: Tensor) -> None:
+    torch.testing.assert_close(copy.deepcopy(network)(PIXELS).logits, expected, rtol=0, atol=1e-5)
+    halves = {name: parameter * 0.5 for name, parameter in network.named_parameters()}
+    called = torch.func.functional_call(network, halves, (PIXELS,)).logits
+    other = copy.deepcopy(network)
+    for parameter in other.parameters():
+        parameter.mul_(0.5)
+    torch.testing.assert_close(called, other(PIXELS).logits, rtol=0, atol=1e-5)
+
+
+def test_gradients_of_a_frozen_network_by_torch_func(network: DinatForImageClassification) -> None:
+    gradient = torch.func.grad(lambda x: network(x).logits.sum())(PIXELS)
+    pixels = PIXELS.clone().requires_grad_()
+    network(pixels).logits.sum().backward()
+    torch.testing.assert_close(gradient, pixels.grad, rtol=1e-4, atol=1e-5)
+
+
+COLD_EXPORT = """
+import torch
+from dinat.model import DinatConfig, DinatForImageClassification
+config = DinatConfig(embed_dim=64, depths=[2, 1], num_heads=[2, 4], kernel_size=3, dilations=[[1, 2], [1]], mlp_ratio=2.0)
+network = DinatForImageClassification(config).eval()
+class Logits(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.network = network
+    def forward(self, x):
+        return self.network(x).logits
+pixels = torch.randn(2, 3, 40, 36)
+exported = torch.export.export(Logits(), (pixels,))
+torch.testing.assert_close(exported.module()(pixels), network(pixels).logits, rtol=0, atol=1e-5)
+"""
+
+
+def test_export_in_a_new_process() -> None:
+    """Nothing is cached yet."""
+    done = subprocess.run([sys.executable, "-c", COLD_EXPORT], capture_output=True, text=True, timeout=100)
+    assert done.returncode == 0, done.stderr
