@@ -12,17 +12,27 @@ from torch.nn.modules import module as module_hooks
 from dinat.model.errors import DinatError
 
 PLAIN_TYPES = (Tensor, nn.Parameter)
+_CPU_LAYOUT = torch.strided
+
+# Called several times in each layer: each lookup counts.
+_is_grad_enabled, _is_autocast_enabled, _is_tracing = (
+    torch.is_grad_enabled,
+    torch._C._is_any_autocast_enabled,
+    torch._C._is_tracing,
+)
+_transform, _dispatch_modes = torch._C._functorch.peek_interpreter_stack, torch._C._len_torch_dispatch_stack
+_hooks, _pre_hooks = module_hooks._global_forward_hooks, module_hooks._global_forward_pre_hooks
 
 
 def is_plain(*tensors: Tensor | None) -> bool:
-    """Return whether all tensors (None is ignored) hold numbers of one dtype in the CPU's memory.
+    """Return whether all tensors (None is ignored) have one dtype, and their numbers in the CPU's memory.
 
     Subclasses do not: quantized weights, fake tensors, tensors of torch.func.
     """
     dtype = None
     for x in tensors:
         if x is not None:
-            if type(x) not in PLAIN_TYPES or not x.is_cpu or x.layout is not torch.strided or x.is_quantized or x.is_neg():
+            if type(x) not in PLAIN_TYPES or not x.is_cpu or x.layout is not _CPU_LAYOUT:
                 return False
             if dtype is None:
                 dtype = x.dtype
@@ -33,23 +43,22 @@ def is_plain(*tensors: Tensor | None) -> bool:
 
 def is_transformed() -> bool:
     """Return whether operations are recorded or transformed: torch.func, forward-mode AD, tracing, export, dispatch modes."""
-    return torch.compiler.is_compiling() or bool(
-        torch._C._functorch.peek_interpreter_stack() is not None
-        or forward_ad._current_level >= 0
-        or torch._C._len_torch_dispatch_stack()
-        or torch._C._is_tracing()
-    )
+    return torch.compiler.is_compiling() or _is_transformed()
 
 
 def is_observed() -> bool:
     """Return whether anything must see every operation: autograd, autocast, hooks of all modules, or what transforms them."""
-    return torch.compiler.is_compiling() or bool(
-        torch.is_grad_enabled()
-        or torch._C._is_any_autocast_enabled()
-        or module_hooks._global_forward_hooks
-        or module_hooks._global_forward_pre_hooks
-        or is_transformed()
+    return (
+        torch.compiler.is_compiling()
+        or _is_grad_enabled()
+        or _is_autocast_enabled()
+        or bool(_hooks or _pre_hooks)
+        or _is_transformed()
     )
+
+
+def _is_transformed() -> bool:
+    return _transform() is not None or forward_ad._current_level >= 0 or _dispatch_modes() > 0 or bool(_is_tracing())
 
 
 def is_fake() -> bool:

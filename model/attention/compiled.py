@@ -142,6 +142,7 @@ def _padded(keys: int) -> int:
 
 def _with_uniform_stride(x: Tensor) -> Tensor:
     """Return x, copied unless the heads of a position are contiguous and one stride separates all positions."""
+    x = x.resolve_neg()
     width, heads, head_dim = x.shape[2:]
     has_contiguous_heads = x.stride(4) == 1 and (heads == 1 or x.stride(3) == head_dim)
     return x if has_contiguous_heads and x.stride(1) == x.stride(2) * width else x.contiguous()

@@ -79,7 +79,7 @@ class LayerNorm(nn.LayerNorm):
         """Return whether the norm is over the last dimension, and all memory is contiguous."""
         weight, bias = self.weight, self.bias
         return (
-            (weight is not None and bias is not None and is_plain(x, weight, bias))
+            (weight is not None and bias is not None and is_plain(x, weight, bias) and not x.is_neg())
             and (x.is_contiguous() and weight.is_contiguous() and bias.is_contiguous())
             and self.normalized_shape == x.shape[-1:] == weight.shape == bias.shape
         )
