@@ -1,16 +1,13 @@
 """Decode images in processes that can be killed: whatever could cost much time or memory, and cannot be limited in a thread."""
 
 import asyncio
-import heapq
-import itertools
 import math
 import os
 import signal
 import socket
 import subprocess
 import sys
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager, suppress
+from contextlib import suppress
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -20,6 +17,7 @@ from dinat.app.decode_worker import ERRORS, LENGTH, STATUS, DecodeReply, DecodeR
 from dinat.app.errors import Unavailable, Unprocessable
 from dinat.app.image_file import CHEAP_PIXELS, ImageFile
 from dinat.app.images import check_pixels
+from dinat.app.reservations import Reservations
 from dinat.model.cpu.resize import Pixels
 from dinat.model.image_processor import DinatImageProcessor
 
@@ -97,7 +95,7 @@ class DecodeProcesses:
     async def _decode(self, request: DecodeRequest, file: ImageFile) -> tuple[DecodeReply, Pixels | None]:
         cost = max(request.reserved_pixels * file.scans, len(file.data))
         memory = MEMORY_BYTES + 2 * len(file.data) + BYTES_PER_PIXEL * request.reserved_pixels
-        async with self._reservations.reserve(request.reserved_pixels, cost):
+        async with self._reservations.reserve(cost, request.reserved_pixels):
             if self._is_stopped:
                 raise Unavailable("the service stopped before this image was decoded")
             process = self._idle_process() or self._start_process()
@@ -240,43 +238,3 @@ async def _receive(connection: socket.socket, length: int) -> bytearray:
             raise EOFError
         view = view[received:]
     return data
-
-
-class Reservations:
-    """Limits how many images are decoded at a time, and how many pixels they have in total. The cheapest image is first.
-
-    Args:
-        images: Maximum number of images.
-        pixels: Maximum number of pixels of all images.
-    """
-
-    def __init__(self, images: int, pixels: int) -> None:
-        self._images, self._pixels = images, pixels
-        self._waiting: list[tuple[int, int, int, asyncio.Future[None]]] = []
-        self._numbers = itertools.count()
-
-    @asynccontextmanager
-    async def reserve(self, pixels: int, cost: int) -> AsyncIterator[None]:
-        """Wait until an image of this many pixels may be decoded."""
-        turn: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        heapq.heappush(self._waiting, (cost, next(self._numbers), pixels, turn))
-        self._admit()
-        try:
-            await turn
-            yield
-        finally:
-            if turn.done() and not turn.cancelled():
-                self._images += 1
-                self._pixels += pixels
-            self._admit()
-
-    def _admit(self) -> None:
-        while self._waiting:
-            _, _, pixels, turn = self._waiting[0]
-            if not turn.cancelled():
-                if self._images < 1 or self._pixels < pixels:
-                    return
-                self._images -= 1
-                self._pixels -= pixels
-                turn.set_result(None)
-            heapq.heappop(self._waiting)

@@ -28,6 +28,7 @@ MAX_CHUNKS = 10_000
 
 CHEAP_PIXELS = 2_000_000
 CHEAP_SIDE = 2**16
+CHEAP_LOSSLESS_PIXELS = 2**16
 CHEAP_BYTES = 2 * 2**20
 CHEAP_SCANNED_PIXELS = 20_000_000
 """Limits of an image that is certain to be cheap to decode and resize. Tables for resizing are proportional to the longer side;
@@ -75,7 +76,14 @@ class ImageFile:
             and self.pixels * self.scans <= CHEAP_SCANNED_PIXELS
             and len(self.data) <= CHEAP_BYTES
             and not self.is_arithmetic
+            and not self._has_many_huffman_tables
         )
+
+    @property
+    def _has_many_huffman_tables(self) -> bool:
+        """Whether this may be a lossless WebP with a set of Huffman tables for every 16 pixels: 65,536 sets take 3 s."""
+        assert self.pixels is not None
+        return self.format == "WEBP" and self.data[12:16] != b"VP8 " and self.pixels > CHEAP_LOSSLESS_PIXELS
 
 
 def read_structure(data: bytes) -> ImageFile:

@@ -19,6 +19,8 @@ from dinat.app.engine.job import Job
 from dinat.app.engine.runtimes.runtime import InferenceResult, LoadedModel, Runtime
 
 SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30)
+VERSION = version("dinat-serve")
+"""Read once: each scrape would read the package's metadata from disk."""
 BATCHES = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
 
 
@@ -165,7 +167,7 @@ class _EngineCollector(Collector):
     def collect(self) -> Iterable[Metric]:
         """See prometheus_client."""
         yield GaugeMetricFamily("dinat_queue_depth_images", "Queued images: accepted and not running yet.", self._waiting())
-        versions = {"version": version("dinat-serve"), "torch": torch.__version__}
+        versions = {"version": VERSION, "torch": torch.__version__}
         yield InfoMetricFamily("dinat_build", "Versions.", versions)
         disabled = GaugeMetricFamily(
             "dinat_disabled", "1 for everything that failed, or returned wrong numbers, at startup.", labels=["name"]

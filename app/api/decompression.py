@@ -15,7 +15,9 @@ ENCODINGS = ("gzip", "x-gzip", "deflate")
 """Supported content encodings. zlib detects whether data is gzip or deflate."""
 
 PIECE_BYTES = 64 * 1024
-"""Size of the pieces in which a body is decompressed. One takes about 0.1 ms, after which other requests get a turn."""
+INPUT_BYTES = 8 * 1024
+"""Largest pieces of output and input in which a body is decompressed. One takes about 0.1 ms, a millisecond if it has blocks
+without output; then other requests get a turn."""
 
 
 class DecompressedBody:
@@ -36,7 +38,7 @@ class DecompressedBody:
         self._limit = limit
         self._reservation = reservation
         self._inflater = zlib.decompressobj(zlib.MAX_WBITS | 32)
-        self._compressed: deque[bytes] = deque()
+        self._compressed: deque[memoryview] = deque()
         self._received = False
         self._complete = False
         self._size = 0
@@ -59,7 +61,7 @@ class DecompressedBody:
             message = await self._receive()
             if message["type"] != "http.request":
                 return message
-            self._compressed.append(message.get("body", b""))
+            self._compressed.append(memoryview(message.get("body", b"")))
             self._received = not message.get("more_body", False)
         await asyncio.sleep(0)
         body = self._inflate()
@@ -73,8 +75,10 @@ class DecompressedBody:
     def _inflate(self) -> bytes:
         """Decompress the next piece. Afterwards `_compressed` has what is left; it is empty once the body is complete."""
         data = self._compressed.popleft()
+        if len(data) > INPUT_BYTES:
+            self._compressed.appendleft(data[INPUT_BYTES:])
         try:
-            body = self._inflater.decompress(data, PIECE_BYTES)
+            body = self._inflater.decompress(data[:INPUT_BYTES], PIECE_BYTES)
         except zlib.error as error:
             raise NoImage(f"the body is not valid {self._encoding}: {error}") from None
         rest = self._inflater.unconsumed_tail
@@ -83,7 +87,7 @@ class DecompressedBody:
                 raise NoImage(f"the body is not valid {self._encoding}: data follows its end")
             self._compressed.clear()
         elif rest or len(body) == PIECE_BYTES:
-            self._compressed.appendleft(rest)
+            self._compressed.appendleft(memoryview(rest))
         elif not self._compressed:
             raise NoImage(f"the body is not valid {self._encoding}: it is truncated")
         return body

@@ -23,6 +23,10 @@ FormItem = tuple[str, str | bytes]
 """Name and content of a field: text, or the bytes of a file."""
 
 
+MAX_CONTENT_TYPE = 1000
+"""Characters of a Content-Type. Parsing its parameters takes more than a microsecond each."""
+
+
 def parse_multipart(body: bytes, content_type: str, max_images: int) -> list[FormItem]:
     """Parse a multipart form (RFC 7578).
 
@@ -35,6 +39,8 @@ def parse_multipart(body: bytes, content_type: str, max_images: int) -> list[For
         NoImage: The form is malformed, or its charset is not supported.
         TooLarge: There are too many parts.
     """
+    if len(content_type) > MAX_CONTENT_TYPE:
+        raise NoImage(f"the form is malformed: Content-Type has more than {MAX_CONTENT_TYPE:,} characters")
     _, options = parse_options_header(content_type)
     charset = options.get(b"charset", b"utf-8").decode("latin-1")
     if charset.lower() not in CHARSETS:

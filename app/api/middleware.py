@@ -102,6 +102,9 @@ class RequestMiddleware:
         if error is not None:
             await exchange.send_error(error)
             return
+        if scope["method"] in ("GET", "HEAD"):  # a body has no meaning, and none is read
+            await self._app(scope, receive, exchange.send)
+            return
         settings = self._engine.settings
         limited = exchange.body = LimitedBody(receive, scope, headers.get(b"content-length", b"0"), settings, reservation)
         encoding = headers.get(b"content-encoding", b"").decode("latin-1").strip().lower()

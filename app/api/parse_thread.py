@@ -1,23 +1,24 @@
 """A thread that parses large request bodies."""
 
 import asyncio
-import heapq
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from itertools import count
 from typing import TypeVar
+
+from dinat.app.reservations import Reservations
 
 T = TypeVar("T")
 
-INLINE_BYTES = 64 * 1024
-"""Largest body that is parsed on the event loop. Parsing it takes at most a few milliseconds; a thread costs 0.1 ms."""
+INLINE_BYTES = 16 * 1024
+"""Largest body that is parsed on the event loop. Parsing it takes a few milliseconds at most, for each of many connections; a
+thread costs 0.1 ms."""
 
 MAX_PAUSE_SECONDS = 0.25
 
 
 class ParseThread:
-    """Parses bodies one at a time, the smallest of the waiting ones first.
+    """Parses bodies one at a time, the smallest of the waiting ones first, see Reservations.
 
     Parsers written in C hold the GIL. Therefore each is followed by a pause of equal length in which the event loop runs
     without interruption; and one thread is enough, which also limits the memory of parsed values to that of one body.
@@ -25,17 +26,14 @@ class ParseThread:
 
     def __init__(self) -> None:
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="parse")
-        self._busy = False
-        self._waiting: list[tuple[int, int, asyncio.Future[None]]] = []
-        self._order = count()
+        self._turns = Reservations(1)
         self._free_at = 0.0
 
     async def run(self, size: int, parse: Callable[[], T]) -> T:
         """Run `parse` in the thread, or directly if its body of `size` bytes is small, and return its result."""
         if size <= INLINE_BYTES:
             return parse()
-        await self._acquire(size)
-        try:
+        async with self._turns.reserve(size):
             await asyncio.sleep(max(0, min(MAX_PAUSE_SECONDS, self._free_at - time.monotonic())))
             started = time.monotonic()
             try:
@@ -43,30 +41,7 @@ class ParseThread:
             finally:
                 ended = time.monotonic()
                 self._free_at = ended + (ended - started)
-        finally:
-            self._release()
 
     def stop(self) -> None:
         """End the thread after what it runs."""
         self._thread.shutdown(wait=False, cancel_futures=True)
-
-    async def _acquire(self, size: int) -> None:
-        if not self._busy:
-            self._busy = True
-            return
-        turn = asyncio.get_running_loop().create_future()
-        heapq.heappush(self._waiting, (size, next(self._order), turn))
-        try:
-            await turn
-        except asyncio.CancelledError:
-            if turn.done() and not turn.cancelled():
-                self._release()
-            raise
-
-    def _release(self) -> None:
-        while self._waiting:
-            _, _, turn = heapq.heappop(self._waiting)
-            if not turn.done():
-                turn.set_result(None)
-                return
-        self._busy = False

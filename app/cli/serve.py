@@ -62,8 +62,8 @@ def serve(*, settings: Settings) -> None:
 def fit_connections(settings: Settings, frontends: int, descriptors: int | None) -> Settings:
     """Lower MAX_CONNECTIONS to what the limit of open files carries.
 
-    Above that limit the kernel gives no connection to the process, which could not even reject it with 503. Half of the limit
-    is for connections that are being rejected, and for uploads that are stored in a file.
+    Above that limit the kernel gives no connection to the process, which could not even reject it with 503. A third of
+    the limit is for connections that are being rejected, a third for files that are sent or received.
 
     Args:
         settings: Settings of the service.
@@ -72,7 +72,7 @@ def fit_connections(settings: Settings, frontends: int, descriptors: int | None)
     """
     if descriptors is None:
         return settings
-    carried = frontends * max(1, (descriptors - RESERVED_DESCRIPTORS) // 2)
+    carried = frontends * max(1, (descriptors - RESERVED_DESCRIPTORS) // 3)
     if settings.max_connections <= carried:
         return settings
     log.warning(

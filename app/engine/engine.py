@@ -18,8 +18,8 @@ from dinat.app.engine.events import BackendEvents
 from dinat.app.engine.job import Job
 from dinat.app.engine.local_backend import LocalBackend, in_own_thread
 from dinat.app.engine.runtimes.runtime import Array, InferenceOptions, InferenceResult, LoadedModel
-from dinat.app.errors import DeadlinePassed, NoImage, ServiceError, TooLarge, Unavailable
-from dinat.app.image_file import ImageFile
+from dinat.app.errors import DeadlinePassed, NoImage, ServiceError, TooLarge, Unavailable, Unprocessable
+from dinat.app.image_file import CHEAP_SIDE, ImageFile
 from dinat.app.images import decode, inspect, resize_within
 from dinat.app.metrics import Metrics
 from dinat.app.settings import Settings
@@ -309,6 +309,9 @@ class Engine(BackendEvents):
             return resize_within(processor, decode(source, max_pixels, self._draft(processor)), max_pixels)
         if source.dtype == np.float32:
             return source
+        side = max(source.shape)
+        if side > CHEAP_SIDE:  # such a file would be resized in a process
+            raise Unprocessable(f"a tensor with a side of {side:,} pixels is too long: the maximum is {CHEAP_SIDE:,}")
         return resize_within(processor, source.astype(np.uint8, copy=False), max_pixels)
 
     def _draft(self, processor: DinatImageProcessor) -> tuple[int, int] | None:

@@ -2,12 +2,15 @@
 
 import asyncio
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from dinat.app.settings import Settings
 
-PROBES = ("/health", "/metrics", "/ping", "/v2/health/")
+PROBES = ("/health", "/ping", "/v2/health/")
 """Prefixes of the paths that are answered above MAX_CONNECTIONS, and before other requests."""
+
+SCRAPES = ("/metrics",)
+"""Prefixes of further paths that are answered above MAX_CONNECTIONS. They take milliseconds, and wait like other requests."""
 
 STARTS_PER_ITERATION = 32
 """How many requests start in one iteration of the event loop.
@@ -24,9 +27,8 @@ class Connections:
     """
 
     def __init__(self, settings: Settings) -> None:
-        paths = [*PROBES, *filter(None, [settings.aip_health_route])]
-        paths += [settings.root_path + path for path in paths]
-        self._probes = tuple(f"{method} {path}".encode() for method in ("GET", "HEAD") for path in paths)
+        self._probes = _requests([*PROBES, *filter(None, [settings.aip_health_route])], settings.root_path)
+        self._exempt = self._probes + _requests(SCRAPES, settings.root_path)
         self._limit = settings.max_connections
         self._over_limit: dict[asyncio.Protocol, asyncio.Transport] = {}
         self._waiting: deque[Callable[[], object]] = deque()
@@ -34,8 +36,12 @@ class Connections:
         self._is_scheduled = False
 
     def is_probe(self, data: bytes) -> bool:
-        """Whether data is the whole of one request, a health check or a scrape of the metrics."""
+        """Whether data is the whole of one request, a health check."""
         return data.startswith(self._probes) and data.endswith(b"\r\n\r\n")
+
+    def is_exempt(self, data: bytes) -> bool:
+        """Whether data is the whole of one request, a health check or a scrape of the metrics."""
+        return data.startswith(self._exempt) and data.endswith(b"\r\n\r\n")
 
     def is_over_limit(self, connection: asyncio.Protocol) -> bool:
         """Whether a connection was above MAX_CONNECTIONS when it was opened."""
@@ -74,3 +80,9 @@ class Connections:
         self._is_scheduled = False
         for _ in range(min(STARTS_PER_ITERATION, len(self._waiting))):
             self.start(loop, self._waiting.popleft())
+
+
+def _requests(paths: Sequence[str], root_path: str) -> tuple[bytes, ...]:
+    """Return what requests of these paths begin with, also if a proxy does not remove the root path."""
+    roots = {"", root_path}
+    return tuple(f"{method} {root}{path}".encode() for method in ("GET", "HEAD") for root in roots for path in paths)

@@ -92,6 +92,7 @@ class Connection(HttpToolsProtocol):
         self._deadline = self._timer_due = self._close_by = math.inf
         self._timer: asyncio.TimerHandle | None = None
         self._answering: RequestResponseCycle | None = None
+        self._answer_by = math.inf
         self._is_probe = False
         """Whether this is the first request, a probe, and was received at once."""
         self._ended = False
@@ -133,7 +134,7 @@ class Connection(HttpToolsProtocol):
             self.loop.call_later(DISCARD_SECONDS, self._resume_discarding)
             return
         self._is_probe = self.cycle is None and self._shared.is_probe(data)
-        if not self._is_probe and self._shared.is_over_limit(self):
+        if self._shared.is_over_limit(self) and not self._shared.is_exempt(data):
             limit = self._settings.max_connections
             self._reject(Unavailable(f"{limit} connections are open, no more are accepted: retry later", {"Retry-After": "1"}))
             return
@@ -160,7 +161,7 @@ class Connection(HttpToolsProtocol):
         if self._answering is None:
             self._enter(Phase.CLOSING, self.loop.time() + self._settings.download_seconds)
             return False
-        self._enter(Phase.ANSWERING, self._answer_deadline())
+        self._enter(Phase.ANSWERING, self._answer_by)
         if not self._answering.response_started and self._answering.scope["http_version"] == "1.1":
             self._raw.write(b"HTTP/1.1 100 Continue\r\n\r\n")
             self._check_peer()
@@ -236,12 +237,14 @@ class Connection(HttpToolsProtocol):
         if self.parser.should_upgrade():
             return
         super().on_message_complete()
+        if self.cycle is self._answering:
+            self._set_answer_by()
         self.scope["state"]["body_received"] = True
         self._bytes_without_progress = 0
         if self._answering is None:
             self._enter(Phase.IDLE, self.loop.time() + KEEP_ALIVE_SECONDS)
         else:
-            self._enter(Phase.ANSWERING, self._answer_deadline())
+            self._enter(Phase.ANSWERING, self._answer_by)
 
     def on_response_complete(self) -> None:
         """Start the next request."""
@@ -259,6 +262,7 @@ class Connection(HttpToolsProtocol):
 
     def _start_asgi_task(self, cycle: RequestResponseCycle, app: ASGI3Application) -> None:
         self._answering = cycle
+        self._set_answer_by()
         start = partial(super()._start_asgi_task, cycle, app)
         if self._is_probe:
             start()
@@ -309,8 +313,9 @@ class Connection(HttpToolsProtocol):
         else:
             self._raw.abort()
 
-    def _answer_deadline(self) -> float:
-        return self.loop.time() + self._settings.deadline_ms / 1000 + self._settings.download_seconds
+    def _set_answer_by(self) -> None:
+        """Set when the response in progress must have been read. Requests that follow behind it do not extend that."""
+        self._answer_by = self.loop.time() + self._settings.deadline_ms / 1000 + self._settings.download_seconds
 
     def _reject(self, error: ServiceError) -> None:
         """Respond with an error, after the responses to the requests before it, and close."""
@@ -321,7 +326,7 @@ class Connection(HttpToolsProtocol):
         if self._answering is None:
             self._send_rejection()
         else:
-            self._enter(Phase.ANSWERING, self._answer_deadline())
+            self._enter(Phase.ANSWERING, self._answer_by)
 
     def _send_rejection(self) -> None:
         if self._rejection is not None:

@@ -10,7 +10,7 @@ import numpy as np
 import psutil
 import pytest
 
-from dinat.app.decode_processes import DecodeProcesses, Reservations
+from dinat.app.decode_processes import DecodeProcesses
 from dinat.app.errors import TooLarge, Unavailable, Unprocessable, UnsupportedImage
 from dinat.app.images import decode, formats, inspect
 from dinat.model import DinatImageProcessor
@@ -196,41 +196,3 @@ def test_server_imports_neither_torch_nor_the_web_framework_and_has_no_secrets(m
         assert "secret" not in server.environ().values()
 
     run(test)
-
-
-def test_cheapest_image_is_first_and_pixels_are_limited() -> None:
-    async def test() -> None:
-        reservations = Reservations(images=2, pixels=100)
-        running: list[str] = []
-        release = {name: asyncio.Event() for name in ("large", "huge", "small", "cancelled", "medium")}
-
-        async def reserve(name: str, pixels: int) -> None:
-            async with reservations.reserve(pixels, pixels):
-                running.append(name)
-                await release[name].wait()
-                running.remove(name)
-
-        async def settle() -> None:
-            for _ in range(5):
-                await asyncio.sleep(0)
-
-        sizes = {"large": 60, "huge": 100, "small": 10, "cancelled": 20, "medium": 50}
-        tasks = {}
-        for name, pixels in sizes.items():
-            tasks[name] = asyncio.create_task(reserve(name, pixels))
-            await settle()
-        assert running == ["large", "small"]
-        tasks["cancelled"].cancel()
-        release["small"].set()
-        await settle()
-        assert running == ["large"]  # medium does not fit beside it
-        release["large"].set()
-        await settle()
-        assert running == ["medium"]
-        tasks["medium"].cancel()
-        await settle()
-        assert running[-1] == "huge"
-        release["huge"].set()
-        await tasks["huge"]
-
-    asyncio.run(test())

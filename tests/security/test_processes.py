@@ -100,12 +100,12 @@ def test_nothing_remains_when_the_supervisor_is_killed(monkeypatch: pytest.Monke
 def test_connections_over_a_low_limit_of_open_files_are_rejected_with_503() -> None:
     with Server(prefix=["sh", "-c", 'ulimit -n 64; exec "$@"', "sh"]) as server, ExitStack() as stack:
         (warning,) = [event for event in server.events if "MAX_CONNECTIONS lowered" in event["event"]]
-        assert (warning["max_connections"], warning["open_files"]) == (16, 64)
+        assert (warning["max_connections"], warning["open_files"]) == (10, 64)
         statuses = []
-        for _ in range(28):
+        for _ in range(20):
             client = stack.enter_context(httpx.Client(base_url=server.url, timeout=30))
             statuses.append(client.post("/classify", content=IMAGE).status_code)
-        assert statuses == [200] * 16 + [503] * 12
+        assert statuses == [200] * 10 + [503] * 10
         assert server.stop() == 0
 
 
@@ -114,9 +114,9 @@ def test_connections_over_a_low_limit_of_open_files_are_rejected_with_503() -> N
     [
         (1024, 1, None, 1024),
         (1024, 1, 4096, 1024),
-        (1024, 1, 1024, 496),
+        (1024, 1, 1024, 330),
         (1024, 4, 1024, 1024),
-        (1024, 2, 64, 32),
+        (1024, 2, 64, 20),
         (5, 1, 8, 1),
     ],
 )
