@@ -94,3 +94,80 @@ def narrow_png(width: int) -> bytes:
     row += compressor.compress(bytes(width % 4096 + 1)) + compressor.flush()
     head = struct.pack(">IIBBBBB", width, 1, 8, 0, 0, 0, 0)
     return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", head) + chunk(b"IDAT", row) + chunk(b"IEND", b"")
+
+
+class BitWriter:
+    """Writes numbers bit by bit, the least significant first, as Deflate and WebP have them."""
+
+    def __init__(self) -> None:
+        self._bits = self._count = 0
+        self._bytes = bytearray()
+
+    def write(self, value: int, count: int) -> None:
+        self._bits |= value << self._count
+        self._count += count
+        while self._count >= 8:
+            self._bytes.append(self._bits & 255)
+            self._bits >>= 8
+            self._count -= 8
+
+    def content(self) -> bytes:
+        return bytes(self._bytes) + bytes([self._bits] if self._count else [])
+
+
+def webp_huffman_tables(side: int) -> bytes:
+    """Return a lossless WebP (RFC 9649) of a square with a set of Huffman tables for every 16 pixels, up to 65,536."""
+    writer = BitWriter()
+    for value, count in ((0x2F, 8), (side - 1, 14), (side - 1, 14), (0, 1), (0, 3), (0, 1), (0, 1), (1, 1), (0, 3), (0, 1)):
+        writer.write(value, count)
+    for alphabet in (280, 256):  # literals of 8 bits each
+        writer.write(0, 1)
+        writer.write(8, 4)
+        for symbol in (17, 18, 0, 1, 2, 3, 4, 5, 16, 6, 7, 8):
+            writer.write(symbol in (0, 8), 3)
+        writer.write(0, 1)
+        for symbol in range(alphabet):
+            writer.write(symbol < 256, 1)
+
+    def constant() -> None:  # a table of one symbol
+        writer.write(1, 1)
+        writer.write(0, 3)
+
+    for _ in range(3):
+        constant()
+    blocks = ((side + 3) // 4) ** 2
+    groups = min(blocks, 65_536)
+    for block in range(blocks):
+        group = min(block, groups - 1)
+        for byte in (group & 255, group >> 8):
+            writer.write(int(f"{byte:08b}"[::-1], 2), 8)
+    for _ in range(5 * groups):
+        constant()
+    data = writer.content() + bytes(64)
+    data += bytes(len(data) % 2)
+    return b"RIFF" + struct.pack("<I", 12 + len(data)) + b"WEBPVP8L" + struct.pack("<I", len(data)) + data
+
+
+def deflate_without_output(size: int) -> bytes:
+    """Return a zlib stream (RFC 1950) of about this many bytes, of blocks that contain their end only."""
+
+    def write_block(writer: BitWriter, is_last: bool) -> None:
+        for value, count in ((is_last, 1), (2, 2), (29, 5), (29, 5), (14, 4)):
+            writer.write(value, count)
+        lengths = {18: 1, 0: 2, 1: 2}
+        for symbol in (16, 17, 18, 0, 8, 7, 9, 6, 10, 5, 11, 4, 12, 3, 13, 2, 14, 1):
+            writer.write(lengths.get(symbol, 0), 3)
+        for zeros in ((138, 117), (29,), (29,)):  # codes of one bit for 0, 256 and the first distance
+            writer.write(3, 2)
+            for count in zeros:
+                writer.write(0, 1)
+                writer.write(count - 11, 7)
+        writer.write(1, 1)  # the end of the block
+
+    period = BitWriter()
+    for _ in range(8):  # as many bits as whole bytes
+        write_block(period, False)
+    last = BitWriter()
+    write_block(last, True)
+    blocks = period.content()
+    return b"\x78\x9c" + blocks * (size // len(blocks)) + last.content() + (1).to_bytes(4, "big")

@@ -24,6 +24,7 @@ from tests.app.sample_images import encoded, noise, png_bomb
 from tests.e2e.processes import Server
 from tests.security.hostile_images import (
     bmp_rle,
+    deflate_without_output,
     exif_directory,
     gif_comments,
     jpeg_junk,
@@ -32,6 +33,7 @@ from tests.security.hostile_images import (
     narrow_png,
     png_chunks,
     tiff_directory,
+    webp_huffman_tables,
 )
 from tests.security.observer import observed
 from tests.security.test_bodies import AS_JSON, BODIES, SEVEN, SEVEN_TEXT, UPLOAD, address_of, exchange, raw_request
@@ -97,8 +99,8 @@ def repeat(
     return {"MB sent": sent // 10**6, "still open": still_open}
 
 
-def flood(url: str, path: str) -> object:
-    command = ["wrk", "-t1", "-c1300", f"-d{SECONDS}", url + path]
+def flood(url: str, path: str, connections: int = 1300) -> object:
+    command = ["wrk", "-t1", f"-c{connections}", f"-d{SECONDS}", url + path]
     lines = subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()
     return " ".join(" ".join(line.split()) for line in lines if "requests in" in line or "Non-2xx" in line)
 
@@ -146,6 +148,11 @@ CONNECTIONS: Mapping[str, Callable[[str], object]] = {
     "silent x200": lambda url: repeat(url, b"", clients=200),
     "wrk -c1300 /model": lambda url: flood(url, "/model"),
     "wrk -c1300 /health/live": lambda url: flood(url, "/health/live"),
+    "wrk -c64 /metrics": lambda url: flood(url, "/metrics", 64),
+    "wrk -c1000 /metrics": lambda url: flood(url, "/metrics", 1000),
+    "deflate without output": lambda url: send_all(
+        url, [raw_request("/classify", deflate_without_output(4 * MIB), {"Content-Encoding": "deflate"})] * CLIENTS
+    ),
     "unread responses x16": lambda url: unread(url, 16),
     "unread responses x64": lambda url: unread(url, 64),
     "unfinished gzip of 20 MB": lambda url: repeat(
@@ -162,6 +169,7 @@ IMAGES: Mapping[str, Callable[[], list[bytes]]] = {
     "EXIF directories": lambda: [jpeg_segments(1, 0xE1, b"Exif\0\0" + exif_directory(4500, 11_000))] * CLIENTS,
     "PNG of 100,000 chunks": lambda: [png_chunks(100_000)] * CLIENTS,
     "PNG of 1,700,000 chunks": lambda: [png_chunks(1_700_000)] * CLIENTS,
+    "WebP of 65,536 sets of Huffman tables": lambda: [webp_huffman_tables(1412)] * CLIENTS,
     "PNGs of one row": lambda: [narrow_png(999_900 - n) for n in range(CLIENTS)],
     "PNGs of 49 megapixels": lambda: [png_bomb(7000, 7000)] * CLIENTS,
     "GIF of 80,000 comments": lambda: [gif_comments(80_000)] * CLIENTS,

@@ -121,6 +121,12 @@ def many_pixels() -> bytes:
     return head + bytes(18_000_000)
 
 
+def long_column() -> bytes:
+    head = b'{"inputs":[{"name":"pixel_values","datatype":"UINT8","shape":[1,1,6000000,3],'
+    return head + b'"parameters":{"binary_data_size":18000000}}]}' + bytes(18_000_000)
+
+
+LONG_CONTENT_TYPE = {"Content-Type": "multipart/form-data" + ";" * 60_000}
 IMAGE_INPUT = b'"shape":[1],"data":["' + SEVEN_TEXT.encode() + b'"]'
 OUTPUTS = b",".join([b'{"name":"hidden_states.0"}'] * 20_000)
 FP32 = b'{"inputs":[{"name":"pixel_values","datatype":"FP32","shape":[1,3,64,64],"data":['
@@ -155,6 +161,8 @@ BODIES = [
     Attack("a tensor of 6,000,000 images", INFER, many_pixels, headers={"Inference-Header-Content-Length": "122"}, gz=True),
     Attack("base64 of 20 MB of spaces", "/classify", lambda: filled(b'{"image":"', b"a ", b'"}'), (415, 422), gz=True),
     Attack("base64 with an emoji", "/classify", lambda: filled(b'{"image":"\xf0\x9f\x98\x80', b"a", b'"}'), (422,)),
+    Attack("a tensor of one long column", INFER, long_column, (422,), {"Inference-Header-Content-Length": "122"}, gz=True),
+    Attack("a Content-Type of 60 kB", "/classify", lambda: b"x", (400,), LONG_CONTENT_TYPE),
     Attack("a form of 300,000 parts", "/classify", lambda: form_of(200_000), headers=FORM, gz=True),
     Attack("a form of long headers", "/classify", lambda: form_of(190, b"x: " + b"y" * 4000 + b"\r\n"), headers=FORM),
     Attack("a form that nearly repeats its boundary", "/classify", near_boundaries, (415,), headers=FORM, gz=True),

@@ -25,6 +25,7 @@ from tests.security.hostile_images import (
     narrow_png,
     png_chunks,
     tiff_directory,
+    webp_huffman_tables,
 )
 from tests.security.observer import observed, resident_memory
 
@@ -56,6 +57,7 @@ ATTACKS: dict[str, tuple[Callable[[], list[bytes]], set[int], int]] = {
     "scans below the limit": (lambda: [jpeg_scans(90, 7000)] * 4, {200, 422}, 700),
     "segments": (lambda: [jpeg_segments(900)] * 16, {200}, 100),
     "EXIF directories": (lambda: [jpeg_segments(1, 0xE1, b"Exif\0\0" + exif_directory(4500, 11_000))] * 16, {200}, 100),
+    "lossless WebP": (lambda: [webp_huffman_tables(1412)] * 4, {200, 422}, 500),
     "chunks": (lambda: [png_chunks(100_000)] * 16, {422}, 200),
     "rows of any width": (lambda: [narrow_png(999_900 - n) for n in range(32)], {200}, 250),
     "GIF comments": (lambda: [gif_comments(20_000)] * 8, {200}, 350),
