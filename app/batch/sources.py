@@ -158,7 +158,7 @@ class TarFiles(Source):
         return [self.shard(number, [info]) for number, info in enumerate(self.files)]
 
     def items(self, shard: Shard) -> Iterator[Item]:
-        """See Source. What can be read of a damaged file is kept, and its end becomes a row with an error."""
+        """See Source. What can be read of a damaged file is used, and its end becomes a row with an error."""
         (path,) = shard.files
         is_readable = False
         try:

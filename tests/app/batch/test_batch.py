@@ -138,9 +138,9 @@ def test_damaged_tar_keeps_what_can_be_read(tmp_path: Path, capsys: pytest.Captu
     (error,) = [row for row in rows(out) if row["error"]]
     assert error["path"] == "a.tar"
     assert error["error"].startswith(f"{source / 'a.tar'} is not a complete tar file: unexpected end of data")
-    kept, whole = ([row["labels"] for row in rows(out) if row["path"].startswith(f"{name}.tar/")] for name in "ab")
-    assert 0 < len(kept) < len(whole) == 5
-    assert kept == whole[: len(kept)]
+    readable, whole = ([row["labels"] for row in rows(out) if row["path"].startswith(f"{name}.tar/")] for name in "ab")
+    assert 0 < len(readable) < len(whole) == 5
+    assert readable == whole[: len(readable)]
     for name in ("a.tar", "c.tar.gz", "empty.tar"):
         write_tar(source / name, IMAGES[:5])
     assert main(["batch", str(source), str(out), "--replace", *EXACT]) == 0
