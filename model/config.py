@@ -4,7 +4,7 @@ Field names, defaults and rules are those of transformers 4.53.3, so that config
 """
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ from torch import Tensor
 
 from dinat.model.checkpoints.files import CONFIG, find_files
 from dinat.model.errors import CheckpointError, ConfigError
+from dinat.model.field_rules import Rule, check_fields, flag, integer, number, optional, sequence, shown, text
 
 DEFAULT_DILATIONS = [[1, 8, 1], [1, 4, 1, 4], [1, 2, 1, 2, 1, 2], [1, 1, 1, 1, 1]]
 
@@ -77,6 +78,32 @@ HUB_IDS = {
     "large-11x11-384": "shi-labs/dinat-large-11x11-in22k-in1k-384",
 }
 """Hub repositories of the presets' weights."""
+
+
+MAX_STAGES, MAX_DEPTH, MAX_CHANNELS, MAX_LABELS = 16, 1024, 2**20, 2**20
+MAX_PARAMETERS = 2**34
+
+FIELD_RULES: dict[str, Rule] = {
+    "num_channels": integer(1, 1024),
+    "embed_dim": integer(1, MAX_CHANNELS),
+    "depths": sequence(integer(1, MAX_DEPTH), 1, MAX_STAGES),
+    "num_heads": sequence(integer(1, MAX_CHANNELS), 1, MAX_STAGES),
+    "dilations": optional(sequence(sequence(lambda _: None, 1, MAX_DEPTH), 1, MAX_STAGES)),
+    "mlp_ratio": number(0, 1024),
+    "qkv_bias": flag,
+    "hidden_dropout_prob": number(0, 1),
+    "attention_probs_dropout_prob": number(0, 1),
+    "drop_path_rate": number(0, 1),
+    "initializer_range": number(0, 1e6),
+    "layer_norm_eps": number(0, 1),
+    "layer_scale_init_value": number(-1e6, 1e6),
+    "num_labels": optional(integer(0, MAX_LABELS)),
+    "problem_type": optional(text("regression", "single_label_classification", "multi_label_classification")),
+    "output_attentions": optional(flag),
+    "output_hidden_states": optional(flag),
+    "return_dict": optional(flag),
+}
+"""Types and ranges of the fields that are simple values."""
 
 
 class DinatConfig:
@@ -145,6 +172,9 @@ class DinatConfig:
         return_dict: bool = True,
         **other: Any,
     ) -> None:
+        check_fields(locals(), FIELD_RULES, ConfigError)
+        if not (isinstance(hidden_act, str) or callable(hidden_act)):
+            raise ConfigError(f"hidden_act must be a name or a function, got {shown(hidden_act)}")
         self.patch_size = patch_size
         self.num_channels = num_channels
         self.embed_dim = embed_dim
@@ -171,8 +201,11 @@ class DinatConfig:
         for name, value in other.items():
             if isinstance(getattr(type(self), name, None), property):
                 raise ConfigError(f"{name} is derived from depths and num_heads: set those instead")
+            if name.startswith("__") or hasattr(type(self), name):
+                raise ConfigError(f"{name} is not the name of a field")
             setattr(self, name, value)
         self._check_layers(dilations is None)
+        self._check_size()
         self._out_features, self._out_indices = _align(out_features, out_indices, self.stage_names)
 
     @classmethod
@@ -304,8 +337,10 @@ class DinatConfig:
         return f"DinatConfig({json.dumps(self.to_dict(), indent=2, sort_keys=True, default=repr)})"
 
     def _set_labels(self, num_labels: int | None, id2label: dict[Any, str] | None, label2id: dict[str, int] | None) -> None:
+        if label2id is not None and not isinstance(label2id, Mapping):
+            raise ConfigError(f"label2id must be a mapping from labels to ids, got {shown(label2id)}")
         if id2label is not None:
-            self.id2label = {int(index): label for index, label in id2label.items()}
+            self.id2label = _labels(id2label)
             if num_labels is not None and num_labels != len(self.id2label):
                 raise ConfigError(f"num_labels is {num_labels} but id2label has {len(self.id2label)} labels")
         else:
@@ -313,6 +348,18 @@ class DinatConfig:
         if sorted(self.id2label) != list(range(len(self.id2label))):
             raise ConfigError(f"id2label must contain each of the ids 0 to {len(self.id2label) - 1}")
         self.label2id = label2id or {label: index for index, label in self.id2label.items()}
+
+    def _check_size(self) -> None:
+        """Raise ConfigError if the network would be larger than any that fits into memory."""
+        if self.hidden_size > MAX_CHANNELS:
+            raise ConfigError(f"the last stage would have {self.hidden_size:,} channels, over {MAX_CHANNELS:,}")
+        channels = [self.channels_of(stage) for stage in range(self.num_layers)]
+        layers = sum(depth * c * c * (4 + 2 * self.mlp_ratio) for depth, c in zip(self.depths, channels, strict=True))
+        parameters = layers + sum(18 * c * c for c in channels[:-1]) + self.num_labels * channels[-1]
+        heads = sum(depth * count for depth, count in zip(self.depths, self.num_heads, strict=True))
+        parameters += heads * 4 * self.kernel_size**2
+        if parameters > MAX_PARAMETERS:
+            raise ConfigError(f"the network would have {parameters:.2g} parameters, over {MAX_PARAMETERS:.2g}")
 
     def _check_layers(self, dilations_are_default: bool) -> None:
         if not self.depths or len(self.num_heads) != len(self.depths):
@@ -326,6 +373,20 @@ class DinatConfig:
             raise ConfigError(f"kernel_size must be odd and at least 3, got {self.kernel_size}")
 
 
+def _labels(id2label: Any) -> dict[int, str]:
+    """Return id2label with integer keys. Raises ConfigError if it maps anything but integers to strings."""
+    try:
+        labels = {int(index): label for index, label in id2label.items()}
+    except (AttributeError, TypeError, ValueError):
+        raise ConfigError(f"id2label must be a mapping from ids to labels, got {shown(id2label)}") from None
+    other = next((label for label in labels.values() if not isinstance(label, str)), None)
+    if other is not None:
+        raise ConfigError(f"id2label must map ids to strings, got {shown(other)}")
+    if len(labels) > MAX_LABELS:
+        raise ConfigError(f"id2label has {len(labels):,} labels, the maximum is {MAX_LABELS:,}")
+    return labels
+
+
 _DERIVED = ("hidden_size", "num_layers", "stage_names")
 
 
@@ -335,6 +396,8 @@ def _align(names: list[str] | None, indices: Sequence[int] | None, stages: list[
         raise ConfigError(f"out_features must be a list, got {type(names).__name__}")
     if indices is not None:
         indices = list(indices)
+        if not all(isinstance(index, int) for index in indices):
+            raise ConfigError(f"out_indices must be integers, got {shown(indices)}")
         outside = [index for index in indices if not -len(stages) <= index < len(stages)]
         if outside:
             raise ConfigError(f"out_indices {outside} are outside the {len(stages)} stages {stages}")

@@ -19,6 +19,7 @@ from PIL import Image
 
 from dinat.model.cpu.resize import Pixels, Window, resize_rgb, resize_rgb_window
 from dinat.model.errors import ImageError
+from dinat.model.field_rules import Rule, check_fields, flag, number, optional, sequence, shown
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -27,6 +28,19 @@ if TYPE_CHECKING:
 
 ImageInput: TypeAlias = "Image.Image | npt.NDArray[np.uint8] | Tensor"
 """A Pillow image of any mode; or a uint8 array (H, W), (H, W, 1) or (H, W, 3), or tensor (H, W), (1, H, W) or (3, H, W)."""
+
+
+MAX_SIDE = 2**14
+"""Largest height and width to resize to, in pixels."""
+
+FIELD_RULES: dict[str, Rule] = {
+    **dict.fromkeys(("do_resize", "do_center_crop", "do_rescale", "do_normalize"), flag),
+    "crop_pct": optional(number(0.05, 1)),
+    "rescale_factor": number(-1e6, 1e6),
+    "image_mean": sequence(number(-1e6, 1e6), 3, 3),
+    "image_std": sequence(number(-1e6, 1e6), 3, 3),
+}
+"""Types and ranges of the fields that are simple values."""
 
 
 @dataclass(frozen=True)
@@ -64,6 +78,7 @@ class DinatImageProcessor:
     image_std: Sequence[float] = (0.5, 0.5, 0.5)
 
     def __post_init__(self) -> None:
+        check_fields(vars(self), FIELD_RULES, ImageError)
         for name in ("image_mean", "image_std"):
             object.__setattr__(self, name, tuple(getattr(self, name)))
         if self.do_resize:
@@ -72,12 +87,8 @@ class DinatImageProcessor:
             _size(self.crop_size, "crop_size", ({"height", "width"},))
         if self.resample not in [int(filter) for filter in Image.Resampling]:
             raise ImageError(f"resample must be one of Pillow's filter numbers 0 to 5, got {self.resample!r}")
-        if self.crop_pct is not None and not 0 < self.crop_pct <= 1:
-            raise ImageError(f"crop_pct must be above 0 and at most 1, got {self.crop_pct}")
-        if len(self.image_mean) != 3 or len(self.image_std) != 3 or 0 in self.image_std:
-            raise ImageError(
-                f"image_mean and image_std must be 3 numbers each, image_std without 0: got {self.image_mean}, {self.image_std}"
-            )
+        if 0 in self.image_std:
+            raise ImageError(f"image_std must not contain 0, got {self.image_std}")
 
     @classmethod
     def original(cls, size: int = 224, crop_pct: float = 0.875) -> "DinatImageProcessor":
@@ -287,10 +298,10 @@ def _size(size: int | Mapping[str, int] | None, field: str, allowed: tuple[set[s
     if (
         not isinstance(sides, Mapping)
         or set(sides) not in allowed
-        or not all(isinstance(side, int) and side > 0 for side in sides.values())
+        or not all(isinstance(side, int) and not isinstance(side, bool) and 0 < side <= MAX_SIDE for side in sides.values())
     ):
         forms = " or ".join("{" + ", ".join(sorted(names)) + "}" for names in allowed)
-        raise ImageError(f"{field} must be a positive integer or {forms}, got {size!r}")
+        raise ImageError(f"{field} must be an integer from 1 to {MAX_SIDE:,} or {forms}, got {shown(size)}")
     return (sides["shortest_edge"],) if "shortest_edge" in sides else (sides["height"], sides["width"])
 
 

@@ -48,7 +48,7 @@ class Files:
             return None
         try:
             values = json.loads(path.read_text())
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise CheckpointError(f"{path} is not JSON: {error}") from error
         if not isinstance(values, dict):
             raise CheckpointError(f"{path} does not contain a JSON object")

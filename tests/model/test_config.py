@@ -2,6 +2,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -125,3 +126,74 @@ def test_unsupported_models_raise_config_error() -> None:
         DinatConfig.preset("huge")
     with pytest.raises(ConfigError, match="is a function"):
         DinatConfig(hidden_act=torch.relu).save_pretrained("unused")
+
+
+HOSTILE_FIELDS = [
+    {"mlp_ratio": "3.0"},
+    {"mlp_ratio": float("nan")},
+    {"mlp_ratio": [3]},
+    {"embed_dim": 2**40},
+    {"embed_dim": 64.0},
+    {"embed_dim": -64},
+    {"embed_dim": True},
+    {"embed_dim": 2**16, "depths": [1000] * 4, "dilations": [[1] * 1000] * 4},
+    {"depths": "3465"},
+    {"depths": 3},
+    {"depths": [3, 4, 6, 10**9]},
+    {"num_heads": [2, 4, 8, "16"]},
+    {"num_heads": None},
+    {"dilations": [1, 2, 3, 4]},
+    {"dilations": "1234"},
+    {"kernel_size": 7.0},
+    {"kernel_size": [7]},
+    {"kernel_size": 10**9 + 1},
+    {"qkv_bias": "yes"},
+    {"hidden_dropout_prob": -0.1},
+    {"drop_path_rate": float("inf")},
+    {"layer_norm_eps": "1e-5"},
+    {"layer_norm_eps": -1.0},
+    {"initializer_range": None},
+    {"layer_scale_init_value": []},
+    {"num_labels": 10**9},
+    {"num_labels": -1},
+    {"num_labels": "10"},
+    {"id2label": ["a", "b"]},
+    {"id2label": {"a": "b"}},
+    {"id2label": {0: 1}},
+    {"id2label": "ab"},
+    {"label2id": ["a"]},
+    {"hidden_act": 3},
+    {"problem_type": "multi"},
+    {"num_channels": 0},
+    {"out_features": "stage1"},
+    {"out_indices": ["1"]},
+    {"channels_of": 1},
+    {"from_dict": {}},
+    {"__class__": 1},
+]
+
+
+@pytest.mark.parametrize("fields", HOSTILE_FIELDS, ids=lambda fields: ",".join(fields))
+def test_hostile_config_json_is_one_line(fields: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError) as caught:
+        DinatConfig.from_dict(fields)
+    message = str(caught.value)
+    assert len(message) < 400
+    assert "\n" not in message
+
+
+def test_numbers_of_numpy_and_published_extras_are_accepted() -> None:
+    config = DinatConfig.from_dict(
+        {
+            "embed_dim": np.int64(32),
+            "mlp_ratio": 3,
+            "drop_path_rate": np.float32(0.1),
+            "architectures": ["DinatForImageClassification"],
+            "torch_dtype": "float32",
+            "transformers_version": "4.22.0",
+            "hidden_size": 512,
+            "output_attentions": None,
+        }
+    )
+    assert config.hidden_size == 256
+    assert config.architectures == ["DinatForImageClassification"]  # type: ignore[attr-defined]

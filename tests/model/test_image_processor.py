@@ -187,12 +187,23 @@ def test_missing_file_means_the_published_processor(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"size": 0}, "size must be a positive integer or"),
+        ({"size": 0}, "size must be an integer from 1 to 16,384 or"),
         ({"size": {"height": 3}}, "size must be"),
         ({"do_center_crop": True}, "crop_size must be"),
         ({"resample": 9}, "resample must be one of Pillow's filter numbers"),
-        ({"crop_pct": 1.5}, "crop_pct must be above 0"),
-        ({"image_std": [1, 0, 1]}, "image_std without 0"),
+        ({"crop_pct": 1.5}, "crop_pct must be a number from 0.05 to 1"),
+        ({"image_std": [1, 0, 1]}, "image_std must not contain 0"),
+        ({"size": True}, "size must be"),
+        ({"size": 2**40}, "size must be"),
+        ({"size": "224"}, "size must be"),
+        ({"crop_pct": "0.9"}, "crop_pct must be a number"),
+        ({"crop_pct": 1e-5}, "crop_pct must be a number"),
+        ({"image_mean": 0.5}, "image_mean must be a list of 3 values"),
+        ({"image_mean": [0.5, 0.5, float("nan")]}, "image_mean must be a list with a number"),
+        ({"image_std": ["1", 1, 1]}, "image_std must be a list with a number"),
+        ({"rescale_factor": "1/255"}, "rescale_factor must be a number"),
+        ({"do_resize": "yes"}, "do_resize must be true or false"),
+        ({"resample": [2]}, "resample must be one of"),
     ],
 )
 def test_invalid_fields_raise_image_error(fields: dict[str, Any], message: str) -> None:
