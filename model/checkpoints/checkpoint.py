@@ -2,17 +2,18 @@
 
 import os
 import tempfile
-from collections.abc import Callable, Mapping
+import warnings
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
 from dinat.model.checkpoints.files import (
     CONFIG,
-    PICKLE,
     PROCESSOR,
     SAFETENSORS,
     Files,
@@ -36,7 +37,7 @@ class Checkpoint:
         revision: Revision as passed to open_checkpoint.
         config: Configuration of the network.
         processor: Contents of preprocessor_config.json, or None.
-        weights: Returns the path of the weights. Raises CheckpointError.
+        weights: Returns the paths of the weights, several if they are sharded. Raises CheckpointError.
         state_dict: Reads the weights, on the CPU, with the keys of the Hub. Raises CheckpointError.
     """
 
@@ -44,7 +45,7 @@ class Checkpoint:
     revision: str | None
     config: DinatConfig
     processor: dict[str, Any] | None
-    weights: Callable[[], Path]
+    weights: Callable[[], Sequence[Path]]
     state_dict: Callable[[], StateDict]
 
 
@@ -118,7 +119,20 @@ def match_state_dict(
     messages = [f"{len(keys)} {problem}: {', '.join(keys)}" for problem, keys in problems if keys]
     if messages:
         raise CheckpointError(f"the weights of {source} do not match their configuration; keys {'; '.join(messages)}")
-    return {key: state_dict[key] for key in expected}
+    matched = {key: state_dict[key] for key in expected}
+    _check_numbers(matched, source)
+    return matched
+
+
+def _check_numbers(state_dict: StateDict, source: str) -> None:
+    """Check that weights are floating-point numbers in memory. Warns if some are infinite or NaN. Raises CheckpointError."""
+    for key, value in state_dict.items():
+        if not value.is_floating_point() or value.layout is not torch.strided or value.is_meta:
+            kind = "no values" if value.is_meta else f"{str(value.layout).removeprefix('torch.')} values of {value.dtype}"
+            raise CheckpointError(f"{key} of {source} has {kind}: floating-point weights are required")
+    not_finite = [key for key, value in state_dict.items() if not bool(torch.isfinite(value).all())]
+    if not_finite:
+        warnings.warn(f"{len(not_finite)} weights of {source} are not finite: {', '.join(not_finite[:5])}", stacklevel=2)
 
 
 def _hub_layout(files: Files, revision: str | None, config: DinatConfig | None) -> Checkpoint:
@@ -128,19 +142,13 @@ def _hub_layout(files: Files, revision: str | None, config: DinatConfig | None) 
         except (ConfigError, TypeError) as error:
             raise CheckpointError(f"{CONFIG} of {files.source} is not a valid DiNAT configuration: {error}") from error
 
-    def weights() -> Path:
-        path = files.find(SAFETENSORS) or files.find(PICKLE)
-        if path is None:
-            raise CheckpointError(
-                f"{files.source} has no {SAFETENSORS} and no {PICKLE} (or, offline, they are not in the cache)"
-            )
-        return path
-
     def state_dict() -> StateDict:
-        path = weights()
-        return read_safetensors(path) if path.name == SAFETENSORS else as_state_dict(read_pickle(path), path)
+        merged: StateDict = {}
+        for path in files.find_weights():
+            merged |= read_safetensors(path) if path.suffix == ".safetensors" else as_state_dict(read_pickle(path), path)
+        return merged
 
-    return Checkpoint(files.source, revision, config, files.read_json(PROCESSOR), weights, state_dict)
+    return Checkpoint(files.source, revision, config, files.read_json(PROCESSOR), files.find_weights, state_dict)
 
 
 def _original(path: Path, config: DinatConfig | None) -> Checkpoint:
@@ -151,4 +159,4 @@ def _original(path: Path, config: DinatConfig | None) -> Checkpoint:
         """Hand the weights to the first caller; read the file again for later ones, so that no two networks share weights."""
         return unused.pop() if unused else read_original(path, config)[1]
 
-    return Checkpoint(str(path), None, config, None, lambda: path, state_dict)
+    return Checkpoint(str(path), None, config, None, lambda: [path], state_dict)

@@ -54,6 +54,27 @@ class Files:
             raise CheckpointError(f"{path} does not contain a JSON object")
         return values
 
+    def find_weights(self) -> list[Path]:
+        """Return the paths of the weights of the Hub's layout, several if transformers or huggingface_hub sharded them.
+
+        Raises:
+            CheckpointError: There are none, a shard is missing, or the index is invalid.
+        """
+        for name in (SAFETENSORS, PICKLE):
+            path = self.find(name)
+            if path is not None:
+                return [path]
+            index = self.read_json(f"{name}.index.json")
+            if index is not None:
+                return [self._find_shard(shard, name) for shard in _shards(index, f"{name}.index.json of {self.source}")]
+        raise CheckpointError(f"{self.source} has no {SAFETENSORS} and no {PICKLE} (or, offline, they are not in the cache)")
+
+    def _find_shard(self, shard: str, name: str) -> Path:
+        path = self.find(shard)
+        if path is None:
+            raise CheckpointError(f"{self.source} has no {shard}, a part of its weights by {name}.index.json")
+        return path
+
     def read_config(self) -> dict[str, Any]:
         """Read config.json. Raises CheckpointError if it does not exist or is invalid."""
         values = self.read_json(CONFIG)
@@ -125,9 +146,24 @@ def read_pickle(path: Path) -> Any:
 
 def as_state_dict(loaded: Any, path: Path) -> StateDict:
     """Check that a loaded object is a dict of tensors, and return it as a new dict. Raises CheckpointError."""
-    if not isinstance(loaded, dict) or not all(isinstance(value, Tensor) for value in loaded.values()):
+    if not isinstance(loaded, dict) or not all(
+        isinstance(key, str) and isinstance(value, Tensor) for key, value in loaded.items()
+    ):
         raise CheckpointError(f"{path} does not contain a state dict")
     return dict(loaded)
+
+
+def _shards(index: dict[str, Any], source: str) -> list[str]:
+    """Return the file names in an index of sharded weights. Raises CheckpointError unless they are in the same folder."""
+    weight_map = index.get("weight_map")
+    names = set(weight_map.values()) if isinstance(weight_map, dict) and all(map(_is_file_name, weight_map.values())) else set()
+    if not names:
+        raise CheckpointError(f"{source} has no valid weight_map: names of files in the same folder by key")
+    return sorted(names)
+
+
+def _is_file_name(name: object) -> bool:
+    return isinstance(name, str) and re.fullmatch(r"[\w-][\w.-]*\.(safetensors|bin)", name) is not None
 
 
 def _existing(path: Path) -> Path | None:

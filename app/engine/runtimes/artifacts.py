@@ -57,7 +57,9 @@ def digest(*parts: object) -> str:
 
 def checkpoint_digest(checkpoint: Checkpoint, *packages: str) -> str:
     """A digest of what determines an exported graph: weights, configuration, the network's code, and package versions."""
-    with checkpoint.weights().open("rb") as file:
-        weights = hashlib.file_digest(file, "sha256").digest()
+    weights = []
+    for path in checkpoint.weights():
+        with path.open("rb") as file:
+            weights.append(hashlib.file_digest(file, "sha256").digest())
     code = [path.read_bytes() for path in sorted(Path(model.__file__).parent.rglob("*.py"))]
-    return digest(weights, checkpoint.config.to_dict(), *code, *(f"{name} {version(name)}" for name in packages))
+    return digest(*weights, checkpoint.config.to_dict(), *code, *(f"{name} {version(name)}" for name in packages))

@@ -1,0 +1,115 @@
+"""Sharded weights, and weights that are no floating-point numbers."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from huggingface_hub import save_torch_state_dict
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from dinat.model import CheckpointError, DinatForImageClassification
+from tests.model.checkpoints.originals import random_network
+from tests.model.checkpoints.test_checkpoint import PIXELS, small
+
+
+@pytest.fixture
+def network() -> DinatForImageClassification:
+    return random_network(small())
+
+
+@pytest.fixture
+def folder(tmp_path: Path, network: DinatForImageClassification) -> Path:
+    network.save_pretrained(tmp_path)
+    return tmp_path
+
+
+def shard(folder: Path, suffix: str) -> None:
+    """Divide the weights into files of at most 2 kB, as huggingface_hub and transformers do."""
+    weights = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    if suffix == ".safetensors":
+        save_torch_state_dict(weights, folder, max_shard_size=2000)
+    else:
+        save_torch_state_dict(weights, folder, max_shard_size=2000, safe_serialization=False)
+    assert len(list(folder.glob(f"*-of-*{suffix}"))) > 2
+
+
+@pytest.mark.parametrize("suffix", [".safetensors", ".bin"])
+def test_sharded_weights(suffix: str, network: DinatForImageClassification, folder: Path) -> None:
+    shard(folder, suffix)
+    assert torch.equal(DinatForImageClassification.from_pretrained(folder)(PIXELS).logits, network(PIXELS).logits)
+
+
+def test_missing_shard(folder: Path) -> None:
+    shard(folder, ".safetensors")
+    (missing, *_) = sorted(folder.glob("*-of-*"))
+    missing.unlink()
+    with pytest.raises(CheckpointError, match=f"has no {missing.name}, a part of its weights by model.safetensors.index.json"):
+        DinatForImageClassification.from_pretrained(folder)
+
+
+@pytest.mark.parametrize(
+    "index",
+    [
+        {},
+        {"weight_map": {}},
+        {"weight_map": []},
+        {"weight_map": {"a": 1}},
+        {"weight_map": {"a": "../../secret.safetensors"}},
+        {"weight_map": {"a": "/etc/passwd"}},
+        {"weight_map": {"a": "config.json"}},
+    ],
+)
+def test_invalid_index(index: dict[str, Any], folder: Path) -> None:
+    (folder / "model.safetensors").unlink()
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(CheckpointError, match="has no valid weight_map"):
+        DinatForImageClassification.from_pretrained(folder)
+
+
+KEY = "classifier.bias"
+HOSTILE: dict[str, Any] = {
+    "int64": lambda x: x.long(),
+    "sparse": lambda x: x.to_sparse(),
+    "complex": lambda x: x.to(torch.complex64),
+    "bool": lambda x: x > 0,
+    "without memory": lambda x: x.to("meta"),
+    "without dimensions": lambda x: x.sum(),
+}
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_weights_that_are_no_numbers(name: str, folder: Path) -> None:
+    weights: dict[Any, Tensor] = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    weights[KEY] = HOSTILE[name](weights[KEY])
+    torch.save(weights, folder / "pytorch_model.bin")
+    with pytest.raises(CheckpointError) as caught:
+        DinatForImageClassification.from_pretrained(folder)
+    assert KEY in str(caught.value) or "cannot be read as weights" in str(caught.value)
+    assert len(str(caught.value)) < 500
+
+
+def test_keys_that_are_no_strings(folder: Path) -> None:
+    weights: dict[Any, Tensor] = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    torch.save({**weights, 1: torch.zeros(1)}, folder / "pytorch_model.bin")
+    with pytest.raises(CheckpointError, match="does not contain a state dict"):
+        DinatForImageClassification.from_pretrained(folder)
+
+
+def test_weights_that_are_not_finite_are_a_warning(folder: Path) -> None:
+    weights = load_file(folder / "model.safetensors")
+    weights[KEY][0] = float("nan")
+    save_file(weights, folder / "model.safetensors")
+    with pytest.warns(UserWarning, match=f"1 weights of .* are not finite: {KEY}"):
+        DinatForImageClassification.from_pretrained(folder)
+
+
+def test_nested_brackets_are_one_line(folder: Path) -> None:
+    (folder / "config.json").write_text("[" * 200_000)
+    with pytest.raises(CheckpointError, match="is not JSON"):
+        DinatForImageClassification.from_pretrained(folder)
