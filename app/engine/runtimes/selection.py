@@ -3,6 +3,9 @@
 from collections.abc import Sequence
 from importlib.util import find_spec
 
+import structlog
+import torch
+
 from dinat.app.engine.runtimes.runtime import Runtime
 from dinat.app.engine.runtimes.torch_runtime import TorchRuntime, resolve_devices
 from dinat.app.settings import Settings
@@ -10,6 +13,8 @@ from dinat.model import ConfigError, DinatConfig, DinatImageProcessor
 from dinat.model.attention.compiled import HEAD_DIM
 from dinat.model.checkpoints.checkpoint import open_checkpoint
 from dinat.model.native import library
+
+log = structlog.get_logger("dinat")
 
 
 def load_runtimes(settings: Settings) -> Sequence[Runtime]:
@@ -28,6 +33,11 @@ def load_runtimes(settings: Settings) -> Sequence[Runtime]:
     checkpoint = open_checkpoint(settings.model, revision=settings.revision)
     fixed_size = DinatImageProcessor.from_pretrained(checkpoint).output_size is not None
     on_cpu = devices[0].type == "cpu"
+    if on_cpu and settings.device == "auto" and torch.version.cuda is not None:
+        log.warning(
+            "no GPU was found, though PyTorch is a build for CUDA: the CPU is used. DINAT_DEVICE=cuda makes this an error",
+            cuda=torch.version.cuda,
+        )
 
     if name == "auto":
         openvino_works = on_cpu and settings.attention in ("auto", "tiled") and settings.precision != "fp16" and fixed_size
