@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from dinat.model.attention import check_backend
 from dinat.model.checkpoints.checkpoint import Checkpoint, match_state_dict, open_checkpoint, save_checkpoint
 from dinat.model.config import DinatConfig
+from dinat.model.fast_path import PLAIN_TYPES
 
 
 class PreTrainedModel(nn.Module):
@@ -110,12 +111,17 @@ QKV = ("query", "key", "value")
 
 
 def _split_qkv(module: nn.Module, state_dict: dict[str, Any], prefix: str, metadata: Any) -> None:
-    """Convert a state dict of the network to the keys of the Hub, in their order."""
+    """Convert a state dict of the network to the keys of the Hub, in their order.
+
+    What an adapter or a quantizer has put in the place of a projection's weight keeps its own keys: its rows are not those of
+    query, key and value.
+    """
     original = dict(state_dict)
     state_dict.clear()
     for key, value in original.items():
         parent, qkv, parameter = key.rpartition(".qkv.")
-        if qkv and key.startswith(prefix):
+        is_own = parameter in ("weight", "bias") and type(value) in PLAIN_TYPES
+        if qkv and key.startswith(prefix) and is_own:
             parts = zip(QKV, value.chunk(3), strict=True)
             state_dict.update({f"{parent}.{name}.{parameter}": part for name, part in parts})
         else:

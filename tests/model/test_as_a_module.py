@@ -1,6 +1,7 @@
 """What PyTorch's users do to a module: every fast path gives way to what observes or transforms operations."""
 
 import copy
+import pickle
 import subprocess
 import sys
 
@@ -217,6 +218,52 @@ def test_gradients_of_a_frozen_network_by_torch_func(network: DinatForImageClass
     pixels = PIXELS.clone().requires_grad_()
     network(pixels).logits.sum().backward()
     torch.testing.assert_close(gradient, pixels.grad, rtol=1e-4, atol=1e-5)
+
+
+class LowRank(nn.Module):
+    """A low-rank adapter in the place of a linear layer (arXiv 2106.09685)."""
+
+    def __init__(self, base: nn.Linear) -> None:
+        super().__init__()
+        self.base = base
+        self.down = nn.Linear(base.in_features, 3, bias=False)
+        self.up = nn.Linear(3, base.out_features, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        adapted: Tensor = self.base(x) + self.up(self.down(x))
+        return adapted
+
+
+@torch.no_grad()
+def test_adapter_in_the_place_of_a_projection(network: DinatForImageClassification) -> None:
+    attention = network.dinat.encoder.levels[0].layers[0].attention.self
+    attention.qkv = LowRank(attention.qkv)  # type: ignore[assignment,arg-type]
+    logits = network(PIXELS).logits
+    state = {name: value.clone() for name, value in network.state_dict().items()}
+    key = "dinat.encoder.levels.0.layers.0.attention.self.qkv"
+    assert [name for name in state if name.startswith(key)] == [
+        f"{key}.{name}" for name in ("base.weight", "base.bias", "down.weight", "up.weight")
+    ]
+    for parameter in network.parameters():
+        parameter.add_(1)
+    network.load_state_dict(state)
+    torch.testing.assert_close(network(PIXELS).logits, logits, rtol=0, atol=0)
+
+
+@torch.no_grad()
+@pytest.mark.filterwarnings("ignore::UserWarning")  # PyTorch will move it to torchao
+def test_dynamic_quantization(network: DinatForImageClassification, expected: Tensor) -> None:
+    quantized = torch.ao.quantization.quantize_dynamic(network, {nn.Linear}, dtype=torch.qint8)
+    torch.testing.assert_close(quantized(PIXELS).logits, expected, rtol=0, atol=0.1)
+    assert quantized.state_dict()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("activation", ["gelu", "gelu_new", "silu"])
+def test_pickle(activation: str) -> None:
+    network = DinatForImageClassification(DinatConfig.from_dict(CONFIG.to_dict() | {"hidden_act": activation})).eval()
+    copied = pickle.loads(pickle.dumps(network))
+    torch.testing.assert_close(copied(PIXELS).logits, network(PIXELS).logits, rtol=0, atol=0)
 
 
 COLD_EXPORT = """
