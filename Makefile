@@ -12,7 +12,7 @@ HAS_KERNELS := test -e /dev/nvidiactl || \
     { grep -q avx512f /proc/cpuinfo && { command -v cc || command -v gcc || command -v clang; }; }
 SERVE_EXTRAS := $(shell { $(HAS_KERNELS); } >/dev/null 2>&1 || echo '[cpu]')
 
-.PHONY: install serve test test-slow nightly lint rehearsal gpu fuzz soak chaos api-test image-test \
+.PHONY: install serve test test-slow nightly lint rehearsal gpu fuzz soak chaos sanitize api-test image-test \
     bench bench-serving bench-frontends digits clean
 
 install: .venv/serve
@@ -47,8 +47,8 @@ test-slow: .venv/test
 rehearsal: .venv/test
 	$(PARALLEL) -m rehearsal
 
-# Hours: fuzzing, chaos, soak, Schemathesis, and the image (as root on Debian 12).
-nightly: fuzz soak chaos api-test image-test
+# Hours: fuzzing, chaos, soak, sanitizers, Schemathesis, and the image (as root on Debian 12).
+nightly: fuzz soak chaos sanitize api-test image-test
 
 lint: .venv/test
 	$(BIN)/ruff check .
@@ -71,6 +71,15 @@ soak: .venv/test
 # Kill processes of a service under load: a hundred frontend processes, five engine processes.
 chaos: .venv/test
 	$(PYTEST) -s -m chaos
+
+# The tests of the kernels with GCC's sanitizers in them: memory, and undefined behaviour. Each has caches of its own.
+SANITIZED := tests/model/native tests/model/cpu tests/model/test_as_a_module.py -m "not emulator and not slow" --timeout 600
+sanitize: .venv/test
+	cache=$$(mktemp -d) && XDG_CACHE_HOME=$$cache TMPDIR=$$cache CC="gcc -g -fsanitize=undefined -fno-sanitize-recover=all" \
+	    $(PYTEST) $(SANITIZED); status=$$?; rm -rf $$cache; exit $$status
+	cache=$$(mktemp -d) && XDG_CACHE_HOME=$$cache TMPDIR=$$cache CC="gcc -g -fsanitize=address" \
+	    LD_PRELOAD=$$(gcc -print-file-name=libasan.so) ASAN_OPTIONS=detect_leaks=0 $(PYTEST) $(SANITIZED); \
+	    status=$$?; rm -rf $$cache; exit $$status
 
 # Schemathesis over every endpoint, for two minutes.
 api-test: .venv/test

@@ -11,6 +11,7 @@ import os
 import platform
 import shlex
 import shutil
+import stat
 import subprocess
 import tempfile
 from collections.abc import Iterator
@@ -25,6 +26,7 @@ SOURCES = sorted(HERE.glob("*.c"))
 FLAGS = ("-O3", "-fno-math-errno", "-fno-trapping-math", "-fopenmp", "-shared", "-fPIC", "-Wno-psabi")
 COMPILE_TIMEOUT = 120
 """Seconds; compilation takes about two."""
+DIGEST_BYTES = hashlib.sha256().digest_size
 
 
 @dataclass(frozen=True)
@@ -42,7 +44,8 @@ class Target:
     compiler_flags: tuple[str, ...]
 
 
-_AVX512 = ("avx512f", "avx512bw", "avx512cd", "avx512dq", "avx512vl")
+_V3 = ("avx2", "fma", "bmi1", "bmi2", "f16c", "movbe", "abm")
+_AVX512 = (*_V3, "avx512f", "avx512bw", "avx512cd", "avx512dq", "avx512vl")
 TARGETS = {
     "x86_64": (
         Target(
@@ -51,7 +54,7 @@ TARGETS = {
             ("-march=x86-64-v4", "-mprefer-vector-width=512", "-mavx512bf16", "-mamx-tile", "-mamx-bf16"),
         ),
         Target("avx512", frozenset(_AVX512), ("-march=x86-64-v4", "-mprefer-vector-width=512")),
-        Target("avx2", frozenset({"avx2", "fma"}), ("-march=x86-64-v3",)),
+        Target("avx2", frozenset(_V3), ("-march=x86-64-v3",)),
     ),
     "aarch64": (Target("neon", frozenset(), ()),),
 }
@@ -95,36 +98,72 @@ class Library:
 @cache
 def library() -> Library | None:
     """Return the library for this CPU, compiling it if needed; None if unavailable (see unavailable_reason)."""
-    try:
-        return next(_libraries())
-    except StopIteration:
-        return None
+    return _select()[0]
 
 
 def unavailable_reason() -> str:
     """Return why library() is None; an empty string if it is available."""
-    if library() is not None:
-        return ""
-    if not supported_targets():
-        return f"no kernels exist for this CPU ({platform.machine()})"
-    return "no C compiler: install gcc or clang" if not compiler() else "the C compiler fails"
+    return _select()[1] if library() is None else ""
 
 
-def _libraries() -> Iterator[Library]:
-    for target in supported_targets():
-        for folder in (HERE, cache_folder()):
-            path = folder / _file_name(target)
-            if path.is_file():
-                try:
-                    yield Library(path, target)
-                except OSError:
-                    continue
+@cache
+def _select() -> tuple[Library | None, str]:
+    """Return the library of the fastest target that can be loaded or compiled, and why there is none."""
+    targets, reasons = supported_targets(), []
+    for target in targets:
+        for find in (_cached, _compiled):
+            found, reason = find(target)
+            if found is not None:
+                return found, ""
+            reasons.append(reason)
+    if not targets:
+        return None, f"no kernels exist for this CPU ({platform.machine()})"
+    return None, "; ".join(dict.fromkeys(filter(None, reasons)))
+
+
+def _cached(target: Target) -> tuple[Library | None, str]:
+    """Load a library that was compiled before: part of the installation, or in a cache folder. Else return why not."""
+    reasons = []
+    for folder in (HERE, *_folders()):
+        try:
+            return _load(folder / _file_name(target), target), ""
+        except FileNotFoundError:
+            continue
+        except OSError as error:
+            reasons.append(str(error))
+    return None, "; ".join(reasons)
+
+
+def _compiled(target: Target) -> tuple[Library | None, str]:
+    """Compile a library, cache it and load it. Else return why not."""
+    if not compiler():
+        return None, "no C compiler: install gcc or clang"
+    reasons = []
+    try:
         with tempfile.TemporaryDirectory() as temporary:  # a loaded library remains usable after its file is deleted
-            try:
-                compiled = compile_for(target, Path(temporary))
-                yield Library(_copy_to_cache(compiled), target)
-            except (OSError, subprocess.SubprocessError):
-                continue
+            path = compile_for(target, Path(temporary))
+            for folder in _folders():
+                try:
+                    return _load(_copy(path, folder), target), ""
+                except OSError as error:  # cannot be written, is full, or must not contain programs (noexec)
+                    reasons.append(str(error))
+            return _load(path, target), ""
+    except subprocess.SubprocessError:
+        return None, "the C compiler fails"
+    except OSError as error:
+        return None, "; ".join([*reasons, str(error)])
+
+
+def _load(path: Path, target: Target) -> Library:
+    """Load a library whose digest is right: the processor would stop the program in a file that was cut short.
+
+    Raises:
+        OSError: It does not exist, is damaged or cannot be loaded.
+    """
+    content = path.read_bytes()
+    if hashlib.sha256(content[:-DIGEST_BYTES]).digest() != content[-DIGEST_BYTES:]:
+        raise OSError(f"{path} is damaged")
+    return Library(path, target)
 
 
 def supported_targets() -> list[Target]:
@@ -133,7 +172,7 @@ def supported_targets() -> list[Target]:
 
 
 def compile_for(target: Target, folder: Path) -> Path:
-    """Compile the kernels into a folder and return the library's path.
+    """Compile the kernels into a folder and return the library's path. The file ends with the SHA-256 of what precedes.
 
     Raises:
         OSError: No C compiler is installed.
@@ -145,6 +184,9 @@ def compile_for(target: Target, folder: Path) -> Path:
     path = folder / _file_name(target)
     command += [*FLAGS, *target.compiler_flags, *map(str, SOURCES), "-o", str(path)]
     subprocess.run(command, check=True, capture_output=True, timeout=COMPILE_TIMEOUT)
+    content = path.read_bytes()
+    with path.open("ab") as file:
+        file.write(hashlib.sha256(content).digest())  # loaders ignore what follows the last section
     return path
 
 
@@ -156,13 +198,34 @@ def compiler() -> list[str]:
 
 
 def default_cache() -> Path:
-    """Return the default cache folder of this project."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dinat-serve"
+    """Return the default cache folder of this project: in XDG_CACHE_HOME, the home folder, or else the temporary folder."""
+    configured = os.environ.get("XDG_CACHE_HOME")
+    try:
+        return Path(configured or Path.home() / ".cache") / "dinat-serve"
+    except RuntimeError:  # no HOME, and a user without an entry in passwd
+        return _private_folder()
 
 
 def cache_folder() -> Path:
     """Return the folder of compiled libraries."""
     return default_cache() / "kernels"
+
+
+def _private_folder() -> Path:
+    return Path(tempfile.gettempdir()) / f"dinat-serve-{os.getuid()}"
+
+
+def _folders() -> Iterator[Path]:
+    """Yield the folders for compiled libraries: the cache, and one in the temporary folder that only this user can write."""
+    yield cache_folder()
+    private = _private_folder()
+    try:
+        private.mkdir(mode=0o700, exist_ok=True)
+        status = private.lstat()
+    except OSError:
+        return
+    if stat.S_ISDIR(status.st_mode) and status.st_uid == os.getuid() and not status.st_mode & 0o077:
+        yield private / "kernels"
 
 
 def _file_name(target: Target) -> str:
@@ -171,14 +234,16 @@ def _file_name(target: Target) -> str:
     return f"kernels-{target.name}-{digest}.so"
 
 
-def _copy_to_cache(path: Path) -> Path:
-    """Copy a library into the cache folder atomically. Returns the copy, or the original if the cache is not writable."""
-    folder = cache_folder()
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=folder, delete=False) as copy:
+def _copy(path: Path, folder: Path) -> Path:
+    """Copy a library into a folder atomically. Returns the copy. Raises OSError if that fails, and leaves nothing then."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.NamedTemporaryFile(dir=folder, delete=False) as copy:
+        try:
             copy.write(path.read_bytes())
-        os.replace(copy.name, folder / path.name)
-    except OSError:
-        return path
+            copy.flush()
+            os.fsync(copy.fileno())
+            os.replace(copy.name, folder / path.name)
+        except OSError:
+            os.unlink(copy.name)
+            raise
     return folder / path.name

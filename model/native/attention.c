@@ -45,7 +45,7 @@ static inline __attribute__((always_inline)) floats power(floats x, const int is
     __mmask16 is_there = _mm512_cmp_ps_mask((__m512)x, _mm512_set1_ps(-126), _CMP_NLT_UQ);
     return (floats)_mm512_maskz_scalef_ps(is_there, (__m512)y, (__m512)whole);
 #else
-    return (floats)(~(x < -126.0f) & ((ints)y + ((ints)shifted << 23)));
+    return (floats)((words)~(x < -126.0f) & ((words)y + ((words)shifted << 23)));
 #endif
 }
 
@@ -197,6 +197,7 @@ static void attend_bfloat16(const tile *t) {
         left[lane] = _mm512_loadu_si512(q + query * t->stride);
     }
     transpose(left);
+    ORDER_MEMORY();
     _tile_loadd(0, left, 64);
     for (int64_t key = 0; key < count; key += 16) {
         for (int j = 0; j < 16; j++) {
@@ -204,10 +205,12 @@ static void attend_bfloat16(const tile *t) {
             right[0][j] = _mm512_loadu_si512(k + at * t->stride);
         }
         _tile_zero(2);
+        ORDER_MEMORY();
         _tile_loadd(1, right[0], 64);
         _tile_dpbf16ps(2, 1, 0);
         _tile_stored(2, s + key, 64);
     }
+    ORDER_MEMORY();
     floats most[BLOCK];
     for (int j = 0; j < BLOCK; j++) most[j] = splat(-__builtin_inff());
     for (int64_t key = 0; key < count; key += BLOCK)
@@ -241,6 +244,7 @@ static void attend_bfloat16(const tile *t) {
             }
         }
         transpose(left);
+        ORDER_MEMORY();
         _tile_loadd(0, left, 64);
         _tile_loadd(1, right[0], 64);
         _tile_loadd(4, right[1], 64);
@@ -250,6 +254,7 @@ static void attend_bfloat16(const tile *t) {
     floats out[LANES][2], share = 1.0f / sum;
     _tile_stored(2, out, sizeof *out);
     _tile_stored(3, &out[0][1], sizeof *out);
+    ORDER_MEMORY();
     for (int64_t lane = 0; lane < t->query_count; lane++) {
         out[lane][0] *= share[lane];
         out[lane][1] *= share[lane];

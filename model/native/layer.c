@@ -89,6 +89,7 @@ static inline __attribute__((always_inline)) void multiply(matrix x, const linea
             _tile_zero(1);
             _tile_zero(2);
             _tile_zero(3);
+            ORDER_MEMORY();
             for (int64_t k = 0; k < inner; k++, from += x.panel_stride, weight += PANEL * PANEL) {
                 _tile_loadd(6, weight, 64);
                 const uint16_t *next = weight + PANEL * w->inputs + row / ROWS * lines * PANEL;
@@ -110,6 +111,7 @@ static inline __attribute__((always_inline)) void multiply(matrix x, const linea
                 _tile_stored(2, &now->sums[16][0], sizeof *now->sums);
                 _tile_stored(3, &now->sums[16][1], sizeof *now->sums);
             }
+            ORDER_MEMORY();
             now->row = row;
             now->column = panel * PANEL;
             now->count = rows - row < ROWS ? rows - row : ROWS;

@@ -18,6 +18,9 @@ typedef struct {
 /* Mark the whole struct as accessed: GCC declares that _tile_loadconfig and _tile_storeconfig access only eight bytes of it. */
 #define ALL_OF(shapes) __asm__ volatile("" : "+m"(shapes))
 
+/* Order memory accesses: GCC declares neither what _tile_loadd reads nor what _tile_stored writes. Takes no instruction. */
+#define ORDER_MEMORY() __asm__ volatile("" ::: "memory")
+
 /* Configure the tiles. before: receives the previous configuration, which may belong to another library. */
 static inline void take_units(tile_shapes *before) {
     tile_shapes mine = {.palette = 1};

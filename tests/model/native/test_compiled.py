@@ -233,9 +233,12 @@ def test_library_is_compiled_once_and_cached(tmp_path: Path) -> None:
         assert run(tmp_path, CC=f"{compiler} -g") == ["True", "True "]
     assert (tmp_path / "calls").read_text().split() == ["call"]
     (cached,) = (tmp_path / "dinat-serve" / "kernels").iterdir()
-    cached.write_bytes(b"no library")  # as after a full disk
-    assert run(tmp_path, CC=str(compiler)) == ["True", "True "]
-    assert (tmp_path / "calls").read_text().split() == ["call"] * 2
+    whole = cached.read_bytes()
+    for number, damaged in enumerate((b"no library", whole[: len(whole) // 2], whole[:-1], b""), 2):  # as after a crash
+        cached.write_bytes(damaged)
+        assert run(tmp_path, CC=str(compiler)) == ["True", "True "]
+        assert (tmp_path / "calls").read_text().split() == ["call"] * number
+        assert cached.read_bytes()[-32:] != damaged[-32:]
 
 
 @pytest.mark.slow
@@ -252,9 +255,47 @@ def test_empty_xdg_cache_home_is_ignored(tmp_path: Path, monkeypatch: pytest.Mon
 
 
 @pytest.mark.slow
-def test_cache_that_cannot_be_written_is_ignored(tmp_path: Path) -> None:
+def test_cache_that_cannot_be_written_is_replaced_by_a_private_folder(tmp_path: Path) -> None:
     (tmp_path / "dinat-serve").write_text("a file where the folder should be")
-    assert run(tmp_path) == ["True", "True "]
+    temporary = tmp_path / "tmp"
+    temporary.mkdir()
+    assert run(tmp_path, TMPDIR=str(temporary)) == ["True", "True "]
+    (private,) = temporary.iterdir()
+    assert private.stat().st_mode & 0o777 == 0o700
+    (library,) = (private / "kernels").iterdir()
+    assert run(tmp_path, TMPDIR=str(temporary), CC="no-such-compiler") == ["True", "True "]
+    private.chmod(0o777)  # anyone could have written into it
+    _, reason = run(tmp_path, TMPDIR=str(temporary), CC="no-such-compiler")
+    assert reason.startswith("False [Errno 20] Not a directory: ")
+    assert "no C compiler: install gcc or clang" in reason
+    assert [path.name for path in library.parent.iterdir()] == [library.name]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(os.getuid() != 0 or shutil.which("mount") is None, reason="mounting requires root")
+@pytest.mark.parametrize("options", ["size=16k", "noexec"])
+def test_cache_that_is_full_or_must_not_contain_programs(options: str, tmp_path: Path) -> None:
+    temporary, cache = tmp_path / "tmp", tmp_path / "cache"
+    temporary.mkdir()
+    cache.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", options, "tmpfs", str(cache)], check=False).returncode:
+        pytest.skip("this system cannot mount a tmpfs")
+    try:
+        assert run(cache, TMPDIR=str(temporary)) == ["True", "True "]
+        assert run(cache, TMPDIR=str(temporary), CC="no-such-compiler") == ["True", "True "]  # in the private folder
+        assert not [path for path in cache.rglob("tmp*") if path.is_file()]
+    finally:
+        subprocess.run(["umount", str(cache)], check=True)
+
+
+def test_user_without_a_home(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def no_home() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setattr(Path, "home", no_home)
+    monkeypatch.setattr("tempfile.gettempdir", lambda: str(tmp_path))
+    assert default_cache() == tmp_path / f"dinat-serve-{os.getuid()}"
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
