@@ -78,7 +78,7 @@ sanitize: .venv/test
 	cache=$$(mktemp -d) && XDG_CACHE_HOME=$$cache TMPDIR=$$cache CC="gcc -g -fsanitize=undefined -fno-sanitize-recover=all" \
 	    $(PYTEST) $(SANITIZED); status=$$?; rm -rf $$cache; exit $$status
 	cache=$$(mktemp -d) && XDG_CACHE_HOME=$$cache TMPDIR=$$cache CC="gcc -g -fsanitize=address" \
-	    LD_PRELOAD=$$(gcc -print-file-name=libasan.so) ASAN_OPTIONS=detect_leaks=0 $(PYTEST) $(SANITIZED); \
+	    LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libstdc++.so)" ASAN_OPTIONS=detect_leaks=0 $(PYTEST) $(SANITIZED); \
 	    status=$$?; rm -rf $$cache; exit $$status
 
 # Schemathesis over every endpoint, for two minutes.
