@@ -397,7 +397,7 @@ def _response(error: ServiceError, engine: Engine) -> bytes:
     """Return a response to a request that reaches no endpoint. Logs and counts it."""
     request_id = new_request_id()
     engine.metrics.count_request("none", error.status, 0)
-    log.info("request", request_id=request_id, status=int(error.status), detail=error.detail)
+    log.info("request", request_id=request_id, detail=error.detail, **{"http.response.status_code": int(error.status)})
     body, headers = problem_body(error, request_id, "")
     fields = [*headers, (b"x-request-id", request_id.encode()), (b"connection", b"close")]
     status = b"HTTP/1.1 %d %b" % (error.status, error.status.phrase.encode())
