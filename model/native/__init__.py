@@ -155,7 +155,7 @@ def _compiled(target: Target) -> tuple[Library | None, str]:
 
 
 def _load(path: Path, target: Target) -> Library:
-    """Load a library whose digest is right: the processor would stop the program in a file that was cut short.
+    """Load a library whose digest is right: a program crashes in a file that was cut short.
 
     Raises:
         OSError: It does not exist, is damaged or cannot be loaded.

@@ -88,7 +88,7 @@ def test_missing_packages_come_with_install_commands(
     version = doctor._version
     monkeypatch.setattr(doctor, "_version", lambda name: doctor.NOT_INSTALLED if name == "openvino" else version(name))
     monkeypatch.setattr(native, "library", lambda: None)
-    monkeypatch.setattr(native, "compiler", list)
+    monkeypatch.setattr(native, "_select", lambda: (None, "no C compiler: install gcc or clang"))
     monkeypatch.setattr(doctor, "served_rate", lambda *_: {"what": "nothing"})
     status, report = examine()
     assert status == 0
