@@ -18,6 +18,12 @@ class ServiceError(Exception):
         self.detail = detail
         self.headers = headers
 
+    def at(self, place: str) -> "ServiceError":
+        """Return this error with the place where it occurred, such as "instance 2 of 3", before its detail."""
+        error: ServiceError = type(self).__new__(type(self))  # subclasses have other arguments
+        ServiceError.__init__(error, f"{place}: {self.detail}", self.headers)
+        return error
+
 
 class BadRequest(ServiceError):
     """The request is malformed."""

@@ -70,7 +70,7 @@ async def infer_all(
     results = []
     for i, result in enumerate(await infer(request, images, options, deadline_ms)):
         if isinstance(result, ServiceError):
-            raise type(result)(f"{label} {i + 1} of {len(images)}: {result.detail}", result.headers)
+            raise result.at(f"{label} {i + 1} of {len(images)}")
         results.append(result)
     return results
 

@@ -13,6 +13,9 @@ from huggingface_hub.errors import HfHubHTTPError
 from safetensors.numpy import load
 
 from tests.app.conftest import DIGITS, Service, running
+from tests.app.sample_images import encoded, noise
+
+IMAGE_OF_TWO_PIXELS = base64.b64encode(encoded(noise(2, 1))).decode()
 
 
 @pytest.fixture
@@ -157,3 +160,21 @@ def test_unsupported_feature_requests_are_rejected(service: Service, seven: byte
     assert (other.status_code, "application/x-npz" in other.json()["detail"]) == (406, True)
     unknown = features(service, seven, "*/*", top_k="1")
     assert (unknown.status_code, "unknown parameter top_k" in unknown.json()["detail"]) == (422, True)
+
+
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        ("/predict", {"instances": [{"b64": IMAGE_OF_TWO_PIXELS}]}),
+        (
+            "/v2/models/digits/infer",
+            {"inputs": [{"name": "image", "datatype": "BYTES", "shape": [1], "data": [IMAGE_OF_TWO_PIXELS]}]},
+        ),
+        ("/classify", {"image": IMAGE_OF_TWO_PIXELS}),
+    ],
+)
+def test_image_with_too_many_pixels_is_413_everywhere(path: str, body: dict[str, object]) -> None:
+    with running(max_pixels=1) as service:
+        response = service.client.post(path, json=body)
+        assert response.status_code == 413
+        assert "1x2 = 2 pixels, the maximum is 1" in response.json()["detail"]
