@@ -16,6 +16,10 @@ def _split(value: object) -> object:
     return tuple(part.strip() for part in value.split(",") if part.strip()) if isinstance(value, str) else value
 
 
+ROOT_PATH = r"(/[\w.~-]+)*"
+"""Regular expression of a root path; empty for none."""
+
+
 def read_keys(file: Path) -> tuple[str, ...]:
     """Read API keys from a file, separated by lines or commas, without lines that begin with "#".
 
@@ -187,7 +191,7 @@ class Settings(BaseSettings):
     )
     root_path: str = Field(
         "",
-        pattern=r"^(/[\w.~-]+)*$",
+        pattern=f"^{ROOT_PATH}$",
         description="Path at which a proxy publishes the service, such as /dinat, whether or not the proxy removes it from "
         "requests. Proxies in FORWARDED_ALLOW_IPS may send it as X-Forwarded-Prefix instead. Default: none.",
     )

@@ -102,7 +102,7 @@ class RequestMiddleware:
         if error is not None:
             await exchange.send_error(error)
             return
-        if scope["method"] in ("GET", "HEAD"):  # a body has no meaning, and none is read
+        if scope["method"] == "GET":  # or HEAD, see _Exchange; a body has no meaning, and none is read
             await self._app(scope, receive, exchange.send)
             return
         settings = self._engine.settings

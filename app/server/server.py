@@ -22,10 +22,9 @@ from dinat.app.host import GRACE_SECONDS, exit_after, stop_signals
 from dinat.app.logs import flush_logs
 from dinat.app.server.heap import IdleTrim
 from dinat.app.server.protocol import LINGER_SECONDS, SHUTDOWN_SECONDS, http_protocol
+from dinat.app.settings import ROOT_PATH
 
 log = structlog.get_logger("dinat")
-
-ROOT_PATH = re.compile(rb"(/[\w.~-]+)+")
 
 QUIET_SECONDS = 0.25
 """After a drain, the server closes once no request has come for this long: a request in transit would be reset."""
@@ -37,7 +36,7 @@ class _ForwardedHeaders(ProxyHeadersMiddleware):
     async def __call__(self, scope: Scope, receive: ASGIReceiveCallable, send: ASGISendCallable) -> None:
         if scope["type"] == "http" and scope["client"] and scope["client"][0] in self.trusted_hosts:
             prefix = next((value for name, value in scope["headers"] if name == b"x-forwarded-prefix"), b"").rstrip(b"/")
-            if prefix and ROOT_PATH.fullmatch(prefix):
+            if prefix and re.fullmatch(ROOT_PATH.encode(), prefix):
                 scope["root_path"] = prefix.decode()
         await super().__call__(scope, receive, send)
 

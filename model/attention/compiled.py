@@ -49,9 +49,10 @@ def compiled_attention(
     """
     if dropout:
         raise AttentionError("attention compiled does not support dropout: use attention tiled")
-    if is_transformed() and not torch.compiler.is_compiling() and not is_fake():
+    is_operator_seen = torch.compiler.is_compiling() or is_fake()
+    if is_transformed() and not is_operator_seen:
         return tiled_attention(q, k, v, rpb, kernel_size, dilation, scale)
-    if torch.compiler.is_compiling() or torch.is_grad_enabled() or is_fake():
+    if is_operator_seen or torch.is_grad_enabled():
         attended: Tensor = compiled_operator(q, k, v, rpb, kernel_size, dilation, scale)
         return attended
     return _attend(q, k, v, rpb, kernel_size, dilation, scale)

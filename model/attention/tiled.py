@@ -126,10 +126,9 @@ def tiled_attention(
             queries = _gather(q, group.queries).view(-1, group.queries_per_tile, heads, head_dim)
             keys = _gather(k, group.keys).view(-1, group.keys_per_tile, heads, head_dim)
             values = _gather(v, group.keys).view(-1, group.keys_per_tile, heads, head_dim)
-            with _differentiable_twice():
-                output = F.scaled_dot_product_attention(
-                    queries.transpose(1, 2), keys.transpose(1, 2), values.transpose(1, 2), bias, dropout, scale=scale
-                )
+            output = F.scaled_dot_product_attention(
+                queries.transpose(1, 2), keys.transpose(1, 2), values.transpose(1, 2), bias, dropout, scale=scale
+            )
             output = output.transpose(1, 2)
             if torch.compiler.is_compiling():  # an exporter may choose another memory layout, which reshape would depend on
                 output = output.clone(memory_format=torch.contiguous_format)
@@ -138,16 +137,17 @@ def tiled_attention(
 
     q, k, v = (x.flatten(1, 2).flatten(2) for x in (q, k, v))
     chunk_size = _chunk_size(tile_plan, k)
-    if chunk_size is None:
-        output = attend(q, k, v)
-    else:
-        chunks = [slice(start, start + chunk_size) for start in range(0, q.shape[0], chunk_size)]
-        output = torch.cat([attend(q[chunk], k[chunk], v[chunk]) for chunk in chunks])
+    with _transformable_attention():
+        if chunk_size is None:
+            output = attend(q, k, v)
+        else:
+            chunks = [slice(start, start + chunk_size) for start in range(0, q.shape[0], chunk_size)]
+            output = torch.cat([attend(q[chunk], k[chunk], v[chunk]) for chunk in chunks])
     return output.view(-1, height, width, heads, head_dim)
 
 
-def _differentiable_twice() -> AbstractContextManager[None]:
-    """Select the attention that forward-mode AD and torch.func can transform, where they are active."""
+def _transformable_attention() -> AbstractContextManager[None]:
+    """Select the scaled dot-product attention that forward-mode AD and torch.func can transform, where they are active."""
     if is_transformed() and not torch.compiler.is_compiling():
         return sdpa_kernel(SDPBackend.MATH)
     return nullcontext()

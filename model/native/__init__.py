@@ -103,7 +103,7 @@ def library() -> Library | None:
 
 def unavailable_reason() -> str:
     """Return why library() is None; an empty string if it is available."""
-    return _select()[1] if library() is None else ""
+    return _select()[1]
 
 
 @cache
@@ -123,10 +123,10 @@ def _select() -> tuple[Library | None, str]:
 
 def _cached(target: Target) -> tuple[Library | None, str]:
     """Load a library that was compiled before: part of the installation, or in a cache folder. Else return why not."""
-    reasons = []
+    name, reasons = _file_name(target), []
     for folder in (HERE, *_folders()):
         try:
-            return _load(folder / _file_name(target), target), ""
+            return _load(folder / name, target), ""
         except FileNotFoundError:
             continue
         except OSError as error:
