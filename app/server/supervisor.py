@@ -199,7 +199,7 @@ class Supervisor:
         with (
             wakeup_reader,
             wakeup_writer,
-            tempfile.TemporaryDirectory(prefix="dinat-") as folder,
+            tempfile.TemporaryDirectory(prefix="dinat-supervisor-") as folder,
             socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as engine_listener,
         ):
             self._folder = Path(folder)

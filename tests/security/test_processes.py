@@ -87,12 +87,12 @@ def test_nothing_remains_when_the_supervisor_is_killed(monkeypatch: pytest.Monke
         monkeypatch.setenv("TMPDIR", folder)
         with Server(frontends=2) as server:
             children = psutil.Process(server.process.pid).children()
-            assert list(Path(folder).glob("dinat-*"))
+            assert list(Path(folder).glob("dinat-supervisor-*"))
             server.process.kill()
             _, alive = psutil.wait_procs(children, timeout=30)
             assert not alive
             server.wait()
-        assert not list(Path(folder).glob("dinat-*"))  # PyTorch has a cache of its own there
+        assert not list(Path(folder).glob("dinat-supervisor-*"))  # caches stay where there is no home
 
 
 @pytest.mark.slow
