@@ -1,4 +1,6 @@
 import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -12,27 +14,82 @@ from dinat.app.settings import Settings
 AVAILABLE = len(os.sched_getaffinity(0))
 
 
-@pytest.mark.parametrize(
-    ("limit", "cores"),
-    [(None, AVAILABLE), ("max 100000", AVAILABLE), ("100000 100000", 1), ("50000 100000", 1), ("99900000 100000", AVAILABLE)],
-)
-def test_cores_are_limited_by_the_container(
-    limit: str | None, cores: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.fixture
+def cgroup(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty folder in place of the control groups' mount point, and a process in group /pod/container of it."""
     monkeypatch.setattr(host, "CGROUP", tmp_path)
+    monkeypatch.setattr(host, "MEMBERSHIPS", tmp_path / "memberships")
+    (tmp_path / "memberships").write_text("0::/pod/container\n")
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    ("limit", "quota", "cores"),
+    [
+        (None, None, AVAILABLE),
+        ("max 100000", None, AVAILABLE),
+        ("100000 100000", 1, 1),
+        ("50000 100000", 0.5, 1),
+        ("150000 100000", 1.5, 1),
+        ("99900000 100000", 999, AVAILABLE),
+    ],
+)
+def test_cores_are_limited_by_the_container(limit: str | None, quota: float | None, cores: int, cgroup: Path) -> None:
     if limit is not None:
-        (tmp_path / "cpu.max").write_text(limit + "\n")
+        (cgroup / "cpu.max").write_text(limit + "\n")
+    assert host.cpu_quota() == quota
     assert host.cores() == cores
 
 
-def test_free_memory_is_limited_by_the_container(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(host, "CGROUP", tmp_path)
+def test_lowest_quota_of_the_groups_around_a_process_counts(cgroup: Path) -> None:
+    (cgroup / "pod" / "container").mkdir(parents=True)
+    (cgroup / "pod" / "container" / "cpu.max").write_text("max 100000\n")
+    (cgroup / "pod" / "cpu.max").write_text("25000 10000\n")
+    (cgroup / "cpu.max").write_text("800000 100000\n")
+    assert host.cpu_quota() == 2.5
+
+
+def test_control_groups_of_version_1_limit_cores_and_memory(cgroup: Path) -> None:
+    """On the host, and in a container, where the path is that of the host and the root is the container's own group."""
+    (cgroup / "memberships").write_text("4:memory:/docker/1a2b\n2:cpu,cpuacct:/docker/1a2b\n1:name=systemd:/docker/1a2b\n")
+    for folder in ("cpu,cpuacct", "memory"):
+        (cgroup / folder).mkdir()
+    (cgroup / "cpu,cpuacct" / "cpu.cfs_quota_us").write_text("-1\n")
+    (cgroup / "cpu,cpuacct" / "cpu.cfs_period_us").write_text("100000\n")
+    assert host.cpu_quota() is None
+    (cgroup / "cpu,cpuacct" / "cpu.cfs_quota_us").write_text("70000\n")
+    assert host.cpu_quota() == 0.7
+    (cgroup / "memory" / "memory.limit_in_bytes").write_text("10485760\n")
+    (cgroup / "memory" / "memory.usage_in_bytes").write_text("7340032\n")
+    (cgroup / "memory" / "memory.stat").write_text("inactive_file 1\ntotal_inactive_file 4194304\n")
+    assert host.free_memory() == 10 * 2**20 - 3 * 2**20
+
+
+@pytest.mark.skipif(not os.access("/sys/fs/cgroup/cpu/cpu.cfs_period_us", os.W_OK), reason="no control groups to create")
+def test_quota_of_a_real_control_group_is_read() -> None:
+    group = Path(f"/sys/fs/cgroup/cpu/dinat-test-{os.getpid()}")
+    group.mkdir()
+    try:
+        (group / "cpu.cfs_quota_us").write_text("130000")
+        code = "from dinat.app import host; print(host.cpu_quota(), host.cores())"
+        done = subprocess.run(
+            ["sh", "-c", f"echo $$ > {group}/cgroup.procs; exec {sys.executable} -c '{code}'"],
+            check=True,
+            capture_output=True,
+            text=True,
+        )
+        assert done.stdout.split() == ["1.3", "1"]
+    finally:
+        group.rmdir()
+
+
+def test_free_memory_is_limited_by_the_container(cgroup: Path) -> None:
     assert host.free_memory() > 10 * 2**20
-    (tmp_path / "memory.max").write_text("max\n")
-    (tmp_path / "memory.current").write_text("7340032\n")
-    (tmp_path / "memory.stat").write_text("anon 3145728\ninactive_file 4194304\n")
+    (cgroup / "memory.max").write_text("max\n")
+    (cgroup / "memory.current").write_text("7340032\n")
+    (cgroup / "memory.stat").write_text("anon 3145728\ninactive_file 4194304\n")
     assert host.free_memory() > 10 * 2**20
-    (tmp_path / "memory.max").write_text("10485760\n")
+    (cgroup / "memory.max").write_text("10485760\n")
     assert host.free_memory() == 10 * 2**20 - 3 * 2**20  # inactive page cache counts as free
 
 
