@@ -8,6 +8,7 @@ from torch import Tensor
 from dinat.model.attention.bias_cache import cached_for_table
 from dinat.model.attention.tiled import Plan, plan, register_fake_and_autograd, tiled_attention
 from dinat.model.capture_safe_cache import capture_safe_cache
+from dinat.model.cpu.spinning import check_spinning
 from dinat.model.errors import AttentionError
 from dinat.model.fast_path import is_fake, is_plain, is_transformed
 from dinat.model.native import library, unavailable_reason
@@ -80,6 +81,7 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, rpb: Tensor | None, kernel_size: in
     out = torch.empty_like(q, memory_format=torch.contiguous_format)
     kernels = library()
     assert kernels is not None
+    check_spinning()
     tile_plan = plan(height, width, kernel_size, dilation, TILES[kernels.lanes], q.device)
     layout = _layout(tile_plan, heads)
     bias = cached_for_table(rpb, (tile_plan, heads, kernels.lanes), lambda: _bias(tile_plan, rpb, heads, kernels.lanes))
