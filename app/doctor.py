@@ -31,10 +31,12 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from dinat.app.contention import cpu_times, describe_contention
 from dinat.app.engine.runtimes.runtime import InferenceOptions, Runtime, examples
 from dinat.app.engine.runtimes.torch_runtime import PRECISIONS, TorchRuntime, half_precision, resolve_devices
 from dinat.app.host import cores
 from dinat.app.natten_wheel import PAGE, requirement
+from dinat.app.threads import limit_threads
 from dinat.model import DinatConfig, DinatForImageClassification, DinatImageProcessor, attention, native
 from dinat.model.attention import autotune
 from dinat.model.checkpoints.checkpoint import open_checkpoint
@@ -70,6 +72,7 @@ class Report:
         rates: Throughput of decoding, inference and the service.
         problems: Errors that must be fixed.
         missing: Optional packages, each with the command that installs it.
+        notes: What made the measurements less certain.
     """
 
     machine: Row = field(default_factory=dict)
@@ -80,6 +83,7 @@ class Report:
     rates: list[Row] = field(default_factory=list)
     problems: list[str] = field(default_factory=list)
     missing: list[Row] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
 
 
 def examine(preset: str, device: str, cache: Path, on_step: Callable[[str], None]) -> Report:
@@ -94,6 +98,8 @@ def examine(preset: str, device: str, cache: Path, on_step: Callable[[str], None
     Raises:
         ConfigError: The preset or the device does not exist.
     """
+    limit_threads()
+    times = cpu_times()
     report = Report(machine(), gpus(), {name: _version(name) for name in PACKAGES})
     first = resolve_devices(device)[0]
     report.machine["examined"] = f"{preset} on {first}"
@@ -131,6 +137,8 @@ def examine(preset: str, device: str, cache: Path, on_step: Callable[[str], None
             )
         except Exception as error:
             report.problems.append(f"the service: {autotune.reason(error)}")
+    if (shared := describe_contention(times)) is not None:
+        report.notes.append(f"{shared}: the rates are lower than on a CPU of its own")
     return report
 
 
@@ -154,6 +162,7 @@ def machine() -> Row:
         "CPU": cpu_name(),
         "instructions": cpu_capability(),
         "cores": cores(),
+        "threads": torch.get_num_threads(),
         "memory GB": round(memory / 1e9, 1),
         "python": platform.python_version(),
         "system": platform.platform(),

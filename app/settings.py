@@ -85,6 +85,13 @@ class Settings(BaseSettings):
     self_check: bool = Field(
         True, description="Run a self-check on each GPU at startup and disable what fails; off skips it and starts faster."
     )
+    threads: int | None = Field(
+        None,
+        ge=1,
+        le=1024,
+        description="Number of threads that compute on a CPU. Default: OMP_NUM_THREADS if it is set, else the number of cores "
+        "that the affinity and the CPU quota allow.",
+    )
     max_batch: int | None = Field(
         None,
         ge=1,

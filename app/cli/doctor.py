@@ -70,6 +70,8 @@ def _print_report(report: Report) -> None:
     print_table("Attention", rows, caption)
     print_table("Throughput", report.rates)
     print_table("Missing", report.missing)
+    for note in report.notes:
+        console.print(f"note: {note}")
     for problem in report.problems:
         console.print(f"[bold red]problem:[/] {problem}")
     if not report.problems:

@@ -8,7 +8,9 @@ from concurrent.futures import Future
 from typing import TypeVar
 
 import structlog
+import torch
 
+from dinat.app.contention import cpu_times, describe_contention
 from dinat.app.engine.backend import State
 from dinat.app.engine.batcher import Batcher
 from dinat.app.engine.events import BackendEvents, BatcherEvents
@@ -73,7 +75,7 @@ class LocalBackend(BatcherEvents):
     async def start(self) -> None:
         """See Backend."""
         self._loop = asyncio.get_running_loop()
-        started = time.monotonic()
+        started, times = time.monotonic(), cpu_times()
         try:
             self.runtimes, max_batch, disabled = await self._warm_up(await in_own_thread(self.load))
             first = self.runtimes[0]
@@ -96,6 +98,8 @@ class LocalBackend(BatcherEvents):
             await self._events.on_state_change()
         else:
             self.metrics.watch_devices(self.runtimes)
+            if first.device == "cpu" and (shared := describe_contention(times)) is not None:
+                log.warning(shared)
             if disabled:
                 log.warning("disabled", **{one.name: one.reason for one in disabled})
             log.info(
@@ -105,6 +109,7 @@ class LocalBackend(BatcherEvents):
                 runtime=self.loaded.runtime,
                 precision=self.loaded.precision,
                 attention=self.loaded.attention,
+                threads=torch.get_num_threads(),
                 seconds=round(time.monotonic() - started, 2),
             )
         finally:  # also if this is cancelled

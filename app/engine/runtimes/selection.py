@@ -9,6 +9,7 @@ import torch
 from dinat.app.engine.runtimes.runtime import Runtime
 from dinat.app.engine.runtimes.torch_runtime import TorchRuntime, resolve_devices
 from dinat.app.settings import Settings
+from dinat.app.threads import limit_threads
 from dinat.model import ConfigError, DinatConfig, DinatImageProcessor
 from dinat.model.attention.compiled import HEAD_DIM
 from dinat.model.checkpoints.checkpoint import open_checkpoint
@@ -28,6 +29,7 @@ def load_runtimes(settings: Settings) -> Sequence[Runtime]:
         ConfigError: The runtime or device does not support the settings, or is not installed.
         ExportError: The graph cannot be exported.
     """
+    limit_threads(settings.threads)
     name = settings.runtime
     devices = resolve_devices(settings.device)
     checkpoint = open_checkpoint(settings.model, revision=settings.revision)

@@ -1,0 +1,57 @@
+import os
+import subprocess
+import sys
+
+import pytest
+
+from dinat.app import contention
+from dinat.app.contention import CpuTimes, cpu_times, describe_contention
+
+LIMIT = """
+import sys, torch
+from dinat.app import host, threads
+host.cpu_quota = lambda: float(sys.argv[1]) if sys.argv[1] else None
+print(threads.limit_threads(int(sys.argv[2]) if sys.argv[2] else None), torch.get_num_threads())
+"""
+AVAILABLE = len(os.sched_getaffinity(0))
+
+
+@pytest.mark.parametrize(
+    ("quota", "setting", "variable", "expected"),
+    [
+        ("", "", None, AVAILABLE),
+        pytest.param("0.5", "", None, 1, marks=pytest.mark.slow),
+        pytest.param("0.5", "", "2", min(2, AVAILABLE), marks=pytest.mark.slow),  # the user's own choice
+        ("0.5", "3", "2", 3),
+    ],
+)
+def test_threads_are_those_of_the_setting_the_variable_or_the_quota(
+    quota: str, setting: str, variable: str | None, expected: int
+) -> None:
+    environment = {name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"}
+    environment |= {"OMP_NUM_THREADS": variable} if variable else {}
+    command = [sys.executable, "-c", LIMIT, quota, setting]
+    done = subprocess.run(command, env=environment, check=True, capture_output=True, text=True)
+    assert done.stdout.split() == [str(expected)] * 2
+
+
+def test_contention_is_described_by_its_causes(monkeypatch: pytest.MonkeyPatch) -> None:
+    before = CpuTimes(computed=10, waited=1, total=1000, stolen=10)
+
+    def describe(computed: float, waited: float, total: int, stolen: int) -> str | None:
+        monkeypatch.setattr(contention, "cpu_times", lambda: CpuTimes(computed, waited, total, stolen))
+        return describe_contention(before)
+
+    assert describe(12, 1.1, 1200, 12) is None
+    assert describe(10, 1, 1000, 10) is None  # no time has passed
+    assert describe(12, 2, 1200, 10) == (
+        "the CPU is shared: threads waited 0.5 s for a CPU in each second of computing (other programs, or a CPU quota)"
+    )
+    assert describe(12, 1, 1100, 60) == "the CPU is shared: the hypervisor gave 50% of the CPU to other virtual machines"
+    assert " and the hypervisor " in (describe(12, 2, 1100, 60) or "")
+    assert describe_contention(None) is None
+
+
+def test_cpu_times_are_read() -> None:
+    times = cpu_times()
+    assert times is not None and times.computed > 0 and times.total > times.stolen >= 0
