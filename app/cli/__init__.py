@@ -3,6 +3,7 @@
 import os
 import sys
 from importlib import import_module
+from typing import Annotated
 
 import typer
 
@@ -53,6 +54,22 @@ def run() -> None:
     sys.exit(main())
 
 
+def _print_version(is_asked: bool) -> None:
+    if is_asked:
+        from dinat import __version__
+
+        print(f"dinat-serve {__version__}")
+        raise typer.Exit
+
+
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", help="Print the version and exit.", callback=_print_version, is_eager=True)
+    ] = False,
+) -> None:
+    """Options of `dinat` itself. A callback also makes Typer require the subcommand's name."""
+
+
 def _command_name(arguments: list[str]) -> str | None:
     """Return the subcommand's name, also when a shell completes its flags."""
     words = os.environ.get("_TYPER_COMPLETE_ARGS", "").split()[1:] or arguments
@@ -67,7 +84,7 @@ def _application(selected: str | None) -> typer.Typer:
         rich_markup_mode=None,
         pretty_exceptions_enable=False,
     )
-    application.callback()(lambda: None)  # makes Typer require the subcommand's name
+    application.callback()(_options)
     for name, summary in COMMANDS.items():
         command = getattr(import_module(f"dinat.app.cli.{name}"), name) if name == selected else lambda: None
         application.command(name, short_help=summary)(command)

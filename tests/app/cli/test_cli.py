@@ -4,6 +4,7 @@ import re
 import signal
 import subprocess
 import sys
+from importlib.metadata import version
 from pathlib import Path
 
 import httpx
@@ -70,6 +71,11 @@ def test_missing_gpu_is_one_line(device: str) -> None:
     assert done.returncode == 1
     (line,) = [line for line in done.stderr.splitlines() if line.startswith("dinat: ")]
     assert f"device '{device}' is not available, PyTorch finds 0 CUDA devices: set cpu, install the driver" in line
+
+
+def test_version_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--version"]) == 0
+    assert capsys.readouterr().out == f"dinat-serve {version('dinat-serve')}\n"
 
 
 def test_help_and_completion_do_not_import_torch() -> None:
