@@ -12,7 +12,7 @@ HAS_KERNELS := test -e /dev/nvidiactl || \
     { grep -q avx512f /proc/cpuinfo && { command -v cc || command -v gcc || command -v clang; }; }
 SERVE_EXTRAS := $(shell { $(HAS_KERNELS); } >/dev/null 2>&1 || echo '[cpu]')
 
-.PHONY: install serve test test-slow nightly lint rehearsal gpu fuzz soak chaos sanitize api-test image-test \
+.PHONY: install serve test test-slow nightly lint docs rehearsal gpu fuzz soak chaos sanitize api-test image-test \
     bench bench-serving bench-frontends digits clean
 
 install: .venv/serve
@@ -49,6 +49,10 @@ rehearsal: .venv/test
 
 # Hours: fuzzing, chaos, soak, sanitizers, Schemathesis, and the image (as root on Debian 12).
 nightly: fuzz soak chaos sanitize api-test image-test
+
+# The documentation as a site, in build/site.
+docs: .venv/test
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 lint: .venv/test
 	$(BIN)/ruff check .

@@ -8,6 +8,9 @@ from dinat.model.cpu.spinning import CONTENDED, thread_times
 STOLEN = 0.05
 """Share of the CPU's time, above which it is worth mentioning that the hypervisor gave it to other virtual machines."""
 
+MIN_COMPUTED = 0.5
+"""Seconds of computing below which waiting says little."""
+
 STAT = Path("/proc/stat")
 
 
@@ -43,7 +46,8 @@ def describe_contention(before: CpuTimes | None) -> str | None:
     if before is None or now is None:
         return None
     causes = []
-    waited = (now.waited - before.waited) / max(now.computed - before.computed, 1e-9)
+    computed = now.computed - before.computed
+    waited = (now.waited - before.waited) / computed if computed >= MIN_COMPUTED else 0
     stolen = (now.stolen - before.stolen) / max(now.total - before.total, 1)
     if waited > CONTENDED:
         causes.append(f"threads waited {waited:.1f} s for a CPU in each second of computing (other programs, or a CPU quota)")
