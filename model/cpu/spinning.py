@@ -118,8 +118,8 @@ def _spinning(_process: int) -> Spinning | None:
     try:
         thread_times()
         mapped = {line.split(maxsplit=5)[-1] for line in Path("/proc/self/maps").read_text().splitlines() if "libgomp" in line}
-        return Spinning(ctypes.CDLL(next(iter(mapped))))
-    except (OSError, StopIteration):
+        return Spinning(ctypes.CDLL(min(mapped, key=lambda path: "/torch" not in path)))  # scikit-learn has one of its own
+    except (OSError, ValueError):
         return None
 
 
