@@ -9,7 +9,6 @@ import json
 import os
 import platform
 import re
-import shutil
 import signal
 import subprocess
 import sys
@@ -32,6 +31,7 @@ from PIL import Image
 from torch import Tensor
 
 from dinat.app.contention import cpu_times, describe_contention
+from dinat.app.engine.runtimes import nvidia_driver
 from dinat.app.engine.runtimes.runtime import InferenceOptions, Runtime, examples
 from dinat.app.engine.runtimes.torch_runtime import PRECISIONS, TorchRuntime, half_precision, resolve_devices
 from dinat.app.host import cores
@@ -170,50 +170,38 @@ def machine() -> Row:
 
 
 def gpus() -> list[Row]:
-    """Return the CUDA GPUs that PyTorch sees."""
+    """Return the CUDA GPUs that PyTorch can use."""
     rows = []
-    for index in range(torch.cuda.device_count()):
-        properties = torch.cuda.get_device_properties(index)
+    for device in resolve_devices("auto"):
+        if device.type != "cuda":
+            continue
+        properties = torch.cuda.get_device_properties(device)
         rows.append(
             {
-                "device": f"cuda:{index}",
+                "device": str(device),
                 "name": properties.name,
                 "capability": f"{properties.major}.{properties.minor}",
                 "memory GB": round(properties.total_memory / 1e9, 1),
                 "multiprocessors": properties.multi_processor_count,
-                "driver": driver() or "unknown",
+                "driver": nvidia_driver.version() or "unknown",
                 "CUDA of PyTorch": str(torch.version.cuda),
             }
         )
     return rows
 
 
-def driver() -> str | None:
-    """Return the version of the NVIDIA driver, or None if there is none."""
-    kernel_module = Path("/proc/driver/nvidia/version")
-    if kernel_module.exists() and (found := re.search(r"\s(\d+\.\d+(?:\.\d+)?)\s", kernel_module.read_text())):
-        return found[1]
-    if shutil.which("nvidia-smi") is None:
-        return None
-    command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
-    done = subprocess.run(command, capture_output=True, text=True)
-    return done.stdout.split("\n")[0].strip() or None
-
-
 def check_installation(device: torch.device, versions: dict[str, str]) -> tuple[list[str], list[Row]]:
     """Return problems with the installed packages, and missing optional packages."""
     problems: list[str] = []
     missing: list[Row] = []
-    if driver() is not None and not torch.cuda.is_available():
-        cuda = torch.version.cuda
-        cause = "has no CUDA" if cuda is None else f"is for CUDA {cuda}, which requires a newer driver"
-        problems.append(f"NVIDIA driver {driver()} is installed, but PyTorch sees no GPU: this PyTorch {cause}")
-        missing.append(
-            {
-                "what": "a PyTorch build that sees the GPU",
-                "command": f"pip install --force-reinstall torch=={_version('torch').partition('+')[0]}",
-            }
-        )
+    if (too_old := nvidia_driver.too_old()) is not None:
+        problems.append(too_old)
+    elif (driver := nvidia_driver.version()) is not None and not torch.cuda.is_available():
+        cause = "this PyTorch is built without CUDA" if torch.version.cuda is None else "run nvidia-smi, it reports why"
+        problems.append(f"NVIDIA driver {driver} is installed, but PyTorch finds no GPU: {cause}")
+        if torch.version.cuda is None:
+            public = _version("torch").partition("+")[0]
+            missing.append({"what": "a PyTorch build for CUDA", "command": f"pip install --force-reinstall torch=={public}"})
     if device.type == "cuda":
         if versions["triton"] == NOT_INSTALLED:
             missing.append({"what": "triton, for the fused attention kernel", "command": "pip install triton"})

@@ -16,6 +16,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from multiprocessing.connection import wait
@@ -162,7 +163,9 @@ def resolve_frontends(settings: Settings) -> int:
 
 
 def _exit_0_if_gpu(device: str) -> None:
-    sys.exit(0 if resolve_devices(device)[0].type == "cuda" else 1)
+    with suppress(ConfigError):  # which the engine process reports
+        sys.exit(0 if resolve_devices(device)[0].type == "cuda" else 1)
+    sys.exit(1)
 
 
 class Supervisor:

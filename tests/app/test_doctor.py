@@ -8,6 +8,7 @@ import pytest
 
 from dinat.app import doctor
 from dinat.app.cli import main
+from dinat.app.engine.runtimes import nvidia_driver
 from dinat.model import DinatConfig, attention, native
 from dinat.model.cpu.features import has_bf16
 
@@ -102,12 +103,15 @@ def test_missing_packages_come_with_install_commands(
 def test_driver_without_gpu_in_pytorch_is_a_problem(
     examine: Callable[..., tuple[int, dict[str, Any]]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(doctor, "driver", lambda: "580.1")
+    monkeypatch.setattr(nvidia_driver, "version", lambda: "580.1")
     monkeypatch.setattr(doctor, "runtimes", lambda *_: [])
     monkeypatch.setattr(doctor, "served_rate", lambda *_: {"what": "nothing"})
     status, report = examine()
     assert status == 1
-    assert "NVIDIA driver 580.1 is installed, but PyTorch sees no GPU: this PyTorch has no CUDA" in report["problems"][0]
+    assert (
+        "NVIDIA driver 580.1 is installed, but PyTorch finds no GPU: this PyTorch is built without CUDA"
+        in report["problems"][0]
+    )
     assert report["missing"][0]["command"].startswith("pip install --force-reinstall torch==2.")
 
 

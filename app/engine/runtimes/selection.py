@@ -6,6 +6,7 @@ from importlib.util import find_spec
 import structlog
 import torch
 
+from dinat.app.engine.runtimes import nvidia_driver
 from dinat.app.engine.runtimes.runtime import Runtime
 from dinat.app.engine.runtimes.torch_runtime import TorchRuntime, resolve_devices
 from dinat.app.settings import Settings
@@ -39,6 +40,7 @@ def load_runtimes(settings: Settings) -> Sequence[Runtime]:
         log.warning(
             "no GPU was found, though PyTorch is a build for CUDA: the CPU is used. DINAT_DEVICE=cuda makes this an error",
             cuda=torch.version.cuda,
+            reason=nvidia_driver.too_old() or "PyTorch finds no CUDA device",
         )
 
     if name == "auto":

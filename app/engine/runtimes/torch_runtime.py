@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from dinat.app.engine.runtimes import nvidia_driver
 from dinat.app.engine.runtimes.artifacts import digest
 from dinat.app.engine.runtimes.cuda_graphs import LANES, CapturedComputation
 from dinat.app.engine.runtimes.runtime import (
@@ -45,9 +46,10 @@ def resolve_devices(device: str) -> list[torch.device]:
         device: "cuda" for all GPUs, "cuda:N", "cpu", or "auto": all GPUs, or the CPU if there are none.
 
     Raises:
-        ConfigError: The setting is invalid, or there is no such device.
+        ConfigError: The setting is invalid, there is no such device, or the driver is too old for PyTorch.
     """
-    gpus = [torch.device("cuda", i) for i in range(torch.cuda.device_count())]
+    too_old = nvidia_driver.too_old()  # device_count() counts GPUs of such a driver too
+    gpus = [torch.device("cuda", i) for i in range(torch.cuda.device_count())] if too_old is None else []
     if device == "auto":
         return gpus or [torch.device("cpu")]
     try:
@@ -58,6 +60,8 @@ def resolve_devices(device: str) -> list[torch.device]:
         raise ConfigError(f"device {device!r} is not supported: set auto, cpu, cuda or cuda:N")
     if selected.type == "cpu":
         return [selected]
+    if too_old is not None:
+        raise ConfigError(f"device {device!r} is not available: {too_old}")
     if (selected.index or 0) >= len(gpus):
         raise ConfigError(
             f"device {device!r} is not available, PyTorch finds {len(gpus)} CUDA devices: set cpu, install the driver, "
