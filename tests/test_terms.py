@@ -14,9 +14,10 @@ import pytest
 ROOT = Path(__file__).parents[1]
 
 SKIPPED = re.compile(
-    r"\.(npz|png|safetensors|svg)$|^benchmarks/results/.*\.json$|^tests/kubernetes/schemas\.json$|^tests/test_terms\.py$"
+    r"\.(npz|png|safetensors|svg)$|^benchmarks/results/.*\.json$|^tests/kubernetes/schemas\.json$"
+    r"|^requirements-image.*\.txt$|^tests/test_terms\.py$"
 )
-"""Data, and this file."""
+"""Data, hashes, and this file."""
 
 TERMS = {
     r"doors?": "endpoint",
