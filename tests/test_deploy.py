@@ -100,8 +100,8 @@ def test_image_installs_the_tested_versions_by_hash() -> None:
     assert set(locked) - set(tested) == {"colorama", "httpx2-jsfetch"}  # of other systems, by their markers
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     extras = project["optional-dependencies"]
-    wanted = project["dependencies"] + extras["heif"] + extras["tracing"] + extras["cpu"]
-    names = {re.split(r"[^\w-]", requirement)[0].lower().replace("_", "-") for requirement in wanted}
+    required = project["dependencies"] + extras["heif"] + extras["tracing"] + extras["cpu"]
+    names = {re.split(r"[^\w-]", requirement)[0].lower().replace("_", "-") for requirement in required}
     assert names - set(locked) == {"torch"}
     for file in ("requirements-image.txt", "requirements-image-cpu.txt"):
         entries = re.split(r"\n(?=\w)", (ROOT / file).read_text().partition("make lock\n")[2])
