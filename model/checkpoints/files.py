@@ -4,6 +4,7 @@ import argparse
 import json
 import pickle
 import re
+import ssl
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -182,11 +183,26 @@ def _download(
     except LocalEntryNotFoundError as error:
         if offline:
             return None
-        raise CheckpointError(f"{repo} on the Hub cannot be reached and {name} is not cached: {_one_line(error)}") from error
+        cause = _first_cause(error)
+        advice = (
+            ": set SSL_CERT_FILE to a file with your certificate authorities"
+            if isinstance(cause, ssl.SSLCertVerificationError)
+            else ""
+        )
+        raise CheckpointError(
+            f"{repo} on the Hub cannot be reached and {name} is not cached: {_one_line(cause)}{advice}"
+        ) from error
     except EntryNotFoundError:
         return None
     except (HfHubHTTPError, OfflineModeIsEnabled, OSError, ValueError) as error:
         raise CheckpointError(f"{repo} on the Hub cannot be read: {_one_line(error)}") from error
+
+
+def _first_cause(error: BaseException) -> BaseException:
+    """The error that the others were raised from: huggingface_hub's own says only that there was one."""
+    while (cause := error.__cause__ or error.__context__) is not None:
+        error = cause
+    return error
 
 
 def _one_line(error: BaseException) -> str:
