@@ -51,32 +51,39 @@ def proxy(kind: str, ports: list[int], folder: Path, retry: bool = True) -> Iter
     """Run a proxy that listens on the third port, for instances on the first two. Yields its address."""
     (file,) = DEPLOY.glob(f"{kind}.*")
     conf = file.read_text()
-    for default, port in zip((8001, 8002, 8080), ports, strict=True):
-        conf = re.sub(rf"(127\.0\.0\.1(?::|, port_value: )){default}", rf"\g<1>{port}", conf)
-        assert str(port) in conf
     if not retry:
         conf, changed = re.subn(*WITHOUT_RETRY[kind], conf)
         assert changed == 1
-    (folder / file.name).write_text(conf)
+    with run_proxy(kind, conf, dict(zip((8001, 8002, 8080), ports, strict=True)), folder) as url:
+        yield url
+
+
+@contextmanager
+def run_proxy(kind: str, conf: str, ports: dict[int, int], folder: Path, ready: str = "/health/ready") -> Iterator[str]:
+    """Run a proxy until it answers 200 on the path `ready`. Yields its address.
+
+    Args:
+        kind: "nginx" or "envoy".
+        conf: Its configuration.
+        ports: Port to use in place of each port in the configuration; the proxy listens on that of 8080.
+        folder: Folder for its files.
+        ready: Path of the request.
+    """
+    for default, port in ports.items():
+        conf, changed = re.subn(rf"(127\.0\.0\.1(?::|,?\s+port_value: )){default}\b", rf"\g<1>{port}", conf)
+        assert changed
+    file = folder / f"{kind}.conf"
+    file.write_text(conf)
     if kind == "nginx":
-        command = ["nginx", "-p", str(folder), "-c", str(folder / file.name), "-e", "stderr"]
+        command = ["nginx", "-p", str(folder), "-c", str(file), "-e", "stderr"]
     else:
-        command = [
-            str(envoy()),
-            "-c",
-            str(folder / file.name),
-            "--use-dynamic-base-id",
-            "--log-level",
-            "warn",
-            "--concurrency",
-            "1",
-        ]
+        command = [str(envoy()), "--config-yaml", conf, "--use-dynamic-base-id", "--log-level", "warn", "--concurrency", "1"]
     with (folder / "log").open("w") as log:
         process = subprocess.Popen(command, stderr=log, stdout=log)
-    url = f"http://127.0.0.1:{ports[2]}"
+    url = f"http://127.0.0.1:{ports[8080]}"
     try:
         with httpx.Client(transport=httpx.HTTPTransport(retries=8)) as client:  # retries connecting while the proxy starts
-            while client.get(f"{url}/health/ready").status_code != 200:  # until Envoy has checked its instances
+            while client.get(f"{url}{ready}").status_code != 200:  # until Envoy has checked its instances
                 assert process.poll() is None, (folder / "log").read_text()
         yield url
     finally:

@@ -1,6 +1,7 @@
 """The rendered Helm chart: schemas of Kubernetes and of the operators, pod security, settings."""
 
 import json
+import re
 from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
@@ -96,6 +97,27 @@ def test_schemas_detect_invalid_fields() -> None:
     scaled = only(render(VALUES["gpus"]), "ScaledObject")
     scaled["spec"]["maxReplicaCount"] = "many"
     assert len(custom_errors(service)) == len(custom_errors(scaled)) == 1
+
+
+def test_documented_route_sends_a_share_to_each_of_two_releases() -> None:
+    page = (DEPLOY.parent / "docs" / "traffic.md").read_text()
+    (text,) = [block for block in re.findall(r"```yaml\n(.*?)```", page, re.DOTALL) if "kind: HTTPRoute" in block]
+    route = yaml.safe_load(text)
+    assert custom_errors(route) == []
+    backends = route["spec"]["rules"][0]["backendRefs"]
+    services = [only(render(VALUES["cpu"], name=release), "Service") for release in ("blue", "green")]
+    assert [(backend["name"], backend["port"]) for backend in backends] == [
+        (service["metadata"]["name"], service["spec"]["ports"][0]["port"]) for service in services
+    ]
+    assert sum(backend["weight"] for backend in backends) == 100
+
+
+def test_another_checkpoint_is_rolled_out_before_the_old_pod_stops() -> None:
+    before, after = (only(render({"model": model, "gpus": 0}), "Deployment")["spec"] for model in ("/models/a", "/models/b"))
+    assert before["strategy"] == {"type": "RollingUpdate", "rollingUpdate": {"maxUnavailable": 0, "maxSurge": 1}}
+    models = [environment(spec["template"]["spec"]["containers"][0])["DINAT_MODEL"] for spec in (before, after)]
+    assert models == ["/models/a", "/models/b"]
+    assert before["selector"] == after["selector"]
 
 
 def test_ray_service_matches_the_schema_of_kuberay() -> None:
