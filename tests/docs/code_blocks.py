@@ -24,8 +24,8 @@ ADDRESS = "localhost:8000"
 """Of the server in all examples."""
 
 TESTED_ELSEWHERE = {
-    "nginx": "tests/test_deploy.py",
-    "yaml": "tests/test_deploy.py, tests/kubernetes",
+    "nginx": "tests/test_deploy.py, tests/e2e/test_traffic.py",
+    "yaml": "tests/test_deploy.py, tests/kubernetes, tests/e2e/test_traffic.py",
     "mermaid": "no code",
     "deploy.md": "tests/image, tests/test_deploy.py",
     "scale.md": "tests/kubernetes, tests/e2e/test_ray.py, tests/e2e/test_proxies.py",
