@@ -24,7 +24,19 @@ static int64_t block_rows(int64_t rows, int64_t channels, int64_t threads) {
 }
 
 /* weight: panels of PANEL outputs; in each, blocks of PANEL inputs, each stored as two AMX tiles of 16 outputs. Row i of a tile
- * holds inputs 2i and 2i + 1 of each output as adjacent pairs. */
+ * holds inputs 2i and 2i + 1 of each output as adjacent pairs. One step of a product, all tiles 16 rows of 64 bytes:
+ *
+ *                                  tile 6: weight, outputs 0-15     tile 7: weight, outputs 16-31
+ *                                     w0,0  w1,0 | w0,1  w1,1 ..       wi,o: input i of output o
+ *                                     w2,0  w3,0 | w2,1  w3,1 ..       (16 pairs of bfloat16 a row)
+ *                                     ..                               ..
+ *   tile 4: x, rows 0-15
+ *      x0,0 x0,1 x0,2 .. x0,31     tile 0: sums, float32            tile 1: sums, float32
+ *      x1,0 ..                        rows 0-15 x outputs 0-15         rows 0-15 x outputs 16-31
+ *   tile 5: x, rows 16-31
+ *      x16,0 ..                    tile 2: rows 16-31               tile 3: rows 16-31
+ *
+ * _tile_dpbf16ps(0, 4, 6) adds, for each pair i of inputs, x[r][2i] * w[2i][o] + x[r][2i+1] * w[2i+1][o] to sum (r, o). */
 typedef struct {
     const uint16_t *weight;
     const float *bias;
@@ -67,7 +79,7 @@ static inline __attribute__((always_inline)) void finish(const step *s, int64_t 
             a += load(add.data, from, 1);
             b += load(add.data, from + LANES, 1);
         }
-        const __m512bh pair = _mm512_cvtne2ps_pbh((__m512)b, (__m512)a);
+        const __m512bh pair = _mm512_cvtne2ps_pbh((__m512)b, (__m512)a); /* the first argument is the upper half */
         memcpy((uint16_t *)out.data + place(out, s->row + i, s->column), &pair, sizeof pair);
     }
 }
@@ -82,16 +94,17 @@ static inline __attribute__((always_inline)) void multiply(matrix x, const linea
     before->row = before->column = before->count = 0;
     for (int64_t panel = panels * part / parts; panel < panels * (part + 1) / parts; panel++)
         for (int64_t row = 0; row < rows; row += ROWS) {
-            const uint16_t *from = (const uint16_t *)x.data + row * x.row_stride;
+            const uint16_t *from = (const uint16_t *)x.data + row * x.row_stride; /* in its first panel */
             const uint16_t *weight = w->weight + panel * PANEL * w->inputs;
-            const int is_whole = rows - row > 16;
+            const int is_whole = rows - row > 16; /* else the lower two tiles of sums have no valid row */
             _tile_zero(0);
             _tile_zero(1);
             _tile_zero(2);
             _tile_zero(3);
             ORDER_MEMORY();
             for (int64_t k = 0; k < inner; k++, from += x.panel_stride, weight += PANEL * PANEL) {
-                _tile_loadd(6, weight, 64);
+                _tile_loadd(6, weight, 64); /* 32 inputs of outputs 0-15: 16 lines of 64 bytes, one after another */
+                /* Prefetch this row step's share of the next panel's block, so that all row steps together fetch all of it. */
                 const uint16_t *next = weight + PANEL * w->inputs + row / ROWS * lines * PANEL;
                 for (int64_t line = 0; line < lines; line++) _mm_prefetch(next + line * PANEL, _MM_HINT_T1);
                 _tile_loadd(4, from, x.row_stride * 2);
@@ -105,6 +118,7 @@ static inline __attribute__((always_inline)) void multiply(matrix x, const linea
                 }
                 finish(before, k * share, (k + 1) * share, w->bias, add, out, after);
             }
+            /* A row of a step has the 16 sums of tile 0 (or 2), then those of tile 1 (or 3): the order of the outputs. */
             _tile_stored(0, &now->sums[0][0], sizeof *now->sums);
             _tile_stored(1, &now->sums[0][1], sizeof *now->sums);
             if (is_whole) {
@@ -126,7 +140,8 @@ static inline matrix in_rows(const void *data, int64_t columns) { return (matrix
 
 static inline matrix in_panels(void *data, int64_t rows) { return (matrix){data, PANEL, rows * PANEL}; }
 
-/* Write rows as the input of a product, normalized if the norm has a weight. */
+/* Pack rows as the input of a product, normalized if the norm has a weight: panels of PANEL channels of all rows, so that a row
+ * of an AMX tile is 64 contiguous bytes and the next row follows it. */
 static inline void lay(const norm *n, const uint16_t *x, matrix out, int64_t rows, int64_t channels) {
     if (n->weight) {
         normalize(n, x, out, rows, channels, 1);
@@ -190,6 +205,7 @@ static void complete(const void *of, const work *job) {
 static void convolve(const void *of, const work *job) {
     const convolution *c = of;
     const int64_t height = (c->height + 1) / 2, width = (c->width + 1) / 2;
+    /* Pack the nine positions under the kernel as one row of 9 * channels inputs; positions outside the image are zeros. */
     for (int64_t row = 0; row < job->rows; row++)
         for (int64_t tap = 0; tap < 9; tap++) {
             const int64_t at = job->first + row, image = at / width / height;
@@ -214,6 +230,7 @@ static int over_rows(void (*what)(const void *, const work *), const void *of, w
                      int64_t outputs, int threads) {
     const int is_shared = all.rows < SHARED_ROWS * threads && outputs / PANEL >= threads;
     const int64_t most = is_shared ? all.rows : block_rows(all.rows, inputs, threads), held = (most + ROWS - 1) / ROWS * ROWS;
+    /* Rows are rounded up to a whole step: tiles read, but never use, what follows the last valid row. */
     uint16_t *room = aligned_alloc(64, (inputs + hidden) * held * threads * sizeof *room);
     if (!room) return 1;
 #pragma omp parallel num_threads(threads)

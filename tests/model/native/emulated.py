@@ -1,4 +1,4 @@
-"""Run the kernels for ARM NEON in an emulator, if a cross compiler and QEMU are installed."""
+"""Kernels on CPUs that this machine does not have: ARM NEON in QEMU, and x86-64 matrix units (AMX) in plain C."""
 
 import ctypes
 import shutil
@@ -21,6 +21,17 @@ TARGETS = [
     *(pytest.param(target, marks=[pytest.mark.emulator, pytest.mark.slow]) for target in EMULATED),
 ]
 """Targets that can run on this machine, as parameters of the tests of all kernels."""
+
+
+MATRIX_UNITS = native.Target(
+    "amx-in-c",
+    native.TARGETS["x86_64"][1].required_flags,
+    (
+        *native.TARGETS["x86_64"][1].compiler_flags,
+        *("-D__AMX_BF16__=1", "-include", str(Path(__file__).with_name("matrix_units.h"))),
+    ),
+)
+"""The kernels for AMX, with matrix_units.h in the place of its instructions. Requires AVX-512."""
 
 
 def library_for(target: native.Target, folder: Path) -> "native.Library | Emulated":
