@@ -3,8 +3,11 @@
 Field names, defaults and rules are those of transformers 4.53.3, so that config.json files of the Hub can be read.
 """
 
+import difflib
+import inspect
 import json
-from collections.abc import Callable, Mapping, Sequence
+import warnings
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -135,7 +138,7 @@ class DinatConfig:
         output_attentions: Default of the argument of the networks' forward.
         output_hidden_states: Default of the argument of the networks' forward.
         return_dict: Default of the argument of the networks' forward.
-        other: Unknown fields, which are stored as attributes.
+        other: Unknown fields, which are stored as attributes, with a warning.
 
     Raises:
         ConfigError: The fields are invalid or contradict each other.
@@ -196,17 +199,21 @@ class DinatConfig:
         self.output_hidden_states = output_hidden_states
         self.return_dict = return_dict
         self._set_labels(num_labels, id2label, label2id)
-        for name in _DERIVED:
-            other.pop(name, None)
+        other = {name: value for name, value in other.items() if name not in _DERIVED}
+        self._store(other)
+        warn_if_unknown(other)
+        self._check_layers(dilations is None)
+        self._check_size()
+        self._out_features, self._out_indices = _align(out_features, out_indices, self.stage_names)
+
+    def _store(self, other: Mapping[str, Any]) -> None:
+        """Store unknown fields as attributes. Raises ConfigError if a name is that of a property or method."""
         for name, value in other.items():
             if isinstance(getattr(type(self), name, None), property):
                 raise ConfigError(f"{name} is derived from depths and num_heads: set those instead")
             if name.startswith("__") or hasattr(type(self), name):
                 raise ConfigError(f"{name} is not the name of a field")
             setattr(self, name, value)
-        self._check_layers(dilations is None)
-        self._check_size()
-        self._out_features, self._out_indices = _align(out_features, out_indices, self.stage_names)
 
     @classmethod
     def preset(cls, name: str, **changes: Any) -> "DinatConfig":
@@ -298,7 +305,10 @@ class DinatConfig:
             raise ConfigError(f"model_type {model_type!r} is not supported: use dinat or nat")
         if model_type == "nat" and values.get("dilations") is None:
             values["dilations"] = [[1] * depth for depth in values.get("depths", [3, 4, 6, 5])]
-        return cls(**values)
+        other = {name: values.pop(name) for name in list(values) if name not in FIELDS}
+        config = cls(**values)
+        config._store({name: value for name, value in other.items() if name not in _DERIVED})
+        return config
 
     @classmethod
     def from_pretrained(cls, source: str | Path, **options: Any) -> "DinatConfig":
@@ -388,6 +398,20 @@ def _labels(id2label: Any) -> dict[int, str]:
 
 
 _DERIVED = ("hidden_size", "num_layers", "stage_names")
+
+FIELDS = frozenset(inspect.signature(DinatConfig).parameters) - {"other"}
+"""Names of the fields that define a network, its outputs or its labels."""
+STORED_FIELDS = ("image_size", "architectures", "torch_dtype", "dtype", "transformers_version")
+"""Names of other fields that config.json files have."""
+
+
+def warn_if_unknown(names: Iterable[str]) -> None:
+    """Warn about names that are no fields, with the nearest field: most of them are typing errors."""
+    for name in names:
+        if name not in FIELDS and name not in STORED_FIELDS and name not in _DERIVED:
+            nearest = difflib.get_close_matches(name, FIELDS, 1)
+            hint = f": do you mean {nearest[0]}?" if nearest else ""
+            warnings.warn(f"{name} is not a field of DinatConfig and has no effect{hint}", stacklevel=3)
 
 
 def _align(names: list[str] | None, indices: Sequence[int] | None, stages: list[str]) -> tuple[list[str], list[int]]:

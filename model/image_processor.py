@@ -263,11 +263,17 @@ def to_rgb(image: ImageInput) -> Image.Image:
     if isinstance(image, np.ndarray):
         if image.dtype != np.uint8 or image.ndim not in (2, 3) or (image.ndim == 3 and image.shape[2] not in (1, 3)):
             raise ImageError(f"an array must be uint8, (H, W), (H, W, 1) or (H, W, 3), got {image.dtype} {image.shape}")
+        if not image.size:
+            raise ImageError(f"an image must have at least one pixel, got {image.shape}")
         image = Image.fromarray(image.squeeze(2) if image.ndim == 3 and image.shape[2] == 1 else image)
     if not isinstance(image, Image.Image):
         raise ImageError(f"an image must be a Pillow image, an array or a tensor, got {type(image).__name__}")
+    if 0 in image.size:
+        raise ImageError(f"an image must have at least one pixel, got {image.width}x{image.height}")
     if image.mode == "RGB" and "transparency" not in image.info:
         return image
+    if image.mode == "La":  # premultiplied; Pillow converts it to LA only
+        image = image.convert("LA")
     if image.mode.startswith("I"):
         levels = np.asarray(image)
         levels = levels.clip(0, 65535) if image.mode == "I" else levels

@@ -1,5 +1,6 @@
 """Open a checkpoint (configuration, weights, preprocessing) from any supported source, and save one in the Hub's layout."""
 
+import json
 import os
 import tempfile
 import warnings
@@ -9,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import split_torch_state_dict_into_shards
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -26,6 +28,10 @@ from dinat.model.checkpoints.files import (
 from dinat.model.checkpoints.original import read_original
 from dinat.model.config import DinatConfig
 from dinat.model.errors import CheckpointError, ConfigError
+
+DEFAULT_SHARD_SIZE = "5GB"
+"""Size above which weights are divided into several files, as in transformers."""
+SHARDS = "model-[0-9]*-of-[0-9]*.safetensors"
 
 
 @dataclass(frozen=True)
@@ -78,20 +84,38 @@ def open_checkpoint(
     return _hub_layout(files, revision, config)
 
 
-def save_checkpoint(folder: str | Path, config: DinatConfig, state_dict: StateDict, architecture: str) -> None:
+def save_checkpoint(
+    folder: str | Path,
+    config: DinatConfig,
+    state_dict: StateDict,
+    architecture: str,
+    max_shard_size: int | str = DEFAULT_SHARD_SIZE,
+) -> None:
     """Write config.json and model.safetensors into a folder, which is created if missing.
 
-    An existing weights file is replaced atomically, so a network that has it memory-mapped is not affected.
+    Weights above max_shard_size (bytes, or text such as "2GB") are divided into several files and an index, as transformers
+    does. Existing weights are replaced, each file atomically, so a network that has it memory-mapped is not affected.
     """
     folder = Path(folder)
     dtypes = {str(value.dtype).removeprefix("torch.") for value in state_dict.values()}
     values = config.to_dict() | {"architectures": [architecture], "torch_dtype": dtypes.pop() if len(dtypes) == 1 else None}
     DinatConfig.from_dict(values).save_pretrained(folder)
     tensors = {name: value.detach().cpu().contiguous() for name, value in state_dict.items()}
+    shards = split_torch_state_dict_into_shards(tensors, max_shard_size=max_shard_size)
+    index = f"{SAFETENSORS}.index.json"
     with tempfile.TemporaryDirectory(dir=folder) as temporary:
-        save_file(tensors, Path(temporary) / SAFETENSORS, metadata={"format": "pt"})
-        (Path(temporary) / SAFETENSORS).chmod((folder / CONFIG).stat().st_mode)  # permissions by the umask, not owner-only
-        os.replace(Path(temporary) / SAFETENSORS, folder / SAFETENSORS)
+        for name, keys in shards.filename_to_tensors.items():
+            save_file({key: tensors[key] for key in keys}, Path(temporary) / name, metadata={"format": "pt"})
+        if shards.is_sharded:
+            content = {"metadata": shards.metadata, "weight_map": shards.tensor_to_filename}
+            (Path(temporary) / index).write_text(json.dumps(content, indent=2, sort_keys=True) + "\n")
+        written = sorted(path.name for path in Path(temporary).iterdir())  # the index after the files that it names
+        for name in written:
+            (Path(temporary) / name).chmod((folder / CONFIG).stat().st_mode)  # permissions by the umask, not owner-only
+            os.replace(Path(temporary) / name, folder / name)
+    for old in (SAFETENSORS, index, *(path.name for path in folder.glob(SHARDS))):
+        if old not in written:
+            (folder / old).unlink(missing_ok=True)
 
 
 def match_state_dict(

@@ -190,12 +190,12 @@ def _download(
             else ""
         )
         raise CheckpointError(
-            f"{repo} on the Hub cannot be reached and {name} is not cached: {_one_line(cause)}{advice}"
+            f"{repo} on the Hub cannot be reached and {name} is not cached: {one_line(cause)}{advice}"
         ) from error
     except EntryNotFoundError:
         return None
     except (HfHubHTTPError, OfflineModeIsEnabled, OSError, ValueError) as error:
-        raise CheckpointError(f"{repo} on the Hub cannot be read: {_one_line(error)}") from error
+        raise CheckpointError(f"{repo} on the Hub cannot be read: {one_line(error)}") from error
 
 
 def _first_cause(error: BaseException) -> BaseException:
@@ -205,9 +205,10 @@ def _first_cause(error: BaseException) -> BaseException:
     return error
 
 
-def _one_line(error: BaseException) -> str:
+def one_line(error: BaseException) -> str:
+    """Return the message of an exception in one line."""
     return " ".join(str(error).split()) or type(error).__name__
 
 
 def _raise_unreadable(path: Path, error: Exception) -> NoReturn:
-    raise CheckpointError(f"{path} cannot be read as weights: {_one_line(error)[:300]}") from error
+    raise CheckpointError(f"{path} cannot be read as weights: {one_line(error)[:300]}") from error

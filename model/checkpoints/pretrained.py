@@ -1,15 +1,25 @@
 """Loading, saving and initializing networks."""
 
+import tempfile
+import warnings
 from pathlib import Path
 from typing import Any, Self
 
 import torch
+from huggingface_hub import HfApi
 from torch import Tensor, nn
 
 from dinat.model.attention import check_backend
-from dinat.model.checkpoints.checkpoint import Checkpoint, match_state_dict, open_checkpoint, save_checkpoint
-from dinat.model.config import DinatConfig
-from dinat.model.fast_path import PLAIN_TYPES
+from dinat.model.checkpoints.checkpoint import (
+    DEFAULT_SHARD_SIZE,
+    Checkpoint,
+    match_state_dict,
+    open_checkpoint,
+    save_checkpoint,
+)
+from dinat.model.checkpoints.files import one_line
+from dinat.model.config import DinatConfig, warn_if_unknown
+from dinat.model.errors import CheckpointError
 
 
 class PreTrainedModel(nn.Module):
@@ -54,7 +64,8 @@ class PreTrainedModel(nn.Module):
             cache_dir: Cache folder of huggingface_hub.
             local_files_only: Whether to use only cached files.
             config: Replaces the checkpoint's configuration.
-            changes: Fields of the configuration to replace, such as out_features.
+            changes: Fields of the configuration to replace, such as out_features. Another number of labels gives the network a
+                new, untrained classifier, with a warning.
 
         Raises:
             CheckpointError: The checkpoint cannot be read, or its weights do not match; lists all missing, unexpected and
@@ -67,15 +78,62 @@ class PreTrainedModel(nn.Module):
             checkpoint = open_checkpoint(checkpoint, local_files_only=local_files_only, config=config, **options)
         network_config = checkpoint.config
         if changes:
-            network_config = DinatConfig.from_dict(_without_stage_pair(network_config.to_dict(), changes) | changes)
+            warn_if_unknown(changes)
+            network_config = DinatConfig.from_dict(_without_replaced(network_config, changes) | changes)
         with torch.device("meta"):
             network = cls(network_config, attention=attention)
-        network._load(checkpoint.state_dict(), checkpoint.source)
+        state_dict = checkpoint.state_dict()
+        if network_config.num_labels != checkpoint.config.num_labels and "classifier." not in cls.ignored_prefixes:
+            _replace_head(state_dict, network_config, checkpoint.source)
+        network._load(state_dict, checkpoint.source)
         return network.to(device=device, dtype=dtype or torch.float32).eval()
 
-    def save_pretrained(self, folder: str | Path) -> None:
-        """Write config.json and model.safetensors in the Hub's layout, readable by transformers 4.53.3."""
-        save_checkpoint(folder, self.config, self.state_dict(), architecture=type(self).__name__)
+    def save_pretrained(self, folder: str | Path, max_shard_size: int | str = DEFAULT_SHARD_SIZE) -> None:
+        """Write config.json and model.safetensors in the Hub's layout, readable by transformers 4.53.3.
+
+        Args:
+            folder: Created if missing.
+            max_shard_size: Weights above this size, in bytes or as text ("2GB"), are divided into several files.
+        """
+        save_checkpoint(folder, self.config, self.state_dict(), type(self).__name__, max_shard_size)
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        token: str | None = None,
+        private: bool | None = None,
+        revision: str | None = None,
+        commit_message: str = "Upload DiNAT",
+        max_shard_size: int | str = DEFAULT_SHARD_SIZE,
+    ) -> str:
+        """Upload the files of save_pretrained to a repository of the Hub, which is created if missing.
+
+        Args:
+            repo_id: "owner/name".
+            token: Access token of the Hub; that of `hf auth login` or HF_TOKEN if None.
+            private: Whether a new repository is private; the owner's default if None.
+            revision: Branch; main if None.
+            commit_message: Subject of the commit.
+            max_shard_size: See save_pretrained.
+
+        Returns:
+            The URL of the commit.
+
+        Raises:
+            CheckpointError: The Hub cannot be reached, or rejects the upload.
+        """
+        api = HfApi(token=token)
+        try:
+            with tempfile.TemporaryDirectory() as folder:
+                self.save_pretrained(folder, max_shard_size)
+                repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+                commit = api.upload_folder(
+                    repo_id=repo_id, folder_path=folder, revision=revision, commit_message=commit_message
+                )
+        except Exception as error:  # which HTTP client raises them depends on huggingface_hub's version
+            raise CheckpointError(f"{repo_id} cannot be uploaded to the Hub: {one_line(error)}") from error
+        return str(commit.commit_url)
 
     def _load(self, state_dict: dict[str, Tensor], source: str) -> None:
         expected = self.state_dict()
@@ -99,11 +157,26 @@ class PreTrainedModel(nn.Module):
                     nn.init.zeros_(module.bias)
 
 
-def _without_stage_pair(values: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
-    """Remove out_features and out_indices if one of them changes: the other is derived from it."""
+def _without_replaced(config: DinatConfig, changes: dict[str, Any]) -> dict[str, Any]:
+    """Return a configuration's fields without those that the changed ones determine."""
+    values, replaced = config.to_dict(), set()
     if "out_features" in changes or "out_indices" in changes:
-        return {name: value for name, value in values.items() if name not in ("out_features", "out_indices")}
-    return values
+        replaced |= {"out_features", "out_indices"}
+    if "id2label" in changes or changes.get("num_labels", config.num_labels) != config.num_labels:
+        replaced |= {"id2label", "label2id"}
+    return {name: value for name, value in values.items() if name not in replaced}
+
+
+def _replace_head(state_dict: dict[str, Tensor], config: DinatConfig, source: str) -> None:
+    """Replace the classifier's weights by new ones for config.num_labels."""
+    for name in ("classifier.weight", "classifier.bias"):
+        state_dict.pop(name, None)
+    if config.num_labels:
+        state_dict["classifier.weight"] = torch.empty(config.num_labels, config.hidden_size).normal_(
+            std=config.initializer_range
+        )
+        state_dict["classifier.bias"] = torch.zeros(config.num_labels)
+        warnings.warn(f"the classifier for {config.num_labels} labels is new, not that of {source}: train it", stacklevel=3)
 
 
 QKV = ("query", "key", "value")
@@ -114,13 +187,13 @@ def _split_qkv(module: nn.Module, state_dict: dict[str, Any], prefix: str, metad
     """Convert a state dict of the network to the keys of the Hub, in their order.
 
     What an adapter or a quantizer has put in the place of a projection's weight keeps its own keys: its rows are not those of
-    query, key and value.
+    query, key and value. So do the parameters themselves, of state_dict(keep_vars=True): tracers identify them.
     """
     original = dict(state_dict)
     state_dict.clear()
     for key, value in original.items():
         parent, qkv, parameter = key.rpartition(".qkv.")
-        is_own = parameter in ("weight", "bias") and type(value) in PLAIN_TYPES
+        is_own = parameter in ("weight", "bias") and type(value) is Tensor
         if qkv and key.startswith(prefix) and is_own:
             parts = zip(QKV, value.chunk(3), strict=True)
             state_dict.update({f"{parent}.{name}.{parameter}": part for name, part in parts})

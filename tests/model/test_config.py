@@ -58,7 +58,16 @@ def test_derived_fields_of_published_files_are_ignored() -> None:
 
 
 def test_unknown_fields_are_preserved() -> None:
-    assert DinatConfig(path_norm=True).to_dict()["path_norm"] is True
+    assert DinatConfig.from_dict({"path_norm": True}).to_dict()["path_norm"] is True
+
+
+def test_unknown_fields_of_a_call_are_a_warning() -> None:
+    with pytest.warns(UserWarning, match=r"embed_dims is not a field of DinatConfig .* do you mean embed_dim\?"):
+        DinatConfig(embed_dims=32)
+    with pytest.warns(UserWarning, match=r"zzz is not a field of DinatConfig and has no effect$"):
+        DinatConfig.preset("mini", zzz=1)
+    with pytest.warns(UserWarning, match=r"num_label is not a field .* do you mean num_labels\?"):
+        DinatForImageClassification.from_pretrained("digits", num_label=3)
 
 
 def test_nat_is_read_as_a_dinat_without_dilation() -> None:

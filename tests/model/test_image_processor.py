@@ -24,6 +24,25 @@ def test_batch_of_images_of_any_size() -> None:
     assert (pixels == -1).all()
 
 
+@pytest.mark.parametrize(
+    "image",
+    [Image.new("RGB", (0, 5)), Image.new("L", (5, 0)), np.zeros((0, 5, 3), np.uint8), torch.zeros(3, 5, 0).byte()],
+    ids=["RGB", "L", "array", "tensor"],
+)
+def test_images_without_pixels_are_rejected(image: Any) -> None:
+    with pytest.raises(ImageError, match="an image must have at least one pixel, got"):
+        DinatImageProcessor()(image)
+
+
+@pytest.mark.parametrize(
+    ("premultiplied", "straight", "color"), [("La", "LA", (100, 128)), ("RGBa", "RGBA", (200, 100, 50, 128))]
+)
+def test_premultiplied_alpha(premultiplied: str, straight: str, color: tuple[int, ...]) -> None:
+    image = Image.new(straight, (4, 3), color)
+    expected = np.asarray(to_rgb(image)).astype(int)
+    assert np.abs(np.asarray(to_rgb(image.convert(premultiplied))).astype(int) - expected).max() <= 1  # rounded twice
+
+
 def test_int_size_is_height_and_width() -> None:
     assert DinatImageProcessor(size=20)(Image.new("RGB", (50, 30))).shape == (1, 3, 20, 20)
     assert DinatImageProcessor(size={"height": 10, "width": 30})(Image.new("RGB", (50, 30))).shape == (1, 3, 10, 30)

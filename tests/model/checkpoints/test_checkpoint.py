@@ -1,4 +1,5 @@
 import argparse
+import base64
 import json
 import os
 import re
@@ -299,6 +300,36 @@ class HubHandler(BaseHTTPRequestHandler):
     def log_message(self, *_: Any) -> None:
         pass
 
+    def do_POST(self) -> None:
+        """Create a repository, and take its files in a commit."""
+        lines = [json.loads(line) for line in self.rfile.read(int(self.headers["Content-Length"])).splitlines()]
+        answer: dict[str, Any] = {}
+        if self.headers.get("Authorization") != "Bearer secret":
+            return self._send_error(401, "Unauthorized")
+        if self.path == "/api/repos/create":
+            self.server.created.append(lines[0])
+            answer = {"url": f"http://127.0.0.1:{self.server.server_port}/someone/new"}
+        elif self.path == "/api/models/someone/new/preupload/main":
+            answer["files"] = [
+                {"path": file["path"], "uploadMode": "regular", "shouldIgnore": False} for file in lines[0]["files"]
+            ]
+        elif self.path == "/api/models/someone/new/commit/main":
+            for line in lines:
+                if line["key"] == "file":
+                    self.server.uploaded[line["value"]["path"]] = base64.b64decode(line["value"]["content"])
+            url = f"http://127.0.0.1:{self.server.server_port}/someone/new/commit/c0ffee"
+            answer = {"commitUrl": url, "commitOid": "c0ffee"}
+        elif self.path == "/api/validate-yaml":
+            answer = {"errors": [], "warnings": []}
+        else:
+            return self._send_error(404, "EntryNotFound")
+        body = json.dumps(answer).encode()
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+        return None
+
     def _answer(self, with_body: bool) -> None:
         self.server.requests.append((self.command, self.path, self.headers.get("Authorization")))
         match = re.fullmatch(r"/(\w+/\w+)/resolve/(\w+)/(.+)", self.path)
@@ -333,6 +364,8 @@ class Hub(ThreadingHTTPServer):
         super().__init__(("127.0.0.1", 0), HubHandler)
         self.folder = folder
         self.requests: list[tuple[str, str, str | None]] = []
+        self.created: list[dict[str, Any]] = []
+        self.uploaded: dict[str, bytes] = {}
 
 
 @pytest.fixture
@@ -347,10 +380,14 @@ def hub(folder: Path) -> Iterator[Hub]:
 
 
 def dinat_info(hub: Hub, cache: Path, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    """Run `dinat info` in a new process, because huggingface_hub reads its environment on import."""
+    return in_hub_environment(hub, cache, "-m", "dinat", "info", *arguments, **environment)
+
+
+def in_hub_environment(hub: Hub, cache: Path, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Run Python in a new process, because huggingface_hub reads its environment on import."""
     hub_environment = {"HF_ENDPOINT": f"http://127.0.0.1:{hub.server_port}", "HF_HOME": str(cache), "HF_HUB_DISABLE_XET": "1"}
     return subprocess.run(
-        [sys.executable, "-m", "dinat", "info", *arguments],
+        [sys.executable, *arguments],
         env={**os.environ, **hub_environment, **environment, "NO_PROXY": "127.0.0.1"},
         capture_output=True,
         text=True,
@@ -377,6 +414,37 @@ def test_revision_and_token_are_sent_to_the_hub(hub: Hub, tmp_path: Path) -> Non
     with_token = dinat_info(hub, tmp_path / "cache", "someone/network", "--revision", "private", HF_TOKEN="secret")
     assert with_token.returncode == 0, with_token.stderr
     assert ("HEAD", "/someone/network/resolve/private/config.json", "Bearer secret") in hub.requests
+
+
+PUSH = """
+import sys
+from dinat.model import CheckpointError, DinatForImageClassification
+network = DinatForImageClassification.from_pretrained(sys.argv[1])
+try:
+    print(network.push_to_hub("someone/new", token=sys.argv[2], private=True, max_shard_size=2000))
+except CheckpointError as error:
+    print(error, file=sys.stderr)
+"""
+
+
+@pytest.mark.parametrize("token", ["secret", "wrong"])
+def test_network_is_uploaded_to_the_hub(
+    token: str, hub: Hub, network: DinatForImageClassification, folder: Path, tmp_path: Path
+) -> None:
+    done = in_hub_environment(hub, tmp_path / "cache", "-c", PUSH, str(folder), token)
+    if token == "wrong":
+        assert done.returncode == 0 and not hub.uploaded
+        [line] = done.stderr.splitlines()
+        assert line.startswith("someone/new cannot be uploaded to the Hub: ")
+        return
+    assert done.stdout.endswith("/someone/new/commit/c0ffee\n"), done.stderr
+    [created] = hub.created
+    assert (created["organization"], created["name"]) == ("someone", "new")
+    assert created.get("visibility") == "private" or created.get("private") is True
+    for name, content in hub.uploaded.items():
+        (tmp_path / name).write_bytes(content)
+    assert (tmp_path / "model.safetensors.index.json").is_file()
+    assert torch.equal(DinatForImageClassification.from_pretrained(tmp_path)(PIXELS).logits, network(PIXELS).logits)
 
 
 @pytest.mark.slow

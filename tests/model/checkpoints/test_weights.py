@@ -43,6 +43,45 @@ def test_sharded_weights(suffix: str, network: DinatForImageClassification, fold
     assert torch.equal(DinatForImageClassification.from_pretrained(folder)(PIXELS).logits, network(PIXELS).logits)
 
 
+def test_weights_are_saved_in_shards(network: DinatForImageClassification, folder: Path) -> None:
+    def files() -> set[str]:
+        return {path.name for path in folder.iterdir()} - {"config.json"}
+
+    network.save_pretrained(folder, max_shard_size=2000)
+    shards = files() - {"model.safetensors.index.json"}
+    assert len(shards) > 2 and "model.safetensors" not in shards
+    index = json.loads((folder / "model.safetensors.index.json").read_text())
+    assert set(index["weight_map"]) == set(network.state_dict()) and set(index["weight_map"].values()) == shards
+    loaded = DinatForImageClassification.from_pretrained(folder)
+    assert torch.equal(loaded(PIXELS).logits, network(PIXELS).logits)
+
+    loaded.save_pretrained(folder, max_shard_size="4KB")
+    assert 1 < len(files()) < len(shards)
+    assert torch.equal(DinatForImageClassification.from_pretrained(folder)(PIXELS).logits, network(PIXELS).logits)
+
+    loaded.save_pretrained(folder)
+    assert files() == {"model.safetensors"}
+    assert torch.equal(DinatForImageClassification.from_pretrained(folder)(PIXELS).logits, network(PIXELS).logits)
+
+
+def test_another_number_of_labels_is_a_new_head(network: DinatForImageClassification, folder: Path) -> None:
+    with pytest.warns(UserWarning, match="the classifier for 3 labels is new, not that of"):
+        loaded = DinatForImageClassification.from_pretrained(folder, num_labels=3)
+    assert loaded(PIXELS).logits.shape == (2, 3)
+    assert loaded.config.id2label == {0: "LABEL_0", 1: "LABEL_1", 2: "LABEL_2"}
+    assert loaded.classifier.weight.abs().max() > 0
+    assert torch.equal(loaded.dinat(PIXELS).pooler_output, network.dinat(PIXELS).pooler_output)
+    with pytest.warns(UserWarning, match="the classifier for 2 labels is new"):
+        named = DinatForImageClassification.from_pretrained(folder, id2label={0: "cat", 1: "dog"})
+    assert named.config.label2id == {"cat": 0, "dog": 1}
+    assert DinatForImageClassification.from_pretrained(folder, num_labels=0)(PIXELS).logits.shape == (2, 16)
+
+
+def test_the_same_number_of_labels_is_the_same_head(network: DinatForImageClassification, folder: Path) -> None:
+    loaded = DinatForImageClassification.from_pretrained(folder, num_labels=4)
+    assert torch.equal(loaded(PIXELS).logits, network(PIXELS).logits)
+
+
 def test_missing_shard(folder: Path) -> None:
     shard(folder, ".safetensors")
     (missing, *_) = sorted(folder.glob("*-of-*"))
