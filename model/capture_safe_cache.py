@@ -7,14 +7,18 @@ the graph exists, even if the cache evicts it.
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import lru_cache, wraps
-from typing import ParamSpec, TypeVar
+from typing import Any, ParamSpec, TypeVar
 
 import torch
+from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 from torch.utils._python_dispatch import _disable_current_modes
+
+from dinat.model.fast_path import is_transformed
 
 P = ParamSpec("P")
 T = TypeVar("T")
 
+_set_tracing_state: Any = torch._C._set_tracing_state  # type: ignore[attr-defined]
 _recordings: list[list[object]] = []
 
 
@@ -40,21 +44,32 @@ def record_cached_value(value: T) -> T:
 
 
 def constant(function: Callable[P, T]) -> Callable[P, T]:
-    """Run a function outside inference mode and dispatch modes.
+    """Run a function outside inference mode, dispatch modes, torch.func and tracing.
 
-    Tensors that are first requested during inference can then be used in training, and those first requested while fake tensors
-    are propagated, as torch.export does, have values.
+    Tensors that are first requested during inference can then be used in training, those first requested while fake tensors are
+    propagated, as torch.export does, have values, those first requested by torch.func are plain tensors afterwards, and those
+    first requested by a tracer are constants of its graph.
     """
     outside = torch.inference_mode(False)(function)
 
     @wraps(function)
     def wrapper(*args: P.args, **kwargs: P.kwargs) -> T:
-        if torch._C._len_torch_dispatch_stack():
-            with _disable_current_modes():
-                return outside(*args, **kwargs)
-        return outside(*args, **kwargs)
+        if not is_transformed() or torch.compiler.is_dynamo_compiling():
+            return outside(*args, **kwargs)
+        with _not_traced(), temporarily_clear_interpreter_stack(), _disable_current_modes():
+            return outside(*args, **kwargs)
 
     return wrapper
+
+
+@contextmanager
+def _not_traced() -> Iterator[None]:
+    state = torch._C._get_tracing_state()
+    _set_tracing_state(None)
+    try:
+        yield
+    finally:
+        _set_tracing_state(state)
 
 
 def capture_safe_cache(maxsize: int) -> Callable[[Callable[P, T]], Callable[P, T]]:

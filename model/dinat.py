@@ -14,11 +14,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dinat.model.attention import neighborhood_attention, neighborhood_attention_with_weights
+from dinat.model.attention.tiled import padded_operator
 from dinat.model.checkpoints.pretrained import PreTrainedModel
 from dinat.model.config import DinatConfig
 from dinat.model.cpu.fast_layers import LayerNorm, fused_linear
 from dinat.model.errors import ConfigError, DinatError
-from dinat.model.fast_path import is_transformed
+from dinat.model.fast_path import is_autocast, is_symbolic, is_transformed
 from dinat.model.loss import classification_loss
 from dinat.model.outputs import BackboneOutput, DinatImageClassifierOutput, DinatModelOutput
 
@@ -69,9 +70,17 @@ class PatchEmbeddings(nn.Module):
                 "Make sure that the channel dimension of the pixel values match with the one set in the configuration: "
                 f"expected (batch, {self.num_channels}, height, width), got {tuple(pixel_values.shape)}"
             )
+        self._check_dtype(pixel_values.dtype)
         if torch.compiler.is_compiling() or not is_transformed():  # vmap does not implement memory formats
             pixel_values = pixel_values.contiguous(memory_format=torch.channels_last)
         return self.projection(pixel_values).permute(0, 2, 3, 1)
+
+    def _check_dtype(self, dtype: torch.dtype) -> None:
+        weight = getattr(self.projection[0], "weight", None)
+        if not dtype.is_floating_point:
+            raise DinatError(f"pixel_values must be floating-point numbers, got {dtype}: use DinatImageProcessor")
+        if weight is not None and dtype != weight.dtype and not is_autocast():
+            raise DinatError(f"pixel_values are {dtype}, the network is {weight.dtype}: convert one of them with .to(dtype)")
 
 
 class Embeddings(nn.Module):
@@ -115,8 +124,17 @@ class NeighborhoodSelfAttention(nn.Module):
 
     def forward(self, x: Tensor, with_weights: bool) -> tuple[Tensor, Tensor | None]:
         """Attend over x (B, H, W, C). Returns (B, H, W, C), and the weights (B, heads, H, W, kernel_size**2) or None."""
-        q, k, v = (y.view(*x.shape[:-1], self.heads, y.shape[-1] // self.heads) for y in self.project(x))
+        q, k, v = self._heads_of(x)
         dropout = self.dropout if self.training else 0.0
+        if is_symbolic(*x.shape[1:3]):
+            if with_weights or dropout:
+                raise DinatError(
+                    "a graph with a dynamic height or width has neither attention weights nor their dropout: call eval() and "
+                    "disable output_attentions, or export a fixed size"
+                )
+            _, *padding = self._heads_of(x.new_zeros(1, 1, 1, x.shape[-1]))
+            attended = padded_operator(q, k, v, self.rpb, *padding, self.kernel_size, self.dilation, q.shape[-1] ** -0.5)
+            return attended.flatten(-2), None
         weights = None
         if with_weights:
             attended, weights = neighborhood_attention_with_weights(
@@ -127,6 +145,10 @@ class NeighborhoodSelfAttention(nn.Module):
                 q, k, v, self.rpb, self.kernel_size, self.dilation, backend=self.backend, dropout=dropout
             )
         return attended.flatten(-2), weights
+
+    def _heads_of(self, x: Tensor) -> list[Tensor]:
+        """Return the query, key and value of x (B, H, W, C), each (B, H, W, heads, head_dim)."""
+        return [y.view(*x.shape[:-1], self.heads, y.shape[-1] // self.heads) for y in self.project(x)]
 
     def project(self, x: Tensor) -> tuple[Tensor, ...]:
         """Return the query, key and value of x (B, H, W, C), each of the same shape."""
@@ -177,9 +199,10 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, with_weights: bool, add: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
         height, width = x.shape[1:3]
-        below, right = max(0, self.window - height), max(0, self.window - width)
-        if below or right:
-            x = F.pad(x, (0, 0, 0, right, 0, below))
+        if not is_symbolic(height, width):  # then the operator pads
+            below, right = max(0, self.window - height), max(0, self.window - width)
+            if below or right:
+                x = F.pad(x, (0, 0, 0, right, 0, below))
         attended, weights = self.self(x, with_weights)
         return self.output(attended[:, :height, :width], add), weights
 

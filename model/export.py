@@ -1,7 +1,7 @@
 """Export a network as one graph of standard operators, for runtimes without this project.
 
-Attention is exported by the tiled backend: gathers, matrix products and softmax. The file's metadata contains labels,
-preprocessing and configuration.
+Attention is exported by tiles: gathers, matrix products and softmax. The file's metadata contains labels, preprocessing and
+configuration.
 """
 
 import json
@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -22,7 +23,7 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.export import ExportedProgram
 
-from dinat.model.dinat import DinatForImageClassification, NeighborhoodSelfAttention
+from dinat.model.dinat import DinatForImageClassification
 from dinat.model.errors import ExportError
 from dinat.model.image_processor import DinatImageProcessor
 
@@ -81,8 +82,9 @@ def export(
     file_format: str,
     *,
     batch: int | None = None,
-    size: tuple[int, int] | None = None,
+    size: tuple[int, int] | Literal["dynamic"] | None = None,
     features: Sequence[str] = (),
+    opset: int | None = None,
 ) -> float:
     """Export a network to a file that runs without this project.
 
@@ -94,14 +96,16 @@ def export(
         path: Path of the file. For OpenVINO, an .xml file; the weights are written to a .bin file next to it.
         file_format: onnx, openvino or torch-export.
         batch: Batch size, None for a dynamic one.
-        size: (height, width) of the input in pixels; the image processor's if None.
+        size: (height, width) of the input in pixels; "dynamic" for any of at least `minimum_side`; the image processor's if
+            None. A dynamic torch-export file has one operator of this project: import dinat.attention before it is loaded.
         features: Outputs in addition to logits, from config.feature_names.
+        opset: Version of ONNX's operators, OPSETS; PyTorch's default if None. Old runtimes require an old one.
 
     Returns:
         The largest difference from PyTorch, relative to the largest value of that output.
 
     Raises:
-        ExportError: The format or a feature is unknown, a package is missing, the input has no fixed size, or the outputs
+        ExportError: The format, a feature or the opset is unknown, a package is missing, the input has no size, or the outputs
             differ from PyTorch's.
     """
     path = Path(path)
@@ -114,57 +118,79 @@ def export(
     unknown = [name for name in features if name not in known]
     if unknown:
         raise ExportError(f"features {', '.join(unknown)} are not known: use {', '.join(known)}")
+    if opset is not None and (file_format != "onnx" or opset not in OPSETS):
+        raise ExportError(f"opset {opset} is not supported: use {OPSETS[0]} to {OPSETS[-1]}, with the format onnx")
     size = size or processor.output_size
     if size is None:
-        raise ExportError("the image processor keeps the aspect ratio, but a graph has one input size: specify it")
+        raise ExportError("the image processor keeps the aspect ratio: specify the size of the input, or dynamic")
     names = output_names(network.config.num_layers, features)
     graph = Graph(network, features).eval()
     with _without_warnings(), tempfile.TemporaryDirectory(dir=_created(path.parent)) as folder:
         temporary = Path(folder) / path.name
-        shape = (batch, network.config.num_channels, *size)
-        write(trace(graph, batch, size), temporary, names, metadata(network, processor, features), shape)
-        difference = _compare(load(temporary), graph, names, [batch] if batch else [1, 2], size)
+        shape = (batch, network.config.num_channels, *((None, None) if size == "dynamic" else size))
+        options = {} if opset is None else {"opset": opset}
+        write(trace(graph, shape), temporary, names, metadata(network, processor, features), shape, **options)
+        difference = _compare(load(temporary), graph, names, shape)
         for file in sorted(Path(folder).iterdir(), reverse=True):  # OpenVINO: .xml first, then .bin
             os.replace(file, path.with_name(file.name))
     return difference
 
 
-def trace(graph: Graph, batch: int | None, size: tuple[int, int]) -> ExportedProgram:
-    """Trace a graph to an ExportedProgram. batch: batch size, None for a dynamic one.  size: (height, width) in pixels."""
-    example = torch.zeros(batch or 2, graph.network.config.num_channels, *size)
-    with torch.no_grad(), _tiled_attention(graph.network):
-        graph(example[:1])  # fills the caches of positions with real tensors; tracing would create symbolic ones
-        dynamic = {} if batch else {0: torch.export.Dim("batch", min=1)}
+def minimum_side(stages: int) -> int:
+    """Return the smallest height and width of a graph with a dynamic size: torch.export takes a side of 1 for a constant."""
+    return int(4 * 2 ** (stages - 1)) + 1
+
+
+Shape = tuple[int | None, int, int | None, int | None]
+"""Input shape (B, C, H, W), with None for what is dynamic."""
+
+
+def trace(graph: Graph, shape: Shape) -> ExportedProgram:
+    """Trace a graph to an ExportedProgram."""
+    smallest = minimum_side(graph.network.config.num_layers)
+    defaults = (2, 0, 2 * smallest, 3 * smallest)
+    example = torch.zeros([default if size is None else size for size, default in zip(shape, defaults, strict=True)])
+    lows = {"batch": 1, "channels": 1, "height": smallest, "width": smallest}
+    dynamic = {
+        axis: torch.export.Dim(name, min=low)
+        for axis, (size, (name, low)) in enumerate(zip(shape, lows.items(), strict=True))
+        if size is None
+    }
+    with torch.no_grad():
         return torch.export.export(graph, (example,), dynamic_shapes=(dynamic,))
 
 
-@contextmanager
-def _tiled_attention(network: nn.Module) -> Iterator[None]:
-    """Use the tiled backend, which consists of standard operators, in all layers."""
-    layers = [module for module in network.modules() if isinstance(module, NeighborhoodSelfAttention)]
-    backends = [layer.backend for layer in layers]
-    for layer in layers:
-        layer.backend = "tiled"
-    try:
-        yield
-    finally:
-        for layer, backend in zip(layers, backends, strict=True):
-            layer.backend = backend
-
-
-Shape = tuple[int | None, int, int, int]
-"""Input shape (B, C, H, W), with B None for a dynamic batch size."""
 Outputs = list[npt.NDArray[np.float32]]
 Run = Callable[[npt.NDArray[np.float32]], Outputs]
 
+OPSETS = range(18, 24)
+"""Versions of ONNX's operators that can be written."""
 
-def _write_onnx(program: ExportedProgram, path: Path, names: Sequence[str], info: dict[str, str], shape: Shape) -> None:
+
+def _write_onnx(
+    program: ExportedProgram, path: Path, names: Sequence[str], info: dict[str, str], shape: Shape, opset: int | None = None
+) -> None:
     _require("onnx", "onnx", "onnxruntime", "onnxscript")
+    from onnx.helper import OP_SET_ID_VERSION_MAP
+
+    from dinat.model.onnx_attention import translations
+
     onnx_program = torch.onnx.export(
-        program, input_names=["pixel_values"], output_names=list(names), dynamo=True, verbose=False
+        program,
+        input_names=["pixel_values"],
+        output_names=list(names),
+        opset_version=opset,
+        dynamo=True,
+        custom_translation_table=translations(),
+        verbose=False,
     )
     assert onnx_program is not None
-    onnx_program.model.metadata_props.update(info)
+    model = onnx_program.model
+    for node in model.graph.all_nodes():
+        node.metadata_props.clear()  # the exporter's notes, with paths of this machine; not known to old runtimes
+    if opset is not None:
+        model.ir_version = OP_SET_ID_VERSION_MAP["ai.onnx", opset]
+    model.metadata_props.update(info)
     onnx_program.save(path)
 
 
@@ -179,7 +205,12 @@ def _write_openvino(program: ExportedProgram, path: Path, names: Sequence[str], 
     _require("cpu", "openvino")
     import openvino
 
-    model = openvino.convert_model(program)
+    if None in shape[2:]:  # OpenVINO has no translation of this project's operator, but ONNX has
+        _write_onnx(program, path.with_suffix(".onnx"), names, {}, shape)
+        model = openvino.convert_model(path.with_suffix(".onnx"))
+        path.with_suffix(".onnx").unlink()
+    else:
+        model = openvino.convert_model(program)
     model.inputs[0].get_tensor().set_names({"pixel_values"})
     for output, name in zip(model.outputs, names, strict=True):
         output.get_tensor().set_names({name})
@@ -211,7 +242,8 @@ def _require(extra: str, *packages: str) -> None:
         raise ExportError(f"{' and '.join(missing)} not installed: pip install 'dinat-serve[{extra}]'")
 
 
-Write = Callable[[ExportedProgram, Path, Sequence[str], dict[str, str], Shape], None]
+Write = Callable[..., None]
+"""Function of (program, path, names of the outputs, metadata, shape of the input); for onnx also `opset`."""
 INT8 = "openvino_int8.xml"
 """Name of the quantized graph in a checkpoint's folder; its weights are in the .bin file of the same name."""
 MAX_CALIBRATION_IMAGES = 300
@@ -291,11 +323,10 @@ def format_of(path: Path) -> str:
     raise ExportError(f"{path.name} has no known suffix: use {', '.join(suffix for suffix, _, _ in FORMATS.values())}")
 
 
-def _compare(run: Run, graph: Graph, names: Sequence[str], batches: Sequence[int], size: tuple[int, int]) -> float:
+def _compare(run: Run, graph: Graph, names: Sequence[str], shape: Shape) -> float:
     """Return the largest difference of an output, relative to its largest value. Raises ExportError if above TOLERANCE."""
     largest = 0.0
-    for batch in batches:
-        pixels = torch.randn(batch, graph.network.config.num_channels, *size, generator=torch.Generator().manual_seed(batch))
+    for pixels in _examples(graph, shape):
         with torch.inference_mode():
             expected = graph(pixels)
         for name, output, reference in zip(names, run(pixels.numpy()), expected, strict=True):
@@ -306,6 +337,16 @@ def _compare(run: Run, graph: Graph, names: Sequence[str], batches: Sequence[int
                 )
             largest = max(largest, difference)
     return largest
+
+
+def _examples(graph: Graph, shape: Shape) -> Iterator[Tensor]:
+    """Yield random inputs of this shape: one and two images, smaller and larger than the windows of the first stage."""
+    config = graph.network.config
+    smallest, window = minimum_side(config.num_layers), config.kernel_size * max(config.dilations[0])
+    random = torch.Generator().manual_seed(0)
+    for batch, height, width in ((1, smallest, 4 * window + 9), (2, 4 * window + 30, smallest + 7)):
+        sizes = [default if size is None else size for size, default in zip(shape, (batch, 0, height, width), strict=True)]
+        yield torch.randn(sizes, generator=random)
 
 
 def _created(folder: Path) -> Path:

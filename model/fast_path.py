@@ -61,9 +61,19 @@ def _is_transformed() -> bool:
     return _transform() is not None or forward_ad._current_level >= 0 or _dispatch_modes() > 0 or bool(_is_tracing())
 
 
+def is_autocast() -> bool:
+    """Return whether torch.autocast selects the dtype of operations."""
+    return _is_autocast_enabled()
+
+
 def is_fake() -> bool:
     """Return whether tensors without memory are propagated (FakeTensorMode), outside torch.compile and torch.export."""
     return not torch.compiler.is_compiling() and torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.FAKE) is not None
+
+
+def is_symbolic(*sizes: int) -> bool:
+    """Return whether one of these sizes is an input of the graph that torch.export writes, not a constant."""
+    return torch.compiler.is_exporting() and any(isinstance(size, torch.SymInt) for size in sizes)
 
 
 def check_packed_input(x: Tensor) -> None:

@@ -14,12 +14,14 @@ from dinat.model.export import format_of
 Format = Literal["onnx", "openvino", "torch-export"]
 
 
-def _parse_size(text: str) -> tuple[int, int]:
+def _parse_size(text: str) -> tuple[int, int] | Literal["dynamic"]:
+    if text == "dynamic":
+        return "dynamic"
     height, x, width = text.partition("x")
     try:
         size = int(height), int(width if x else height)
     except ValueError:
-        raise typer.BadParameter(f"{text!r} is not a size: use HEIGHTxWIDTH, such as 224x224") from None
+        raise typer.BadParameter(f"{text!r} is not a size: use HEIGHTxWIDTH, such as 224x224, or dynamic") from None
     if min(size) < 1:
         raise typer.BadParameter(f"{text!r} is not a size: both sides must be at least 1")
     return size
@@ -39,7 +41,13 @@ def export(
     *,
     file_format: Annotated[Format | None, typer.Option("--format", help="File format. Default: from the name of FILE.")] = None,
     batch: Annotated[str, typer.Option(metavar="dynamic|N", help="Images per call; dynamic accepts any number.")] = "dynamic",
-    size: Annotated[str | None, typer.Option(metavar="HxW", help="Input size in pixels. Default: the checkpoint's.")] = None,
+    size: Annotated[
+        str | None,
+        typer.Option(metavar="HxW|dynamic", help="Input size in pixels; dynamic accepts any. Default: the checkpoint's."),
+    ] = None,
+    opset: Annotated[
+        int | None, typer.Option(metavar="N", help="ONNX: version of the operators, 18 or later, for older runtimes.")
+    ] = None,
     features: Annotated[
         str,
         typer.Option(metavar="NAMES", help="Comma-separated feature maps to output besides logits: stem, stage1, ..., pooled."),
@@ -53,6 +61,6 @@ def export(
     processor = DinatImageProcessor.from_pretrained(checkpoint)
     names = tuple(name.strip() for name in features.split(",") if name.strip())
     difference = write(
-        network, processor, file, file_format or format_of(file), batch=batch_size, size=input_size, features=names
+        network, processor, file, file_format or format_of(file), batch=batch_size, size=input_size, features=names, opset=opset
     )
     print(f"{source} written to {file}; largest relative difference from PyTorch's outputs: {difference:.1e}")

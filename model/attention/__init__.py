@@ -12,9 +12,9 @@ from dinat.model.attention.autotune import LayerKey, candidates, select_backend
 from dinat.model.attention.compiled import compiled_attention
 from dinat.model.attention.geometry import check_geometry
 from dinat.model.attention.reference import reference_attention
-from dinat.model.attention.tiled import tiled_attention
+from dinat.model.attention.tiled import tiled_attention, tiled_operator
 from dinat.model.errors import AttentionError
-from dinat.model.fast_path import is_plain, is_transformed
+from dinat.model.fast_path import is_plain, is_symbolic, is_transformed
 
 __all__ = ["BACKENDS", "check_backend", "neighborhood_attention", "neighborhood_attention_with_weights"]
 
@@ -116,6 +116,12 @@ def neighborhood_attention(
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     if not torch.compiler.is_compiling() and not v.numel():
         return v.clone()
+
+    if is_symbolic(*q.shape[1:3]) and not dropout:
+        attended: Tensor = tiled_operator(q, k, v, rpb, kernel_size, dilation, scale)
+        return attended
+    if torch.compiler.is_exporting():  # by standard operators, whatever the backend
+        return tiled_attention(q, k, v, rpb, kernel_size, dilation, scale, dropout)
 
     def attend(name: str, q: Tensor, k: Tensor, v: Tensor, rpb: Tensor | None) -> Tensor:
         return run_candidate(name, q, k, v, rpb, kernel_size, dilation, scale, dropout)

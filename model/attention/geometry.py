@@ -104,7 +104,7 @@ def check_geometry(height: int, width: int, kernel_size: int, dilation: int) -> 
         raise AttentionError(f"kernel_size must be odd and at least 3, got {kernel_size}")
     if dilation < 1:
         raise AttentionError(f"dilation must be at least 1, got {dilation}")
-    if min(height, width) < kernel_size * dilation:
+    if height < kernel_size * dilation or width < kernel_size * dilation:  # min() would compare symbolic sizes with each other
         raise AttentionError(
             f"dilation {dilation} with kernel_size {kernel_size} requires a feature map of at least "
             f"{kernel_size * dilation}x{kernel_size * dilation}, got {height}x{width}: pad it or use a smaller dilation"

@@ -49,15 +49,15 @@ def reference_attention(
 
 def gather(x: Tensor, kernel_size: int, dilation: int) -> Tensor:
     """Gather the window of each query: (B, H, W, heads, head_dim) -> (B, H, W, kernel_size**2, heads, head_dim)."""
-    rows, _ = _neighbors(x.shape[1], kernel_size, dilation, x.device)
-    columns, _ = _neighbors(x.shape[2], kernel_size, dilation, x.device)
+    rows, _ = _neighbors(int(x.shape[1]), kernel_size, dilation, x.device)
+    columns, _ = _neighbors(int(x.shape[2]), kernel_size, dilation, x.device)
     return x[:, rows[:, None, :, None], columns[None, :, None, :]].flatten(3, 4)
 
 
 def window_bias(rpb: Tensor, height: int, width: int, kernel_size: int, dilation: int) -> Tensor:
     """Gather the bias of each query's window: (heads, 2k-1, 2k-1) -> (H, W, heads, kernel_size**2)."""
-    _, rows = _neighbors(height, kernel_size, dilation, rpb.device)
-    _, columns = _neighbors(width, kernel_size, dilation, rpb.device)
+    _, rows = _neighbors(int(height), kernel_size, dilation, rpb.device)
+    _, columns = _neighbors(int(width), kernel_size, dilation, rpb.device)
     return rpb[:, rows[:, None, :, None], columns[None, :, None, :]].flatten(3).permute(1, 2, 0, 3)
 
 

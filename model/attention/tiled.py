@@ -115,7 +115,7 @@ def tiled_attention(
     if (torch.compiler.is_dynamo_compiling() or is_fake()) and not dropout:
         attended: Tensor = tiled_operator(q, k, v, rpb, kernel_size, dilation, scale)
         return attended
-    height, width, heads, head_dim = q.shape[1:]
+    height, width, heads, head_dim = map(int, q.shape[1:])  # a tracer's sizes are tensors
     tile = (tile_size(height, kernel_size, dilation), tile_size(width, kernel_size, dilation))
     tile_plan = plan(height, width, kernel_size, dilation, tile, q.device)
     biases = _biases(tile_plan, rpb, q.dtype)
@@ -206,6 +206,40 @@ def register_fake_and_autograd(operator: Any) -> None:
 
 
 register_fake_and_autograd(tiled_operator)
+
+
+@torch.library.custom_op("dinat::padded_attention", mutates_args=())
+def padded_operator(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    rpb: Tensor | None,
+    key_padding: Tensor,
+    value_padding: Tensor,
+    kernel_size: int,
+    dilation: int,
+    scale: float,
+) -> Tensor:
+    """Run tiled_attention for feature maps of any size, as one operator of exported graphs whose height and width are inputs.
+
+    Maps smaller than a window are padded at the right and bottom, keys and values with paddings (1, 1, 1, heads, head_dim).
+    """
+    height, width = q.shape[1:3]
+    below, right = (max(0, kernel_size * dilation - size) for size in (height, width))
+    q = F.pad(q, (0, 0, 0, 0, 0, right, 0, below))
+    k, v = (_padded(x, padding, below, right) for x, padding in ((k, key_padding), (v, value_padding)))
+    return tiled_attention(q, k, v, rpb, kernel_size, dilation, scale)[:, :height, :width].contiguous()
+
+
+@padded_operator.register_fake
+def _(q: Tensor, *_: Any) -> Tensor:
+    return q.new_empty(q.shape)
+
+
+def _padded(x: Tensor, padding: Tensor, below: int, right: int) -> Tensor:
+    batch, height, width = x.shape[:3]
+    x = torch.cat((x, padding.expand(batch, height, right, -1, -1)), dim=2)
+    return torch.cat((x, padding.expand(batch, below, width + right, -1, -1)), dim=1)
 
 
 def _gather(x: Tensor, index: Tensor) -> Tensor:

@@ -4,11 +4,13 @@ import copy
 import pickle
 import subprocess
 import sys
+from collections.abc import Callable
 
 import pytest
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.nn.utils import parametrize, prune
 from torch.utils.flop_counter import FlopCounterMode
 
 from dinat.model import DinatConfig, DinatForImageClassification
@@ -102,6 +104,14 @@ def test_forward_mode_ad_of_the_network(network: DinatForImageClassification) ->
     step = 1e-6 * direction.double()
     moved = [logits(PIXELS.double() + sign * step) for sign in (1, -1)]
     torch.testing.assert_close(tangent.double(), (moved[0] - moved[1]) / 2e-6, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
+def test_what_torch_func_caches_is_plain(network: DinatForImageClassification) -> None:
+    pixels = torch.randn(1, 3, 44, 52)  # of a size that no other test has
+    torch.func.grad(lambda x: network(x).logits.sum())(pixels)
+    traced = torch.jit.trace(lambda x: network(x).logits, pixels, check_trace=False)
+    torch.testing.assert_close(traced(pixels), network(pixels).logits)
 
 
 @torch.no_grad()
@@ -256,6 +266,94 @@ def test_dynamic_quantization(network: DinatForImageClassification, expected: Te
     quantized = torch.ao.quantization.quantize_dynamic(network, {nn.Linear}, dtype=torch.qint8)
     torch.testing.assert_close(quantized(PIXELS).logits, expected, rtol=0, atol=0.1)
     assert quantized.state_dict()
+
+
+def each_product(modify: Callable[[nn.Module], object]) -> Callable[[nn.Module], nn.Module]:
+    """Modify each linear layer and convolution of a network."""
+
+    def apply(network: nn.Module) -> nn.Module:
+        for module in list(network.modules()):
+            if isinstance(module, nn.Linear | nn.Conv2d):
+                modify(module)
+        return network
+
+    return apply
+
+
+class Halved(nn.Module):
+    def forward(self, weight: Tensor) -> Tensor:
+        return weight / 2
+
+
+def with_torchao(network: nn.Module) -> nn.Module:
+    quantization = pytest.importorskip("torchao.quantization")
+    quantization.quantize_(network, quantization.Int8WeightOnlyConfig())
+    return network
+
+
+def with_lora(network: nn.Module) -> nn.Module:
+    peft = pytest.importorskip("peft")
+    config = peft.LoraConfig(target_modules=["qkv", "dense"], init_lora_weights=False, r=4)
+    adapted: nn.Module = peft.get_peft_model(network, config)
+    return adapted
+
+
+def with_merged_lora(network: nn.Module) -> nn.Module:
+    merged: nn.Module = with_lora(network).merge_and_unload()  # type: ignore[operator]
+    return merged
+
+
+def with_shared_weights(network: nn.Module) -> nn.Module:
+    first, second = network.get_submodule("dinat.encoder.levels.0.layers").children()
+    second.intermediate, second.attention.self.qkv = first.intermediate, first.attention.self.qkv  # type: ignore[union-attr]
+    return network
+
+
+def with_scaled_weights(network: nn.Module) -> nn.Module:
+    network(PIXELS)  # whatever is cached by now must not be used again
+    for parameter in network.parameters():
+        parameter.mul_(0.7)
+    return network
+
+
+USES: dict[str, Callable[[nn.Module], nn.Module]] = {
+    "torchao int8": with_torchao,
+    "LoRA": with_lora,
+    "merged LoRA": with_merged_lora,
+    "pruning": each_product(lambda module: prune.l1_unstructured(module, "weight", 0.3)),
+    "parametrization": each_product(lambda module: parametrize.register_parametrization(module, "weight", Halved())),
+    "spectral norm": each_product(nn.utils.parametrizations.spectral_norm),
+    "spectral norm by hooks": each_product(nn.utils.spectral_norm),
+    "weight norm": each_product(nn.utils.parametrizations.weight_norm),
+    "shared weights": with_shared_weights,
+    "weights changed in place": with_scaled_weights,
+}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("use", USES)
+@pytest.mark.filterwarnings("ignore")  # of other packages
+def test_modified_network(use: str, network: DinatForImageClassification, expected: Tensor) -> None:
+    """The logits, which the modification changes, are those of the definition of attention, and can be saved and loaded."""
+    reference = DinatForImageClassification(CONFIG, attention="reference").eval().requires_grad_(False)
+    reference.load_state_dict(network.state_dict())
+    modified = []
+    for one in (network, reference):
+        torch.manual_seed(2)
+        modified.append(USES[use](one).eval())
+    with torch.enable_grad():  # no kernel is used
+        changed = modified[1](PIXELS).logits
+    torch.testing.assert_close(modified[0](PIXELS).logits, changed, rtol=0, atol=2e-5)
+    assert use in ("shared weights", "weight norm") or not torch.allclose(changed, expected, rtol=0, atol=1e-4)
+    state = {name: value.clone() for name, value in modified[0].state_dict().items()}
+    modified[0].load_state_dict(state)
+    torch.testing.assert_close(modified[0](PIXELS).logits, changed, rtol=0, atol=2e-5)
+
+
+def test_state_dict_of_the_parameters_themselves(network: DinatForImageClassification) -> None:
+    """Tracers identify a module's parameters by state_dict(keep_vars=True)."""
+    parameters = {id(parameter) for parameter in network.parameters()}
+    assert {id(value) for value in network.state_dict(keep_vars=True).values()} == parameters
 
 
 @torch.no_grad()

@@ -162,6 +162,25 @@ def test_invalid_networks_raise_config_error(changes: dict[str, Any], message: s
         DinatModel(small(**changes))
 
 
+@pytest.mark.parametrize(
+    ("dtype", "message"),
+    [
+        (torch.uint8, "must be floating-point numbers, got torch.uint8: use DinatImageProcessor"),
+        (torch.int64, "must be floating-point numbers, got torch.int64"),
+        (torch.float16, "pixel_values are torch.float16, the network is torch.float32: convert one of them"),
+        (torch.float64, "pixel_values are torch.float64, the network is torch.float32"),
+    ],
+)
+def test_pixel_values_of_another_dtype_raise_an_error(dtype: torch.dtype, message: str) -> None:
+    with pytest.raises(DinatError, match=message):
+        DinatModel(small()).eval()(torch.zeros(1, 3, 32, 32).to(dtype))
+
+
+def test_autocast_accepts_pixel_values_of_another_dtype() -> None:
+    with torch.autocast("cpu", torch.bfloat16):
+        assert DinatModel(small()).eval()(torch.zeros(1, 3, 32, 32).bfloat16()).last_hidden_state.isfinite().all()
+
+
 def test_invalid_calls_raise_an_error() -> None:
     network = DinatForImageClassification(small())
     with pytest.raises(DinatError, match="You have to specify pixel_values"):

@@ -1,11 +1,14 @@
 """Exported graphs run without this project, and are compared with PyTorch before they are written."""
 
+import copy
 import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import onnx
 import onnxruntime
 import openvino
 import pytest
@@ -13,7 +16,7 @@ import torch
 from PIL import Image
 
 from dinat.model import DinatConfig, DinatForImageClassification, DinatImageProcessor, ExportError
-from dinat.model.export import FORMATS, export, format_of, output_names
+from dinat.model.export import FORMATS, Graph, export, format_of, output_names
 
 pytestmark = pytest.mark.export
 
@@ -60,6 +63,45 @@ def test_every_format_matches_pytorch(
     for i, state in enumerate(expected.reshaped_hidden_states):
         np.testing.assert_allclose(outputs[f"hidden_states.{i}"], state.numpy(), rtol=0, atol=1e-4)
     assert outputs["stage2"].shape == (batch or 5, 16, 3, 3)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("file_format", "opset"), [("torch-export", None), ("openvino", None), ("onnx", 18), ("onnx", 21)])
+def test_dynamic_size(network: DinatForImageClassification, tmp_path: Path, file_format: str, opset: int | None) -> None:
+    path = tmp_path / f"graph{FORMATS[file_format][0]}"
+    assert export(network, PROCESSOR, path, file_format, size="dynamic", features=["stage1"], opset=opset) < 1e-5
+    assert not list(tmp_path.glob("*.onnx")) or file_format == "onnx"
+    run = FORMATS[file_format][2](path)
+    sizes = [(1, 9, 9), (2, 24, 20), (1, 61, 40), (3, 33, 130)]
+    for batch, height, width in sizes if file_format == "torch-export" else [*sizes, (1, 1, 1), (2, 3, 25)]:
+        pixels = torch.randn(batch, 3, height, width)
+        with torch.inference_mode():
+            expected, features = network.classify(pixels, ["stage1"])
+        logits, stage1 = run(pixels.numpy())
+        np.testing.assert_allclose(logits, expected.numpy(), rtol=0, atol=1e-5)
+        np.testing.assert_allclose(stage1, features["stage1"].numpy(), rtol=0, atol=1e-4)
+    if opset:
+        content = onnx.load(path)
+        assert [(entry.domain, entry.version) for entry in content.opset_import] == [("", opset)]
+        assert content.ir_version == {18: 8, 21: 10}[opset]
+        onnx.checker.check_model(content)
+        assert str(ROOT).encode() not in path.read_bytes()
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")  # of the exporter: sizes become constants
+@pytest.mark.parametrize("requires_grad", [False, True])
+def test_exporter_that_traces(network: DinatForImageClassification, tmp_path: Path, requires_grad: bool) -> None:
+    """torch.onnx.export with dynamo=False."""
+    logits = Graph(copy.deepcopy(network).requires_grad_(requires_grad), ()).eval()
+    options = {"input_names": ["pixel_values"], "dynamic_axes": {"pixel_values": {0: "batch"}}}
+    torch.onnx.export(logits, (torch.randn(2, 3, 24, 20),), tmp_path / "traced.onnx", dynamo=False, **options)
+    run = FORMATS["onnx"][2](tmp_path / "traced.onnx")
+    for batch in (1, 2, 5):
+        pixels = torch.randn(batch, 3, 24, 20)
+        with torch.inference_mode():
+            expected = network(pixels).logits
+        np.testing.assert_allclose(run(pixels.numpy())[0], expected.numpy(), rtol=0, atol=1e-5)
 
 
 @pytest.mark.slow
@@ -120,6 +162,8 @@ def test_graph_with_different_outputs_is_not_written(
     [
         ("graph.pt2", "torchscript", {}, "format 'torchscript' is not known: use one of onnx, openvino, torch-export"),
         ("graph.pt", "torch-export", {}, r"a file of format torch-export must be named \*.pt2, got graph.pt"),
+        ("graph.pt2", "torch-export", {"opset": 18}, "opset 18 is not supported: use 18 to 23, with the format onnx"),
+        ("graph.onnx", "onnx", {"opset": 7}, "opset 7 is not supported: use 18 to 23, with the format onnx"),
         ("graph.pt2", "torch-export", {"features": ["stage9"]}, "features stage9 are not known: use stem, stage1"),
     ],
 )
@@ -128,7 +172,7 @@ def test_invalid_arguments_raise_export_error(
     tmp_path: Path,
     file: str,
     file_format: str,
-    options: dict[str, list[str]],
+    options: dict[str, Any],
     message: str,
 ) -> None:
     with pytest.raises(ExportError, match=message):
@@ -137,6 +181,6 @@ def test_invalid_arguments_raise_export_error(
 
 def test_size_is_required_if_the_aspect_ratio_is_preserved(network: DinatForImageClassification, tmp_path: Path) -> None:
     processor = DinatImageProcessor(size={"shortest_edge": 24})
-    with pytest.raises(ExportError, match="a graph has one input size: specify it"):
+    with pytest.raises(ExportError, match="specify the size of the input, or dynamic"):
         export(network, processor, tmp_path / "graph.pt2", "torch-export")
     assert export(network, processor, tmp_path / "graph.pt2", "torch-export", batch=1, size=(24, 28)) < 1e-5
