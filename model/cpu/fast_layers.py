@@ -37,13 +37,10 @@ def fused_linear(x: Tensor, linear: nn.Module, gelu: bool = False, add: Tensor |
     if isinstance(linear, PackedLinear):
         check_packed_input(x)
         return _fused_linear(x, linear.packed, linear.bias, gelu, add)
-    if (
-        isinstance(linear, nn.Linear)
-        and is_unmodified(linear, nn.Linear)
-        and not is_observed()
-        and _has_kernel(x, linear.weight, linear.bias, add)
-    ):
-        return _fused_linear(x, linear.weight, linear.bias, gelu, add)
+    if is_unmodified(linear, nn.Linear) and not is_observed():
+        weight, bias = parameters_of(linear)
+        if weight is not None and _has_kernel(x, weight, bias, add):
+            return _fused_linear(x, weight, bias, gelu, add)
     y: Tensor = linear(x)
     return F.gelu(y) if gelu else y if add is None else add + y
 
@@ -61,7 +58,8 @@ class LayerNorm(nn.LayerNorm):
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalize x (..., channels) over its channels."""
-        if x.dtype not in DTYPES or is_observed() or not self._has_kernel(x):
+        weight, bias = parameters_of(self)
+        if weight is None or bias is None or x.dtype not in DTYPES or is_observed() or not self._has_kernel(x, weight, bias):
             return super().forward(x)
         kernels, channels = library(), x.shape[-1]
         if kernels is None or channels % kernels.lanes:
@@ -70,16 +68,15 @@ class LayerNorm(nn.LayerNorm):
         kernels.layer_norm(
             DTYPES[x.dtype],
             *(x.data_ptr(), out.data_ptr(), x.numel() // channels, channels),
-            *(self.weight.data_ptr(), self.bias.data_ptr()),
+            *(weight.data_ptr(), bias.data_ptr()),
             *(self.eps, torch.get_num_threads()),
         )
         return out
 
-    def _has_kernel(self, x: Tensor) -> bool:
+    def _has_kernel(self, x: Tensor, weight: Tensor, bias: Tensor) -> bool:
         """Return whether the norm is over the last dimension, and all memory is contiguous."""
-        weight, bias = self.weight, self.bias
         return (
-            (weight is not None and bias is not None and is_plain(x, weight, bias) and not x.is_neg())
+            (is_plain(x, weight, bias) and not x.is_neg())
             and (x.is_contiguous() and weight.is_contiguous() and bias.is_contiguous())
             and self.normalized_shape == x.shape[-1:] == weight.shape == bias.shape
         )
@@ -151,6 +148,17 @@ def _is_fast(device: torch.device, dtype: torch.dtype) -> bool:
 def _has_kernel(x: Tensor, weight: Tensor, bias: Tensor | None, add: Tensor | None) -> bool:
     """Return whether oneDNN computes a linear layer of these tensors."""
     return is_plain(x, weight, bias, add) and _is_fast(x.device, x.dtype) and x.numel() > 0
+
+
+def parameters_of(module: nn.Module) -> tuple[Tensor | None, Tensor | None]:
+    """Return the weight and bias of a module; None for both if one of them is not a parameter (any more).
+
+    The weight as an attribute of the module would take as long as all other conditions of a fast path.
+    """
+    try:
+        return module._parameters["weight"], module._parameters["bias"]
+    except KeyError:
+        return None, None
 
 
 def is_unmodified(module: nn.Module, *classes: type[nn.Module]) -> bool:

@@ -309,6 +309,16 @@ def with_shared_weights(network: nn.Module) -> nn.Module:
     return network
 
 
+@each_product
+def with_attributes_as_weights(module: nn.Module) -> None:
+    """Plain tensors in the place of parameters."""
+    for name in ("weight", "bias"):
+        if getattr(module, name) is not None:
+            value = getattr(module, name) * 0.5
+            delattr(module, name)
+            setattr(module, name, value)
+
+
 def with_scaled_weights(network: nn.Module) -> nn.Module:
     network(PIXELS)  # whatever is cached by now must not be used again
     for parameter in network.parameters():
@@ -326,6 +336,7 @@ USES: dict[str, Callable[[nn.Module], nn.Module]] = {
     "spectral norm by hooks": each_product(nn.utils.spectral_norm),
     "weight norm": each_product(nn.utils.parametrizations.weight_norm),
     "shared weights": with_shared_weights,
+    "weights that are attributes": with_attributes_as_weights,
     "weights changed in place": with_scaled_weights,
 }
 
