@@ -83,7 +83,7 @@ HUB_IDS = {
 """Hub repositories of the presets' weights."""
 
 
-MAX_STAGES, MAX_DEPTH, MAX_CHANNELS, MAX_LABELS = 16, 1024, 2**20, 2**20
+MAX_STAGES, MAX_DEPTH, MAX_CHANNELS, MAX_LABELS = 16, 1024, 2**20, 2**17
 MAX_PARAMETERS = 2**34
 
 FIELD_RULES: dict[str, Rule] = {
@@ -380,11 +380,13 @@ class DinatConfig:
         if any(not isinstance(d, int) or d < 1 for stage in self.dilations for d in stage):
             raise ConfigError(f"dilations must be integers of at least 1, got {self.dilations}")
         if not isinstance(self.kernel_size, int) or self.kernel_size < 3 or self.kernel_size % 2 == 0:
-            raise ConfigError(f"kernel_size must be odd and at least 3, got {self.kernel_size}")
+            raise ConfigError(f"kernel_size must be odd and at least 3, got {shown(self.kernel_size)}")
 
 
 def _labels(id2label: Any) -> dict[int, str]:
     """Return id2label with integer keys. Raises ConfigError if it maps anything but integers to strings."""
+    if isinstance(id2label, Mapping) and len(id2label) > MAX_LABELS:
+        raise ConfigError(f"id2label has {len(id2label):,} labels, the maximum is {MAX_LABELS:,}")
     try:
         labels = {int(index): label for index, label in id2label.items()}
     except (AttributeError, TypeError, ValueError):
@@ -392,8 +394,6 @@ def _labels(id2label: Any) -> dict[int, str]:
     other = next((label for label in labels.values() if not isinstance(label, str)), None)
     if other is not None:
         raise ConfigError(f"id2label must map ids to strings, got {shown(other)}")
-    if len(labels) > MAX_LABELS:
-        raise ConfigError(f"id2label has {len(labels):,} labels, the maximum is {MAX_LABELS:,}")
     return labels
 
 

@@ -20,6 +20,7 @@ from dinat.model.config import DinatConfig
 from dinat.model.cpu.fast_layers import LayerNorm, fused_linear
 from dinat.model.errors import ConfigError, DinatError
 from dinat.model.fast_path import is_autocast, is_symbolic, is_transformed
+from dinat.model.field_rules import shown
 from dinat.model.loss import classification_loss
 from dinat.model.outputs import BackboneOutput, DinatImageClassifierOutput, DinatModelOutput
 
@@ -56,7 +57,7 @@ class PatchEmbeddings(nn.Module):
     def __init__(self, config: DinatConfig) -> None:
         super().__init__()
         if config.patch_size not in (4, [4, 4], (4, 4)):
-            raise ConfigError(f"Dinat only supports patch size of 4 at the moment, got {config.patch_size}")
+            raise ConfigError(f"Dinat only supports patch size of 4 at the moment, got {shown(config.patch_size)}")
         self.num_channels = config.num_channels
         half = config.embed_dim // 2
         self.projection = nn.Sequential(

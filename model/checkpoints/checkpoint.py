@@ -31,6 +31,8 @@ from dinat.model.errors import CheckpointError, ConfigError
 
 DEFAULT_SHARD_SIZE = "5GB"
 """Size above which weights are divided into several files, as in transformers."""
+SHOWN_KEYS, SHOWN_CHARACTERS = 20, 120
+"""Limits of keys in an error message."""
 SHARDS = "model-[0-9]*-of-[0-9]*.safetensors"
 
 
@@ -130,7 +132,7 @@ def match_state_dict(
         ignored: Prefixes of additional keys, which are removed.
 
     Raises:
-        CheckpointError: Keys are missing, unexpected, or have another shape; the message lists all of them.
+        CheckpointError: Keys are missing, unexpected, or have another shape; the message lists them.
     """
     missing = [key for key in expected if key not in state_dict]
     unexpected = [key for key in state_dict if key not in expected and not key.startswith(ignored or ("\0",))]
@@ -140,12 +142,18 @@ def match_state_dict(
         if key in state_dict and state_dict[key].shape != value.shape
     ]
     problems = (("missing", missing), ("unexpected", unexpected), ("with another shape", mismatched))
-    messages = [f"{len(keys)} {problem}: {', '.join(keys)}" for problem, keys in problems if keys]
+    messages = [f"{len(keys)} {problem}: {_listed(keys)}" for problem, keys in problems if keys]
     if messages:
         raise CheckpointError(f"the weights of {source} do not match their configuration; keys {'; '.join(messages)}")
     matched = {key: state_dict[key] for key in expected}
     _check_numbers(matched, source)
     return matched
+
+
+def _listed(keys: Sequence[str]) -> str:
+    """Return the keys as text, so many that a stage's worth of them is named but the message remains readable."""
+    names = [key[:SHOWN_CHARACTERS] for key in keys[:SHOWN_KEYS]]
+    return ", ".join(names) + (f" and {len(keys) - len(names)} more" if len(keys) > len(names) else "")
 
 
 def _check_numbers(state_dict: StateDict, source: str) -> None:

@@ -2,7 +2,6 @@
 
 import argparse
 import json
-import pickle
 import re
 import ssl
 from collections.abc import Callable
@@ -141,7 +140,7 @@ def read_pickle(path: Path) -> Any:
     try:
         with torch.serialization.safe_globals([argparse.Namespace]):
             return torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, OSError, EOFError, ValueError, KeyError) as error:
+    except Exception as error:  # a malformed pickle can raise any
         _raise_unreadable(path, error)
 
 

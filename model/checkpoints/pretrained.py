@@ -149,9 +149,12 @@ class PreTrainedModel(nn.Module):
         self.load_state_dict(matched, strict=True, assign=True)
 
     def _initialize(self) -> None:
-        """Initialize weights with standard deviation config.initializer_range and biases with 0, as transformers does."""
+        """Initialize weights with standard deviation config.initializer_range and biases with 0, as transformers does.
+
+        On "meta" there is nothing to initialize, and PyTorch would import 900 modules for it.
+        """
         for module in self.modules():
-            if isinstance(module, nn.Linear | nn.Conv2d):
+            if isinstance(module, nn.Linear | nn.Conv2d) and not module.weight.is_meta:
                 nn.init.normal_(module.weight, std=self.config.initializer_range)
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
