@@ -97,7 +97,8 @@ def export(
         file_format: onnx, openvino or torch-export.
         batch: Batch size, None for a dynamic one.
         size: (height, width) of the input in pixels; "dynamic" for any of at least `minimum_side`; the image processor's if
-            None. A dynamic torch-export file has one operator of this project: import dinat.attention before it is loaded.
+            None. OpenVINO requires a fixed one. A dynamic torch-export file has one operator of this project: import
+            dinat.attention before it is loaded.
         features: Outputs in addition to logits, from config.feature_names.
         opset: Version of ONNX's operators, OPSETS; PyTorch's default if None. Old runtimes require an old one.
 
@@ -123,6 +124,8 @@ def export(
     size = size or processor.output_size
     if size is None:
         raise ExportError("the image processor keeps the aspect ratio: specify the size of the input, or dynamic")
+    if size == "dynamic" and file_format == "openvino":
+        raise ExportError("a graph for OpenVINO has a fixed size: specify it, or use the format onnx")
     names = output_names(network.config.num_layers, features)
     graph = Graph(network, features).eval()
     with _without_warnings(), tempfile.TemporaryDirectory(dir=_created(path.parent)) as folder:
@@ -205,12 +208,7 @@ def _write_openvino(program: ExportedProgram, path: Path, names: Sequence[str], 
     _require("cpu", "openvino")
     import openvino
 
-    if None in shape[2:]:  # OpenVINO has no translation of this project's operator, but ONNX has
-        _write_onnx(program, path.with_suffix(".onnx"), names, {}, shape)
-        model = openvino.convert_model(path.with_suffix(".onnx"))
-        path.with_suffix(".onnx").unlink()
-    else:
-        model = openvino.convert_model(program)
+    model = openvino.convert_model(program)
     model.inputs[0].get_tensor().set_names({"pixel_values"})
     for output, name in zip(model.outputs, names, strict=True):
         output.get_tensor().set_names({name})

