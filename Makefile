@@ -25,11 +25,12 @@ install: .venv/serve
 	touch $@
 
 # What the tests require besides. An isolated build of natten would download a CUDA build of torch; with the installed torch
-# it takes seconds and builds no kernels.
+# it takes seconds and builds no kernels. timm has a folder of its own: with torchvision, transformers would run other code.
 .venv/test: .venv/serve
 	$(PIP) --no-build-isolation --editable '.[test]'
 	$(PIP) wheel triton
 	$(PIP) --no-build-isolation --no-deps natten
+	$(PIP) --no-deps --upgrade --target .venv/timm timm torchvision
 	touch $@
 
 serve: install

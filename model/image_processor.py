@@ -91,14 +91,16 @@ class DinatImageProcessor:
             raise ImageError(f"image_std must not contain 0, got {self.image_std}")
 
     @classmethod
-    def original(cls, size: int = 224, crop_pct: float = 0.875) -> "DinatImageProcessor":
+    def original(cls, size: int = 224, crop_pct: float | None = None) -> "DinatImageProcessor":
         """Return the transform of the published accuracies: resize the short side (bicubic), then center crop.
 
         Args:
             size: Height and width in pixels.
-            crop_pct: Size relative to the resized short side: 0.875 for the 224 models and 1.0 for the 384 models (evaluation
-                of the original repository, by timm).
+            crop_pct: Size relative to the resized short side. If None, 0.875 below 384 pixels and 1.0 from there, as in the
+                evaluation of the original repository, by timm.
         """
+        if crop_pct is None:
+            crop_pct = 1.0 if size >= 384 else 0.875
         return cls(size=size, resample=3, crop_pct=crop_pct, image_mean=_IMAGENET_MEAN, image_std=_IMAGENET_STD)
 
     @classmethod

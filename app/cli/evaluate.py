@@ -138,7 +138,7 @@ def _original_preprocessing(processor: DinatImageProcessor, max_pixels: int) -> 
     size = processor.output_size
     if size is None or size[0] != size[1]:
         raise CommandError("--preprocessing original requires a network with square input; this one keeps the aspect ratio")
-    original = DinatImageProcessor.original(size[0], crop_pct=1.0 if size[0] >= 384 else 0.875)
+    original = DinatImageProcessor.original(size[0])
 
     async def read(path: str) -> ImageSource:
         return await asyncio.to_thread(lambda: original.resize(decode(Path(path).read_bytes(), max_pixels)))
