@@ -95,6 +95,9 @@ def _flags(
 
 def _flag(field: FieldInfo, name: str, show_default: bool) -> inspect.Parameter:
     metavar = "|".join(get_args(field.annotation)) if get_origin(field.annotation) is Literal else name.upper()
+    if show_default and field.annotation is bool:
+        switch = Annotated[bool | None, typer.Option(f"--{name.replace('_', '-')}", help=field.description)]
+        return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=switch)
     default = str(field.default) if show_default and field.default is not None else False
     option = typer.Option(f"--{name.replace('_', '-')}", metavar=metavar, help=field.description, show_default=default)
     return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Annotated[str | None, option])

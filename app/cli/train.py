@@ -12,14 +12,18 @@ from rich.progress import Progress
 from rich.table import Table
 
 from dinat.app.cli import CommandError
-from dinat.app.cli.flags import LabelledData, Revision, recipe_flags
+from dinat.app.cli.flags import LabelledData, Revision, recipe_flags, settings_flags
 from dinat.app.settings import Settings
 from dinat.app.training.recipe import Recipe
+
+REPORTS = {"none": (), "tensorboard": ("tensorboard", "tensorboardX"), "wandb": ("wandb",)}
+"""Packages of which --report-to requires one."""
 
 REQUIRED_PACKAGES = ("accelerate", "matplotlib", "sklearn", "transformers")
 
 
 @recipe_flags()
+@settings_flags(["cache_dir"])
 def train(
     data: LabelledData,
     out: Annotated[Path, typer.Argument(metavar="OUT", help="Output folder. An interrupted training in it is resumed.")],
@@ -43,12 +47,21 @@ def train(
     max_pixels: Annotated[int, typer.Option(min=1, help="Largest image, width times height.")] = Settings.model_fields[
         "max_pixels"
     ].default,
+    skip_broken: Annotated[bool, typer.Option("--skip-broken", help="Train without the images that cannot be read.")] = False,
+    report_to: Annotated[
+        str, typer.Option(metavar="none|tensorboard|wandb", help="Where to report metrics of each epoch as well.")
+    ] = "none",
+    settings: Settings,
     recipe: Recipe,
 ) -> None:
     """Train a classifier on labelled images.
 
+    DATA may contain the folders train and val (or valid, validation, test), each with one subfolder per label or a metadata.csv
+    or metadata.jsonl. All images are checked before the training starts.
+
     OUT is a checkpoint in the Hugging Face Hub layout with a model card. It always contains the best weights so far. To resume
-    an interrupted training, run the same command again: the resulting weights are the same as without the interruption.
+    an interrupted training, run the same command again: the resulting weights are the same as without the interruption. To
+    continue a finished training, run it with more --epochs.
 
     To train on several GPUs: accelerate launch -m dinat train ...
     """
@@ -57,6 +70,10 @@ def train(
         raise CommandError(f"dinat train requires {', '.join(missing)}: pip install 'dinat-serve[train]'")
     if device not in ("auto", "cpu"):
         raise CommandError(f"--device must be auto or cpu, got {device!r}; CUDA_VISIBLE_DEVICES selects GPUs")
+    if report_to not in REPORTS:
+        raise CommandError(f"--report-to must be none, tensorboard or wandb, got {report_to!r}")
+    if report_to != "none" and not any(find_spec(name) for name in REPORTS[report_to]):
+        raise CommandError(f"--report-to {report_to} requires {report_to}: pip install {report_to}")
     from dinat.app.training.spec import TrainingSpec
     from dinat.app.training.train import train as run
 
@@ -66,15 +83,19 @@ def train(
             TrainingSpec(source, revision, data, validate_on, out, recipe, max_pixels),
             device=device,
             workers=workers,
+            skip_broken=skip_broken,
+            cache_dir=settings.cache_dir,
+            report_to=report_to,
             report=lambda line: print(f"dinat: {line}", file=sys.stderr, flush=True) if is_main else None,
             progress=progress,
         )
     saved = result.saved_epoch
-    table = Table("saved epoch", "top-1", "top-5", "loss", "images/s", "folder")
+    table = Table("saved epoch", "top-1", "top-5", "macro-F1", "loss", "images/s", "folder")
     table.add_row(
         f"{saved.epoch} of {len(result.history.epochs)}",
         f"{saved.top1:.2%}",
         f"{saved.top5:.2%}",
+        f"{saved.macro_f1:.2%}",
         f"{saved.loss:.4f}",
         f"{result.images_per_second:.1f}",
         str(out),

@@ -124,6 +124,8 @@ def _read_rows(source: Path) -> Iterator[LabelledImage]:
     except ValueError as error:
         raise DataError(f"{source} cannot be read: {error}") from None
     for number, row in enumerate(rows, 1):
+        if isinstance(row, dict) and "path" not in row:
+            row["path"] = row.get("file_name")  # of Hugging Face's ImageFolder
         if not isinstance(row, dict) or not row.get("path") or row.get("label") in (None, ""):
             raise DataError(f"{source}, entry {number}, must have a path and a label, got {row}")
         yield LabelledImage(source.parent / row["path"], str(row["label"]))

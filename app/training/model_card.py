@@ -6,6 +6,7 @@ from collections.abc import Sequence
 import torch
 from matplotlib.figure import Figure
 
+from dinat.app.training.layout import find_parts
 from dinat.app.training.spec import TrainingResult, TrainingSpec
 from dinat.app.training.trainer import History
 from dinat.model import DinatConfig
@@ -41,13 +42,13 @@ def plot_curves(history: History) -> Figure:
 
 
 def _model_card(spec: TrainingSpec, result: TrainingResult, config: DinatConfig, changes: Sequence[str]) -> str:
-    history, split, saved, recipe = result.history, result.split, result.saved_epoch, spec.recipe
+    history, split, saved, recipe = result.history, result.split, result.saved_epoch, result.recipe
     selection = (
         "selected by validation accuracy, so the metrics above are slightly optimistic"
         if recipe.keep == "best"
         else "the last one"
     )
-    train_counts = Counter(image.label for image in split.train)
+    train_counts = split.train_counts
     validation_counts = Counter(image.label for image in split.validation)
     rows = "\n".join(
         f"| {label} | {train_counts[label]} | {validation_counts[label]} |" for label in split.classes[:MAX_CLASSES_SHOWN]
@@ -55,7 +56,8 @@ def _model_card(spec: TrainingSpec, result: TrainingResult, config: DinatConfig,
     num_hidden = len(split.classes) - MAX_CLASSES_SHOWN
     more = f"\n\n{num_hidden} more classes are not shown." if num_hidden > 0 else ""
     settings = "\n".join(f"| {name} | {value} |" for name, value in recipe.model_dump().items())
-    validation = f"held out, {recipe.validation:.0%} of each class" if spec.validate_on is None else f"{spec.validate_on}"
+    held_out = spec.validate_on is None and find_parts(spec.data, None).validation is None
+    validation = f"held out, {recipe.validation:.0%} of each class" if held_out else f"{spec.validate_on or spec.data}"
     return f"""---
 license: other
 pipeline_tag: image-classification
@@ -68,9 +70,9 @@ base_model: {spec.source}
 
 A DiNAT classifier of {len(split.classes)} classes, trained by `dinat train` from {spec.source}.
 
-| validation data | images | top-1 | top-5 | cross entropy |
-|---|---|---|---|---|
-| {validation} | {len(split.validation)} | {saved.top1:.2%} | {saved.top5:.2%} | {saved.loss:.4f} |
+| validation data | images | top-1 | top-5 | macro-F1 | cross entropy |
+|---|---|---|---|---|---|
+| {validation} | {len(split.validation)} | {saved.top1:.2%} | {saved.top5:.2%} | {saved.macro_f1:.2%} | {saved.loss:.4f} |
 
 The weights are those of epoch {saved.epoch} of {len(history.epochs)}, {selection}.
 

@@ -13,10 +13,27 @@ class Recipe(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    epochs: Positive = Field(10, description="Passes over the training images.")
+    epochs: Positive | None = Field(
+        None,
+        description="Passes over the training images. Default: at least 10, and enough for 300 steps, or for 1000 if the "
+        "network has to learn its features (random weights, or a checkpoint of few and other classes).",
+    )
     batch_size: Positive = Field(32, description="Images per step on each device.")
     accumulate: Positive = Field(1, description="Batches whose gradients are accumulated before an optimizer step.")
-    learning_rate: float = Field(1e-4, gt=0, description="Peak learning rate, after the warm-up; then cosine decay to 0.")
+    learning_rate: Annotated[float, Field(gt=0)] | None = Field(
+        None,
+        description="Peak learning rate, after the warm-up; then cosine decay to 0. Default: 1e-4, or up to 3e-3 by the "
+        "network's width if it has to learn its features.",
+    )
+    layer_decay: Annotated[float, Field(gt=0, le=1)] = Field(
+        1, description="Factor of the learning rate per layer, from the head down (arXiv 2106.08254), such as 0.8."
+    )
+    freeze: str = Field(
+        "none", description="Weights that are not trained: backbone (all but the head), or the stem and stages up to this one."
+    )
+    class_weights: Literal["none", "balanced"] = Field(
+        "none", description="Weights of classes in the loss; balanced: inversely proportional to their numbers of images."
+    )
     warmup: Fraction = Field(0.1, description="Fraction of the steps in which the learning rate rises linearly from 0.")
     weight_decay: float = Field(
         0.05, ge=0, description="Weight decay of AdamW, for all weights but biases, norms and relative positional biases."
@@ -69,6 +86,6 @@ class Recipe(BaseModel):
         return self
 
     def differences(self, other: "Recipe") -> list[str]:
-        """Describe the fields that differ from another recipe, such as "epochs is 3, was 10"."""
+        """Describe the fields that differ from another recipe, such as "batch_size is 16, was 32"."""
         own, previous = self.model_dump(), other.model_dump()
         return [f"{name} is {value}, was {previous[name]}" for name, value in own.items() if value != previous[name]]

@@ -1,38 +1,44 @@
 """Train a classifier: from labelled images to a checkpoint folder."""
 
-import json
+import errno
 import logging
 import shutil
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import torch
 from rich.progress import Progress
+from safetensors import SafetensorError
 from torch import nn
 from transformers import TrainingArguments
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from transformers.utils.logging import disable_progress_bar
 
-from dinat.app.evaluation.labelled_images import DataError
+from dinat.app.evaluation.labelled_images import DataError, LabelledImage
 from dinat.app.host import cores
 from dinat.app.training.augmentation import Augmentation
 from dinat.app.training.dataset import LabelledImageDataset, collate
+from dinat.app.training.defaults import resolve
+from dinat.app.training.labels import balanced_weights, imbalance
+from dinat.app.training.layers import freeze
 from dinat.app.training.model_card import write_model_card
+from dinat.app.training.output_folder import CHECKPOINTS, Previous, TrainingError, create, find_previous, write_state
+from dinat.app.training.readable import cache_file, unreadable_images
 from dinat.app.training.recipe import Recipe
 from dinat.app.training.spec import DataSplit, TrainingResult, TrainingSpec, read_split
 from dinat.app.training.trainer import DinatTrainer, Epoch, History, ProgressBarCallback, last_complete_checkpoint
-from dinat.model import DinatConfig, DinatError, DinatImageProcessor, hf
+from dinat.model import DinatConfig, DinatImageProcessor, hf
 from dinat.model.checkpoints.checkpoint import Checkpoint, match_state_dict, open_checkpoint, save_checkpoint
 from dinat.model.checkpoints.transfer import HEAD, transfer
 
-STATE_FILE, CHECKPOINTS = "training.json", "checkpoints"
+FITTED = 0.9
+"""Accuracy on training images, without augmentation, below which a network underfits."""
 
-
-class TrainingError(DinatError):
-    """A training that cannot start or resume."""
+PROBED = 1000
+"""Training images that are classified to detect underfitting."""
 
 
 def train(
@@ -40,10 +46,13 @@ def train(
     *,
     device: str = "auto",
     workers: int | None = None,
+    skip_broken: bool = False,
+    cache_dir: Path,
+    report_to: str = "none",
     report: Callable[[str], None] = print,
     progress: Progress | None = None,
 ) -> TrainingResult:
-    """Train, or resume an interrupted training of the same specification.
+    """Train, resume an interrupted training of the same specification, or continue a finished one for more epochs.
 
     The output folder always contains the best weights so far, written atomically.
 
@@ -51,24 +60,41 @@ def train(
         spec: What to train, and how.
         device: "auto" or "cpu". On several GPUs, each process started by accelerate or torchrun uses one.
         workers: Data loading processes. If None, one per CPU core on a GPU, and none on a CPU, whose cores compute the network.
+        skip_broken: Whether to train without the images that cannot be read.
+        cache_dir: Folder for the list of images that were checked.
+        report_to: Where transformers reports metrics besides: "none", "tensorboard" or "wandb".
         report: Called with each status message.
         progress: Shows a progress bar.
 
     Raises:
-        TrainingError: The output folder has other content, or the network does not have a fixed input size.
+        TrainingError: The output folder has other content or its disk is full, or the network does not have a fixed input size.
         DataError: The data cannot be read, or has too few classes or images.
         CheckpointError: The checkpoint cannot be loaded.
         ConfigError: The recipe does not fit the network.
     """
-    recipe, split = spec.recipe, read_split(spec)
-    for folder in split.empty_folders:
-        report(f"{folder} has no image: the class is skipped")
-    torch.manual_seed(recipe.seed)
+    split = read_split(spec)
+    _report_folders(report, split)
+    previous = find_previous(spec, split)
+    if previous is not None:
+        split = previous.split
+    broken = unreadable_images([*split.train, *split.validation], spec.max_pixels, cache_file(cache_dir, spec.data))
+    if broken:
+        split = _without(split, broken, skip_broken, report)
     checkpoint = open_checkpoint(spec.source, revision=spec.revision)
+    arguments = _training_arguments(spec, device, workers, report_to)
+    recipe = spec.recipe
+    if previous is None:
+        recipe = resolve(recipe, checkpoint.config, split.classes, len(split.train), arguments.world_size)
+    else:
+        recipe = previous.recipe
+    _set_schedule(arguments, recipe, len(split.train))
+    torch.manual_seed(recipe.seed)
     network, config, processor, changes = _build(checkpoint, split, recipe)
-    arguments = _training_arguments(spec, device, workers, len(split.train))
-    resumed = _open_folder(spec, split, is_main=arguments.process_index == 0)
-    _report_start(report, split, changes, spec, resumed)
+    is_main = arguments.process_index == 0
+    if is_main and previous is None:
+        with _reported_errors(spec.out):
+            create(spec, recipe, split)
+    _report_start(report, split, changes, spec, recipe, previous)
     start = time.perf_counter()
 
     def save(best: nn.Module) -> None:
@@ -78,44 +104,108 @@ def train(
     def report_epoch(epoch: Epoch) -> None:
         report(
             f"epoch {epoch.epoch} of {recipe.epochs}: training loss {epoch.train_loss:.4f}, validation loss {epoch.loss:.4f}, "
-            f"top-1 {epoch.top1:.2%}, top-5 {epoch.top5:.2%}, {epoch.seconds:.0f} s"
+            f"top-1 {epoch.top1:.2%}, top-5 {epoch.top5:.2%}, macro-F1 {epoch.macro_f1:.2%}, {epoch.seconds:.1f} s"
         )
 
     class_of = {label: index for index, label in enumerate(split.classes)}
-    validation = LabelledImageDataset(split.validation, class_of, lambda image, _: processor(image)[0], spec.max_pixels)
+
+    def plain(images: list[LabelledImage]) -> LabelledImageDataset:
+        return LabelledImageDataset(images, class_of, lambda image, _: processor(image)[0], spec.max_pixels)
+
     augmentation = Augmentation(recipe, processor)
     training = LabelledImageDataset(split.train, class_of, augmentation, spec.max_pixels, recipe.seed)
+    weights = balanced_weights(split.train_counts, split.classes) if recipe.class_weights == "balanced" else None
     trainer = DinatTrainer(
         network,
         arguments,
         recipe,
         save,
         report_epoch,
+        class_weights=weights,
         train_dataset=training,
-        eval_dataset=validation,
+        eval_dataset=plain(split.validation),
         data_collator=collate,
     )
     trainer.remove_callback(PrinterCallback)
     trainer.remove_callback(ProgressCallback)
-    if progress is not None and arguments.process_index == 0:
+    if progress is not None and is_main:
         trainer.add_callback(ProgressBarCallback(progress))
+    resumed = previous.checkpoint if previous else None
     if resumed is not None:
         trainer.resume_from(resumed)
     epochs_before = len(trainer.history.epochs)
-    try:
+    with _reported_errors(spec.out):
         trainer.train(resume_from_checkpoint=str(resumed) if resumed else None)
+        seconds = time.perf_counter() - start
+        images_seen = (len(trainer.history.epochs) - epochs_before) * len(split.train)
+        saved = trainer.history.epochs[trainer.history.best if recipe.keep == "best" else -1]
+        fitted = trainer.accuracy(plain(_sample(split.train)))
+        result = TrainingResult(recipe, split, trainer.history, saved, seconds, images_seen / seconds, fitted)
+        if is_main:
+            write_model_card(spec, result, config, changes)
+            _delete_checkpoints(spec.out / CHECKPOINTS)
+            write_state(spec, recipe, finished=True)
+    if fitted < FITTED:
+        report(_underfits(fitted, recipe))
+    return result
+
+
+BROKEN_ADVICE = "replace or remove the file, or use --skip-broken, then run the same command again"
+
+
+def _without(split: DataSplit, broken: dict[Path, str], skip_broken: bool, report: Callable[[str], None]) -> DataSplit:
+    """Return the split without images that cannot be read. Raises DataError without --skip-broken."""
+    shown = "; ".join(f"{path}: {reason}" for path, reason in list(broken.items())[:5])
+    more = f"; and {len(broken) - 5} more" if len(broken) > 5 else ""
+    if not skip_broken:
+        raise DataError(f"{shown}{more}; {BROKEN_ADVICE}")
+    report(f"{len(broken)} images that cannot be read are skipped: {shown}{more}")
+    return split.without(broken.keys())
+
+
+def _sample(images: list[LabelledImage]) -> list[LabelledImage]:
+    """Return every n-th image, at most PROBED."""
+    return images[:: -(-len(images) // PROBED)]
+
+
+def _underfits(fitted: float, recipe: Recipe) -> str:
+    assert recipe.epochs is not None and recipe.learning_rate is not None
+    advice = [f"more --epochs ({2 * recipe.epochs})", f"a higher --learning-rate ({3 * recipe.learning_rate:.1g})"]
+    advice += ["--augment none"] if recipe.augment != "none" else []
+    advice += ["--freeze none"] if recipe.freeze != "none" else []
+    return (
+        f"the network underfits: it classifies only {fitted:.1%} of its training images correctly; try "
+        f"{', '.join(advice[:-1])} or {advice[-1]}"
+    )
+
+
+@contextmanager
+def _reported_errors(out: Path) -> Iterator[None]:
+    """Raise DataError for an unreadable image with what to do, and TrainingError if the disk of the output folder is full."""
+    try:
+        yield
     except DataError as error:  # from a data loading process the message contains a traceback
         message = str(error).rpartition("DataError: ")[2].strip()
-        raise DataError(f"{message}; replace or remove the file, then run the same command again") from None
-    seconds = time.perf_counter() - start
-    images_seen = (len(trainer.history.epochs) - epochs_before) * len(split.train)
-    saved = trainer.history.epochs[trainer.history.best if recipe.keep == "best" else -1]
-    result = TrainingResult(split, trainer.history, saved, seconds, images_seen / seconds)
-    if arguments.process_index == 0:
-        write_model_card(spec, result, config, changes)
-        _write_state(spec, split, finished=True)
-        shutil.rmtree(spec.out / CHECKPOINTS)
-    return result
+        raise DataError(f"{message}; {BROKEN_ADVICE}") from None
+    except (OSError, RuntimeError, SafetensorError) as error:
+        if not _is_disk_full(error):
+            raise
+        raise TrainingError(f"the disk of {out} is full: free space, then run the same command again to resume") from None
+
+
+def _is_disk_full(error: BaseException) -> bool:
+    """Return whether writing failed for lack of space. PyTorch's errors have no errno, but may follow one that has."""
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return True
+    return "No space left" in str(error) or "PytorchStreamWriter" in str(error) or "inline_container" in str(error)
+
+
+def _delete_checkpoints(folder: Path) -> None:
+    """Delete all checkpoints but the last one, from which a training can be continued."""
+    last = last_complete_checkpoint(folder)
+    for path in folder.glob("checkpoint-*"):
+        if path != last:
+            shutil.rmtree(path)
 
 
 def _build(
@@ -144,11 +234,12 @@ def _build(
         new_head = {key: value for key, value in network.state_dict().items() if key in HEAD}
         expected = network.state_dict()
         network.load_state_dict(match_state_dict(new_head | transferred.state_dict, expected, checkpoint.source))
+    changes += freeze(network, recipe.freeze)
     return network, config, processor, changes
 
 
-def _training_arguments(spec: TrainingSpec, device: str, workers: int | None, num_images: int) -> TrainingArguments:
-    """Convert a recipe to Trainer's arguments."""
+def _training_arguments(spec: TrainingSpec, device: str, workers: int | None, report_to: str) -> TrainingArguments:
+    """Convert a recipe to Trainer's arguments, without the schedule."""
     recipe = spec.recipe
     use_cpu = device == "cpu" or not torch.cuda.is_available()
     precision = recipe.precision
@@ -159,11 +250,9 @@ def _training_arguments(spec: TrainingSpec, device: str, workers: int | None, nu
     with warnings.catch_warnings(action="ignore"):
         arguments = TrainingArguments(
             output_dir=str(spec.out / CHECKPOINTS),
-            num_train_epochs=recipe.epochs,
             per_device_train_batch_size=recipe.batch_size,
             per_device_eval_batch_size=recipe.batch_size,
             gradient_accumulation_steps=recipe.accumulate,
-            learning_rate=recipe.learning_rate,
             lr_scheduler_type="cosine",
             weight_decay=recipe.weight_decay,
             max_grad_norm=recipe.clip,
@@ -181,72 +270,49 @@ def _training_arguments(spec: TrainingSpec, device: str, workers: int | None, nu
             save_total_limit=2,
             remove_unused_columns=False,
             label_names=["labels"],
-            report_to="none",
+            report_to=report_to,
             disable_tqdm=True,
         )
-    steps = -(-num_images // (recipe.batch_size * recipe.accumulate * arguments.world_size)) * recipe.epochs
-    arguments.warmup_steps = round(recipe.warmup * steps)
     if not use_cpu and arguments.n_gpu > 1:
         arguments._n_gpu = 1  # one GPU per process; Trainer would use all by nn.DataParallel, which is slower than one
     return arguments
 
 
-def _open_folder(spec: TrainingSpec, split: DataSplit, is_main: bool) -> Path | None:
-    """Create the output folder, or check that it has an interrupted training of the same specification.
-
-    Returns:
-        The checkpoint to resume from, or None.
-
-    Raises:
-        TrainingError: The folder has other content, or a training that is finished or differs.
-    """
-    state_file = spec.out / STATE_FILE
-    if not state_file.exists():
-        if spec.out.exists() and any(spec.out.iterdir()):
-            raise TrainingError(f"{spec.out} exists and does not contain a training: use another folder")
-        if is_main:
-            spec.out.mkdir(parents=True, exist_ok=True)
-            _write_state(spec, split, finished=False)
-        return None
-    stored = json.loads(state_file.read_text())
-    if stored["finished"]:
-        raise TrainingError(f"{spec.out} contains a finished training: use another folder")
-    current = _state(spec, split)
-    differences = spec.recipe.differences(Recipe(**stored["recipe"]))
-    differences += [
-        f"{name} is {current[name]}, was {stored[name]}"
-        for name in ("source", "data", "validate_on")
-        if current[name] != stored[name]
-    ]
-    if not differences and current["digest"] != stored["digest"]:
-        differences = ["the data has other images"]
-    if differences:
-        raise TrainingError(f"{spec.out} contains an interrupted training that differs: {'; '.join(differences)}")
-    return last_complete_checkpoint(spec.out / CHECKPOINTS)
+def _set_schedule(arguments: TrainingArguments, recipe: Recipe, num_images: int) -> None:
+    """Set the number of epochs and the learning rate."""
+    assert recipe.epochs is not None and recipe.learning_rate is not None
+    steps = -(-num_images // (recipe.batch_size * recipe.accumulate * arguments.world_size)) * recipe.epochs
+    arguments.num_train_epochs = recipe.epochs
+    arguments.learning_rate = recipe.learning_rate
+    arguments.warmup_steps = round(recipe.warmup * steps)
 
 
-def _state(spec: TrainingSpec, split: DataSplit) -> dict[str, Any]:
-    return {
-        "source": spec.source,
-        "data": str(spec.data),
-        "validate_on": None if spec.validate_on is None else str(spec.validate_on),
-        "digest": split.digest(),
-        "recipe": spec.recipe.model_dump(),
-    }
-
-
-def _write_state(spec: TrainingSpec, split: DataSplit, finished: bool) -> None:
-    (spec.out / STATE_FILE).write_text(json.dumps(_state(spec, split) | {"finished": finished}, indent=2) + "\n")
+def _report_folders(report: Callable[[str], None], split: DataSplit) -> None:
+    for folder in split.empty_folders:
+        report(f"{folder} has no image: the class is skipped")
+    for folder in split.unused_folders:
+        report(f"{folder} is not used")
 
 
 def _report_start(
-    report: Callable[[str], None], split: DataSplit, changes: list[str], spec: TrainingSpec, resumed: Path | None
+    report: Callable[[str], None],
+    split: DataSplit,
+    changes: list[str],
+    spec: TrainingSpec,
+    recipe: Recipe,
+    previous: Previous | None,
 ) -> None:
     report(
         f"{len(split.train) + len(split.validation)} images of {len(split.classes)} classes: "
         f"{len(split.train)} for training, {len(split.validation)} for validation"
     )
+    warning = imbalance(split.train_counts)
+    if warning is not None and recipe.class_weights == "none":
+        report(warning)
     for change in changes:
         report(f"{spec.source}: {change}")
-    if resumed is not None:
-        report(f"resuming after epoch {len(History.read(resumed).epochs)}")
+    report(f"{recipe.epochs} epochs, learning rate {recipe.learning_rate:.2g}")
+    if previous is not None and previous.num_missing:
+        report(f"{previous.num_missing} images of the interrupted training do not exist anymore: they are skipped")
+    if previous is not None and previous.checkpoint is not None:
+        report(f"resuming after epoch {len(History.read(previous.checkpoint).epochs)}")

@@ -4,7 +4,8 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,11 +15,14 @@ import torch
 import torch.nn.functional as F
 from rich.progress import Progress
 from safetensors.torch import load_file, save_file
+from sklearn.metrics import f1_score
 from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch.utils.data import Dataset
 from transformers import EvalPrediction, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from dinat.app.training.augmentation import mix, soft_labels
+from dinat.app.training.layers import depth_of_parameters
 from dinat.app.training.recipe import Recipe
 
 AVERAGE_FILE, HISTORY_FILE = "average.safetensors", "progress.json"
@@ -35,7 +39,8 @@ class Epoch:
         top1: Validation top-1 accuracy, in 0..1.
         top5: Validation top-5 accuracy, in 0..1.
         learning_rate: Last learning rate.
-        seconds: Time since the start of this run.
+        seconds: Duration of the epoch, evaluation included.
+        macro_f1: Mean F1 of the validation classes, in 0..1.
     """
 
     epoch: int
@@ -45,6 +50,7 @@ class Epoch:
     top5: float
     learning_rate: float
     seconds: float
+    macro_f1: float = float("nan")
 
 
 @dataclass
@@ -83,6 +89,7 @@ class DinatTrainer(Trainer):
         recipe: Hyperparameters.
         save: Called with a network whose weights are to be saved: the best so far, or those of the last epoch.
         on_epoch: Called with each epoch after its evaluation.
+        class_weights: Weight of each class in the training loss; None weighs all images equally.
         **data: Datasets and collator of Trainer.
     """
 
@@ -93,12 +100,14 @@ class DinatTrainer(Trainer):
         recipe: Recipe,
         save: Callable[[nn.Module], None],
         on_epoch: Callable[[Epoch], None],
+        class_weights: Sequence[float] | None = None,
         **data: Any,
     ) -> None:
         super().__init__(model, args, compute_metrics=accuracies, **data)
         self.network, self.recipe, self.save, self.on_epoch = model, recipe, save, on_epoch
         self.history = History()
         self.average = _averaged(model, recipe.ema) if recipe.ema else None
+        self.class_weights = None if class_weights is None else torch.tensor(class_weights)
         self.start = time.monotonic()
         self.add_callback(_StepCallback(self))
 
@@ -124,16 +133,56 @@ class DinatTrainer(Trainer):
         num_classes = self.accelerator.unwrap_model(model).num_labels
         targets = soft_labels(labels, num_classes, self.recipe.label_smoothing)
         pixels, targets = mix(pixels, targets, self.recipe.mixup, self.recipe.cutmix)
-        return F.cross_entropy(model(pixel_values=pixels).logits.float(), targets)
+        weights = None if self.class_weights is None else self.class_weights.to(targets.device)
+        return F.cross_entropy(model(pixel_values=pixels).logits.float(), targets, weight=weights)
+
+    def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
+        """Create the optimizer, with a learning rate for each depth if the recipe decays it."""
+        if self.recipe.layer_decay == 1 or self.optimizer is not None:
+            return super().create_optimizer(*args, **kwargs)
+        decayed, depths = set(self.get_decay_parameter_names(self.network)), depth_of_parameters(self.network)
+        groups: dict[tuple[int, bool], list[nn.Parameter]] = {}
+        for name, value in self.network.named_parameters():
+            if value.requires_grad:
+                groups.setdefault((depths[name], name in decayed), []).append(value)
+        optimizer, options = self.get_optimizer_cls_and_kwargs(self.args)
+        rate = options.pop("lr")
+        self.optimizer = optimizer(
+            [
+                {
+                    "params": values,
+                    "lr": rate * self.recipe.layer_decay**depth,
+                    "weight_decay": self.args.weight_decay if is_decayed else 0.0,
+                }
+                for (depth, is_decayed), values in sorted(groups.items(), key=lambda group: group[0])
+            ],
+            **options,
+        )
+        return self.optimizer
+
+    def accuracy(self, dataset: Dataset[Any]) -> float:
+        """Return the accuracy on a dataset, in 0..1."""
+        return float(self.predict(dataset).metrics["test_top1"])
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         """Evaluate the averaged weights if there are any, else the network's."""
-        if self.average is None:
+        with self._averaged_weights():
             return self._evaluate(*args, **kwargs)
+
+    def predict(self, *args: Any, **kwargs: Any) -> Any:
+        """Predict with the averaged weights if there are any, else with the network's."""
+        with self._averaged_weights():
+            return super().predict(*args, **kwargs)
+
+    @contextmanager
+    def _averaged_weights(self) -> Iterator[None]:
+        if self.average is None:
+            yield
+            return
         own = {name: value.clone() for name, value in self.network.state_dict().items()}
         self.network.load_state_dict(self.average.module.state_dict())
         try:
-            return self._evaluate(*args, **kwargs)
+            yield
         finally:
             self.network.load_state_dict(own)
 
@@ -148,7 +197,9 @@ class DinatTrainer(Trainer):
             metrics["eval_top5"],
             logged.get("learning_rate", 0.0),
             time.monotonic() - self.start,
+            metrics["eval_macro_f1"],
         )
+        self.start = time.monotonic()
         is_best = self.history.add(epoch)
         if self.is_world_process_zero():
             if is_best or self.recipe.keep == "last":
@@ -212,11 +263,12 @@ class ProgressBarCallback(TrainerCallback):
 
 
 def accuracies(prediction: EvalPrediction) -> dict[str, float]:
-    """Compute top1 and top5 accuracy, in 0..1."""
+    """Compute top1 and top5 accuracy and macro_f1, the mean F1 of the classes that have images, in 0..1."""
     logits, labels = np.asarray(prediction.predictions), np.asarray(prediction.label_ids)
     best = np.argsort(-logits, axis=1, kind="stable")[:, :5]
     hits = best == labels[:, None]
-    return {"top1": float(hits[:, 0].mean()), "top5": float(hits.any(axis=1).mean())}
+    macro_f1 = f1_score(labels, best[:, 0], labels=np.unique(labels), average="macro", zero_division=0.0)
+    return {"top1": float(hits[:, 0].mean()), "top5": float(hits.any(axis=1).mean()), "macro_f1": float(macro_f1)}
 
 
 def last_complete_checkpoint(folder: Path) -> Path | None:

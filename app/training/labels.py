@@ -1,0 +1,75 @@
+"""Checks of the labels of training data."""
+
+import unicodedata
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Mapping
+
+from dinat.app.evaluation.labelled_images import DataError
+
+IMBALANCE = 10
+"""Ratio of the most and the least frequent class from which classes are reported as imbalanced."""
+
+
+def check_labels(labels: Iterable[str]) -> None:
+    """Check that labels are the names of classes, one per image.
+
+    Raises:
+        DataError: Labels are lists or numbers (multi-label classification, regression), or two look identical.
+    """
+    labels = sorted(set(labels))
+    parts = Counter(part for label in labels for part in set(label.split("|")))
+    several = [
+        label for label in labels if label.startswith("[") or ("|" in label and any(parts[one] > 1 for one in label.split("|")))
+    ]
+    if several:
+        raise DataError(
+            f"the label {several[0]!r} names several classes: dinat train trains single-label classifiers, not multi-label "
+            "ones; give each image one label"
+        )
+    numbers = [label for label in labels if _is_number(label)]
+    fractions = [label for label in numbers if not label.lstrip("+-").isdecimal()]
+    if fractions and len(numbers) == len(labels):
+        raise DataError(
+            f"the labels are numbers, such as {fractions[0]}: dinat train trains classifiers, not "
+            "regression; use names of classes"
+        )
+    spellings = defaultdict(list)
+    for label in labels:
+        spellings[normalized(label)].append(label)
+    identical = next((same for same in spellings.values() if len(same) > 1), None)
+    if identical:
+        raise DataError(
+            f"the labels {' and '.join(ascii(label) for label in identical)} look identical and differ only in their Unicode "
+            "form or in spaces: rename one"
+        )
+
+
+def normalized(label: str) -> str:
+    """Return a label in Unicode's form NFC, without a byte order mark and spaces around it."""
+    return unicodedata.normalize("NFC", label.replace("\ufeff", "")).strip()
+
+
+def imbalance(counts: Mapping[str, int]) -> str | None:
+    """Describe the imbalance of classes, or return None if there is little."""
+    ordered = Counter(counts).most_common()
+    (most, largest), (least, smallest) = ordered[0], ordered[-1]
+    if largest < IMBALANCE * smallest:
+        return None
+    return (
+        f"the classes are imbalanced: {largest} images of {most}, {smallest} of {least}. Macro-F1 counts every class equally; "
+        "--class-weights balanced does so in the loss"
+    )
+
+
+def balanced_weights(counts: Mapping[str, int], classes: Iterable[str]) -> list[float]:
+    """Return the weight of each class in the loss, images / (classes * images of the class), as in scikit-learn."""
+    total = sum(counts.values())
+    return [total / (len(counts) * counts[label]) if counts.get(label) else 0.0 for label in classes]
+
+
+def _is_number(label: str) -> bool:
+    try:
+        float(label)
+    except ValueError:
+        return False
+    return True

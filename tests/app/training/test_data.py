@@ -1,0 +1,175 @@
+"""Data of `dinat train`: its parts, labels, and images that cannot be read."""
+
+import json
+import shutil
+import unicodedata
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file
+
+from dinat.app.cli import main
+from dinat.app.evaluation.labelled_images import DataError
+from dinat.app.training.labels import balanced_weights, check_labels, imbalance, normalized
+from dinat.app.training.layout import Parts, find_parts
+from dinat.app.training.readable import unreadable_images
+from dinat.app.training.recipe import Recipe
+from dinat.app.training.spec import TrainingSpec, read_split
+from tests.app.conftest import DIGITS
+from tests.app.training.test_train import SMALL, data, error_of, train
+
+pytestmark = pytest.mark.train
+
+__all__ = ["data"]
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("DINAT_CACHE_DIR", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+def copy(folder: Path, *names: str) -> None:
+    """Copy digits into folders by label."""
+    for name in names:
+        (folder / name[0]).mkdir(parents=True, exist_ok=True)
+        shutil.copy(DIGITS / f"{name}.png", folder / name[0])
+
+
+def spec(data: Path, validate_on: Path | None = None) -> TrainingSpec:
+    return TrainingSpec("digits", None, data, validate_on, data.parent / "out", Recipe(), 10**8)
+
+
+@pytest.mark.parametrize("name", ["val", "valid", "validation", "test"])
+def test_folders_train_and_val_are_training_and_validation_data(name: str, tmp_path: Path) -> None:
+    copy(tmp_path / "data" / "train", "0-1", "1-1")
+    copy(tmp_path / "data" / name, "0-2", "1-2")
+    split = read_split(spec(tmp_path / "data"))
+    assert split.classes == ["0", "1"]
+    assert [image.path.name for image in split.train] == ["0-1.png", "1-1.png"]
+    assert [image.path.name for image in split.validation] == ["0-2.png", "1-2.png"]
+
+
+def test_val_comes_before_test_and_validate_on_before_both(tmp_path: Path) -> None:
+    for part in ("train", "val", "test", "other"):
+        copy(tmp_path / part, "0-1")
+    train_folder, val, test, other = (tmp_path / part for part in ("train", "val", "test", "other"))
+    assert find_parts(tmp_path, None) == Parts(train_folder, val, (other, test))
+    assert find_parts(tmp_path, other) == Parts(train_folder, other, (test, val))
+
+
+def test_folders_of_images_called_train_and_test_are_labels(tmp_path: Path) -> None:
+    for label in ("train", "test"):
+        (tmp_path / label).mkdir()
+        shutil.copy(DIGITS / "0-1.png", tmp_path / label)
+    assert find_parts(tmp_path, None) == Parts(tmp_path, None)
+    copy(tmp_path / "vehicles" / "train", "0-1")  # no validation data, and other labels
+    (tmp_path / "vehicles" / "bus").mkdir()
+    assert find_parts(tmp_path / "vehicles", None) == Parts(tmp_path / "vehicles", None)
+
+
+@pytest.mark.parametrize("kind", ["csv", "jsonl"])
+def test_metadata_files_of_hugging_faces_image_folder(kind: str, tmp_path: Path) -> None:
+    for part, number in (("train", 1), ("test", 2)):
+        copy(tmp_path / "data" / part, f"3-{number}", f"4-{number}")
+        rows = [(f"{label}/{label}-{number}.png", f"digit {label}") for label in (3, 4)]
+        text = "file_name,label\n" + "".join(f"{path},{label}\n" for path, label in rows)
+        if kind == "jsonl":
+            text = "".join(json.dumps({"file_name": path, "label": label}) + "\n" for path, label in rows)
+        (tmp_path / "data" / part / f"metadata.{kind}").write_text(text)
+    split = read_split(spec(tmp_path / "data"))
+    assert split.classes == ["digit 3", "digit 4"]
+    assert [image.path.name for image in split.validation] == ["3-2.png", "4-2.png"]
+
+
+@pytest.mark.parametrize(
+    ("labels", "reason"),
+    [
+        (["0|1", "1"], "'0|1' names several classes"),
+        (["['cat', 'dog']", "cat"], "names several classes"),
+        (["0.5", "1", "-2e3"], "the labels are numbers, such as -2e3"),
+        (["é", unicodedata.normalize("NFD", "é")], r"look identical"),
+        (["cat", "\ufeffcat"], "look identical"),
+        (["cat", "cat "], "look identical"),
+    ],
+)
+def test_labels_that_are_not_names_of_classes_are_rejected(labels: list[str], reason: str) -> None:
+    with pytest.raises(DataError, match=reason.replace("|", r"\|")):
+        check_labels(labels)
+
+
+def test_labels_are_normalized() -> None:
+    check_labels(["0", "1", "10", "a|b", "2.5 mm"])
+    assert normalized("\ufeffcafe\u0301 ") == "caf\u00e9"
+
+
+def test_imbalance_and_balanced_weights() -> None:
+    assert imbalance({"cat": 9, "dog": 1}) is None
+    assert "30 images of cat, 3 of dog" in (imbalance({"cat": 30, "dog": 3, "cow": 5}) or "")
+    assert balanced_weights({"a": 6, "b": 2}, ["a", "b"]) == [8 / 12, 8 / 4]
+
+
+def test_readable_images_are_checked_once(data: Path, tmp_path: Path) -> None:
+    images, file = read_split(spec(data)).train, tmp_path / "checked.txt"
+    damaged, good = images[0].path, images[1].path
+    whole = damaged.read_bytes()
+    damaged.write_bytes(whole[: len(whole) // 2])
+    failed = unreadable_images(images, 10**8, file)
+    assert list(failed) == [damaged]
+    assert len(file.read_text().split()) == len(images) - 1
+    assert unreadable_images(images, 10**8, file).keys() == {damaged}
+    good.write_bytes(b"no image")
+    assert unreadable_images(images, 10**8, file).keys() == {damaged, good}
+    assert unreadable_images(images[2:], 1, file).keys() == {image.path for image in images[2:]}  # another limit of pixels
+
+
+@pytest.mark.slow
+def test_all_unreadable_images_are_reported_before_the_training(
+    data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    damaged = [data / "2" / "2-1.png", data / "3" / "3-2.png"]
+    for path in damaged:
+        path.write_bytes(path.read_bytes()[:60])
+    same = [data, tmp_path / "out", *SMALL, "--epochs", 1]
+    message = error_of(capsys, *same)
+    assert all(str(path) in message for path in damaged)
+    assert "--skip-broken" in message
+    assert not (tmp_path / "out").exists()
+    (data / "2" / "2-1.png").unlink()
+    (data / "3" / "3-2.png").unlink()
+    shutil.copy(data / "2" / "2-2.png", data / "2" / "2-3.png")
+    shutil.copy(data / "3" / "3-1.png", data / "3" / "3-3.png")
+    train(data, tmp_path / "out", "--epochs", 1)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("advice", ["remove", "--skip-broken"])
+def test_training_resumes_without_an_image_that_was_damaged_meanwhile(
+    advice: str, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The split of the other images does not change."""
+    for digit in range(6):
+        shutil.copy(data / str(digit) / f"{digit}-1.png", data / str(digit) / f"{digit}-3.png")
+    out = tmp_path / "out"
+    before = read_split(TrainingSpec("digits", None, data, None, out, Recipe(validation=0.5, seed=0), 10**8))
+
+    from dinat.app.training.trainer import DinatTrainer
+
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    flags = ["--epochs", 3, "--size", 32]
+    with monkeypatch.context() as patched:
+        patched.setattr(DinatTrainer, "accuracy", interrupt)
+        assert main(["train", str(data), str(out), *SMALL, *map(str, flags)]) == 130
+    damaged = before.train[0].path
+    damaged.write_bytes(b"")
+    message = error_of(capsys, data, out, *SMALL, *flags)
+    assert str(damaged) in message
+    if advice == "remove":
+        damaged.unlink()
+    train(data, out, *flags, *([] if advice == "remove" else [advice]))
+    log = capsys.readouterr().err
+    assert f"{len(before.train) - 1} for training, {len(before.validation)} for validation" in log
+    assert "resuming after epoch 3" in log
+    assert load_file(out / "model.safetensors")
