@@ -35,6 +35,7 @@ from dinat.app.engine.runtimes import nvidia_driver
 from dinat.app.engine.runtimes.runtime import InferenceOptions, Runtime, examples
 from dinat.app.engine.runtimes.torch_runtime import PRECISIONS, TorchRuntime, half_precision, resolve_devices
 from dinat.app.host import cores
+from dinat.app.images import decode
 from dinat.app.natten_wheel import PAGE, requirement
 from dinat.app.threads import limit_threads
 from dinat.model import DinatConfig, DinatForImageClassification, DinatImageProcessor, attention, native
@@ -329,7 +330,7 @@ def decode_rate(processor: DinatImageProcessor) -> Row:
     def work(deadline: float) -> int:
         count = 0
         while time.perf_counter() < deadline:
-            processor.resize(Image.open(io.BytesIO(data)))
+            processor.resize(decode(data, 10**6))
             count += 1
         return count
 

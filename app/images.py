@@ -6,6 +6,7 @@ import re
 from functools import cache
 from hashlib import blake2b
 from importlib import import_module
+from pathlib import Path
 
 from PIL import Image, ImageOps, UnidentifiedImageError, features
 
@@ -17,9 +18,6 @@ from dinat.model.image_processor import DinatImageProcessor, to_rgb
 
 CORE_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
 """Formats that are always supported. Pillow's rarely tested decoders are not enabled, to reduce the attack surface."""
-
-SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif", ".heic", ".heif")
-"""Suffixes of the files that are treated as images when a folder is searched."""
 
 _EMPTY = "the image is empty: send the bytes of an image file"
 
@@ -53,6 +51,16 @@ class TooManyPixels(TooLarge):
     def pixels(self) -> int:
         """Width times height."""
         return self.size[0] * self.size[1]
+
+
+def read_file(path: Path) -> bytes:
+    """Read an image file. Raises NoImage if that is not possible."""
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise NoImage(f"the file cannot be read: {error.strerror}") from None
+    except ValueError as error:  # a name that no file can have
+        raise NoImage(f"the file cannot be read: {error}") from None
 
 
 def inspect(data: bytes) -> ImageFile:

@@ -9,6 +9,7 @@ from pydantic import AfterValidator, AliasChoices, BeforeValidator, Field, Secre
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 from dinat.app.host import cores
+from dinat.app.tables import read_text
 from dinat.model.native import default_cache
 
 
@@ -27,7 +28,7 @@ def read_keys(file: Path) -> tuple[str, ...]:
         OSError: The file cannot be read.
         ValueError: It has no key, or is not text.
     """
-    lines = [line for line in file.read_text("utf-8-sig").splitlines() if not line.lstrip().startswith("#")]
+    lines = [line for line in read_text(file).splitlines() if not line.lstrip().startswith("#")]
     keys = tuple(key.strip() for line in lines for key in line.split(",") if key.strip())
     if not keys:
         raise ValueError("it has no key")

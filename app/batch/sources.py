@@ -5,6 +5,7 @@ import hashlib
 import tarfile
 import zlib
 from abc import ABC, abstractmethod
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -16,9 +17,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from pyarrow import fs
 
-from dinat.app.batch.storage import BatchError, list_files, open_filesystem
+from dinat.app.batch.storage import BatchError, File, find_files, open_file, open_filesystem
 from dinat.app.errors import NoImage
-from dinat.app.images import SUFFIXES
+from dinat.app.image_paths import SUFFIXES, Files, is_ignored, is_image, path_text
 
 TAR_SUFFIXES = (".tar", ".tar.gz", ".tgz")
 
@@ -91,11 +92,13 @@ class Source(ABC):
     Attributes:
         filesystem: A pyarrow file system.
         folder: Path in it.
-        files: pyarrow FileInfo objects, sorted by path.
+        files: Files, sorted by path.
+        skipped: Number of files in the folder that are not part of the source, by kind.
     """
 
-    def __init__(self, filesystem: Any, folder: str, files: Sequence[Any]) -> None:
+    def __init__(self, filesystem: Any, folder: str, files: Sequence[File]) -> None:
         self.filesystem, self.folder, self.files = filesystem, folder, files
+        self.skipped: Counter[str] = Counter()
 
     @abstractmethod
     def shards(self, shard_size: int) -> list[Shard]:
@@ -119,10 +122,10 @@ class Source(ABC):
 
     def name(self, path: str) -> str:
         """Return a file's path relative to the source's folder."""
-        return path[len(self.folder) :].lstrip("/")
+        return path_text(path[len(self.folder) :].lstrip("/"))
 
     def shard(
-        self, number: int, files: Sequence[Any], num_images: int | None = None, rows: tuple[int, int] | None = None
+        self, number: int, files: Sequence[File], num_images: int | None = None, rows: tuple[int, int] | None = None
     ) -> Shard:
         """Create a shard of these files."""
         parts = [(self.name(info.path), info.size, info.mtime_ns) for info in files]
@@ -145,7 +148,7 @@ class ImageFiles(Source):
             yield Item(self.name(path), Path(path) if is_local else partial(self._read, path))
 
     def _read(self, path: str) -> bytes:
-        with self.filesystem.open_input_stream(path) as stream:
+        with open_file(self.filesystem, path) as stream:
             data: bytes = stream.read()
         return data
 
@@ -163,17 +166,17 @@ class TarFiles(Source):
         is_readable = False
         try:
             with (
-                self.filesystem.open_input_stream(path, compression=None) as stream,
+                open_file(self.filesystem, path) as stream,
                 tarfile.open(fileobj=stream, mode="r|*", tarinfo=_Member) as tar,
             ):
                 for member in tar:
-                    if member.isfile() and member.name.lower().endswith(SUFFIXES):
+                    if member.isfile() and is_image(member.name) and not is_ignored(member.name):
                         file = tar.extractfile(member)
                         assert file is not None  # guaranteed by isfile()
-                        yield Item(f"{self.name(path)}/{member.name.removeprefix('./')}", file.read())
+                        yield Item(f"{self.name(path)}/{path_text(member.name.removeprefix('./'))}", file.read())
                         is_readable = True
         except (tarfile.TarError, EOFError, OSError, zlib.error) as error:
-            message = f"{path} is not a complete tar file: {error}"
+            message = f"{path_text(path)} is not a complete tar file: {error}"
             if not is_readable or not isinstance(error, DAMAGE):
                 raise BatchError(message) from None
             yield Item(self.name(path), partial(_raise, NoImage(message)))
@@ -190,7 +193,7 @@ class ParquetFiles(Source):
         BatchError: No file is Parquet, or the first has no such column.
     """
 
-    def __init__(self, filesystem: Any, folder: str, files: Sequence[Any], column: str | None, keep: Sequence[str]) -> None:
+    def __init__(self, filesystem: Any, folder: str, files: Sequence[File], column: str | None, keep: Sequence[str]) -> None:
         super().__init__(filesystem, folder, files)
         file, schema = self._first_schema()
         self.column = column or _image_column(schema)
@@ -256,9 +259,9 @@ class ParquetFiles(Source):
 
     def _open(self, path: str) -> pq.ParquetFile:
         try:
-            return pq.ParquetFile(path, filesystem=self.filesystem, buffer_size=BUFFER_BYTES)
+            return pq.ParquetFile(open_file(self.filesystem, path), buffer_size=BUFFER_BYTES)
         except pa.ArrowException as error:
-            raise BatchError(f"{path} is not a Parquet file: {error}") from None
+            raise BatchError(f"{path_text(path)} is not a Parquet file: {error}") from None
 
 
 def open_source(url: str, column: str | None = None, keep: Sequence[str] = ()) -> Source:
@@ -273,37 +276,51 @@ def open_source(url: str, column: str | None = None, keep: Sequence[str] = ()) -
         BatchError: There are no images, images of more than one kind, or an argument is invalid.
     """
     filesystem, path = open_filesystem(url)
-    folder, files = list_files(filesystem, path)
-    by_type: dict[type[Source], list[Any]] = {ImageFiles: [], TarFiles: [], ParquetFiles: []}
-    for info in files:
-        source_type = _source_type(info.base_name.lower())
-        if source_type is not None:
-            by_type[source_type].append(info)
+    folder, files, skipped = find_files(filesystem, path)
+    by_type: dict[type[Source], list[File]] = {ImageFiles: [], TarFiles: [], ParquetFiles: []}
+    others: list[str] = []
+    for file in files:
+        source_type = _source_type(file.name.lower())
+        if source_type is None:
+            others.append(file.path)
+        else:
+            by_type[source_type].append(file)
+    skipped = skipped + Files(others).images().skipped
     present = {source_type: infos for source_type, infos in by_type.items() if infos}
     if not present:
         supported = ", ".join((*SUFFIXES, *TAR_SUFFIXES, ".parquet"))
         raise BatchError(f"{url} {'has no image' if files else 'does not exist or is empty'}: supported are {supported}")
     if len(present) > 1:
-        counts = " and ".join(f"{len(infos)} files such as {infos[0].base_name}" for infos in present.values())
+        counts = " and ".join(f"{len(infos)} files such as {infos[0].name}" for infos in present.values())
         raise BatchError(f"{url} has {counts}: select one kind by a pattern, such as '{url.rstrip('/')}/*.tar'")
     ((source_type, infos),) = present.items()
+    source: Source
     if source_type is ParquetFiles:
-        return ParquetFiles(filesystem, folder, infos, column, keep)
-    if column or keep:
-        raise BatchError(f"--column and --keep require Parquet files; {url} has {infos[0].base_name}")
-    return source_type(filesystem, folder, infos)
+        source = ParquetFiles(filesystem, folder, infos, column, keep)
+    elif column or keep:
+        raise BatchError(f"--column and --keep require Parquet files; {url} has {infos[0].name}")
+    else:
+        source = source_type(filesystem, folder, infos)
+    source.skipped = skipped
+    return source
 
 
 def _source_type(name: str) -> type[Source] | None:
     if name.endswith(".parquet"):
         return ParquetFiles
-    return TarFiles if name.endswith(TAR_SUFFIXES) else ImageFiles if name.endswith(SUFFIXES) else None
+    return TarFiles if name.endswith(TAR_SUFFIXES) else ImageFiles if is_image(name) else None
 
 
 def _holds_bytes(data_type: pa.DataType) -> bool:
+    """Whether values of an Arrow type are bytes, in any of its layouts, or a struct with such a field named bytes."""
     if pa.types.is_struct(data_type):
         return any(data_type[n].name == "bytes" and _holds_bytes(data_type[n].type) for n in range(data_type.num_fields))
-    return bool(pa.types.is_binary(data_type) or pa.types.is_large_binary(data_type))
+    if pa.types.is_dictionary(data_type):
+        return _holds_bytes(data_type.value_type)
+    if isinstance(data_type, pa.BaseExtensionType):
+        return _holds_bytes(data_type.storage_type)
+    layouts = ("is_binary", "is_large_binary", "is_fixed_size_binary", "is_binary_view")
+    return any(getattr(pa.types, layout, lambda _: False)(data_type) for layout in layouts)  # views are new in pyarrow 16
 
 
 def _image_column(schema: pa.Schema) -> str:

@@ -2,7 +2,9 @@
 
 import os
 import sys
+from collections import Counter
 from importlib import import_module
+from io import TextIOWrapper
 from typing import Annotated
 
 import typer
@@ -23,6 +25,14 @@ COMMANDS = {
 
 class CommandError(Exception):
     """A user error, printed as one line."""
+
+
+def report_skipped(skipped: Counter[str]) -> None:
+    """Print how many files are skipped, and why, on standard error."""
+    from dinat.app.image_paths import describe_skipped
+
+    if skipped:
+        print(f"dinat: {describe_skipped(skipped)}", file=sys.stderr)
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -51,6 +61,8 @@ def main(arguments: list[str] | None = None) -> int:
 
 def run() -> None:
     """Console script entry point."""
+    if isinstance(sys.stdout, TextIOWrapper) and sys.stdout.errors == "strict":
+        sys.stdout.reconfigure(errors="backslashreplace")  # a label may have characters that the terminal's encoding lacks
     sys.exit(main())
 
 

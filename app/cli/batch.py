@@ -13,9 +13,10 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
-from dinat.app.cli import CommandError
+from dinat.app.cli import CommandError, report_skipped
 from dinat.app.cli.flags import ENGINE, settings_flags
 from dinat.app.engine.stream import NO_DEADLINE_MS
+from dinat.app.image_paths import path_text
 from dinat.app.logs import configure_logs
 from dinat.app.settings import Settings
 from dinat.model.checkpoints.checkpoint import open_checkpoint
@@ -77,13 +78,14 @@ def batch(
     columns = tuple(name.strip() for name in keep.split(",") if name.strip())
     spec = BatchSpec(settings, source, dest, column, columns, top_k, features, feature_dtype)
     images = open_source(source, column, columns)
+    report_skipped(images.skipped)
     spec.rows(open_checkpoint(settings.model, revision=settings.revision).config, images)  # validates the arguments
     shards = images.shards(shard)
     remaining = Results(dest).prepare(_parameters(spec) | {"shard": shard}, shards, replace)
     results = asyncio.run(_run(spec, remaining, len(shards), workers)) if remaining else []
     failed = [result for result in results if result.error is not None]
     for result in failed:
-        print(f"dinat: shard {result.shard} ({shards[result.shard].files[0]}): {result.error}", file=sys.stderr)
+        print(f"dinat: shard {result.shard} ({path_text(shards[result.shard].files[0])}): {result.error}", file=sys.stderr)
     num_images, num_errors = sum(result.num_images for result in results), sum(result.num_errors for result in results)
     skipped = f", {len(shards) - len(remaining)} done before" if len(remaining) < len(shards) else ""
     done = f"{num_images:,} images in {len(results) - len(failed)} of {len(shards)} shards"

@@ -2,33 +2,36 @@
 
 import asyncio
 import csv
-import glob
-import io
 import json
 import logging
+import os
+import shutil
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import NamedTemporaryFile
 from typing import Annotated, Any, Literal, TextIO
 
 import numpy as np
 import typer
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 from safetensors.numpy import save_file
 
 from dinat.app.api.features import flatten_features
 from dinat.app.api.parameters import Parameters
 from dinat.app.api.results import predictions
-from dinat.app.cli import CommandError
+from dinat.app.cli import CommandError, report_skipped
 from dinat.app.cli.flags import ENGINE, settings_flags
 from dinat.app.cli.progress import progress_bar
 from dinat.app.engine.engine import ImageSource
 from dinat.app.engine.runtimes.runtime import InferenceResult
 from dinat.app.engine.stream import NO_DEADLINE_MS, running_engine, stream_results
-from dinat.app.images import SUFFIXES
+from dinat.app.image_paths import SUFFIXES, Files, list_files, path_text
 from dinat.app.logs import configure_logs
 from dinat.app.settings import Settings
 
@@ -67,7 +70,10 @@ def classify(
     output: Annotated[OutputFormat, typer.Option(help="Output format.")] = "table",
     to: Annotated[
         Path | None,
-        typer.Option(metavar="FILE", help="Write jsonl or csv to a file. An incomplete file is resumed after its last line."),
+        typer.Option(
+            metavar="FILE",
+            help="Write jsonl or csv to a file. If the file exists, images that it lacks or has an error for are added.",
+        ),
     ] = None,
     features: Annotated[
         str,
@@ -90,34 +96,37 @@ def classify(
         raise CommandError("--to writes jsonl or csv: add --output jsonl or --output csv")
     if bool(features) != bool(maps):
         raise CommandError("--features (names of feature maps) and --maps (output folder) require each other")
-    files = list(find_images(paths))
-    if not files:
+    files = find_images(paths)
+    report_skipped(files.skipped)
+    if not files.paths:
         raise CommandError(f"no image in {', '.join(paths)}: supported are {', '.join(SUFFIXES)}")
     configure_logs("auto", logging.WARNING)
     with open_writer(output, to) as writer:
-        remaining = [path for path in files if path not in writer.done]
+        remaining = [path for path in files.paths if path_text(path) not in writer.done]
         feature_maps = FeatureMapOutput(features, maps, maps_format) if maps else None
         if not asyncio.run(_classify(remaining, settings, top_k, feature_maps, writer)):
             raise typer.Exit(1)
 
 
-def find_images(paths: Sequence[str]) -> Iterator[str]:
-    """Yield each image once, in order: files, images in folders at any depth, and matches of glob patterns."""
-    seen: set[str] = set()
+def find_images(paths: Sequence[str]) -> Files:
+    """List each image once, in order: files, images in folders at any depth, and matches of patterns; see list_files.
+
+    Raises:
+        CommandError: A file or folder does not exist, or a pattern matches nothing.
+    """
+    found: dict[str, None] = {}
+    skipped: Counter[str] = Counter()
     for argument in paths:
-        path = Path(argument)
-        if argument == STDIN or path.is_file():
-            matches = [argument]
-        elif path.is_dir():
-            matches = sorted(str(file) for file in path.rglob("*") if file.suffix.lower() in SUFFIXES and file.is_file())
-        else:
-            matches = sorted(match for match in glob.glob(argument, recursive=True) if Path(match).is_file())
-            if not matches:
-                raise CommandError(f"{argument} does not exist")
-        for match in matches:
-            if match not in seen:
-                seen.add(match)
-                yield match
+        if argument == STDIN or Path(argument).is_file():  # whatever its suffix
+            found[argument] = None
+            continue
+        try:
+            files = list_files(argument).images()
+        except FileNotFoundError as error:
+            raise CommandError(str(error)) from None
+        found.update(dict.fromkeys(files.paths))
+        skipped += files.skipped
+    return Files(list(found), skipped)
 
 
 async def _classify(
@@ -139,7 +148,7 @@ async def _classify(
                         await asyncio.to_thread(_save_feature_maps, result, feature_maps, path)
         writer.close()
     for path, error in errors.items():
-        print(f"dinat: {path}: {error}", file=sys.stderr)
+        print(f"dinat: {path_text(path)}: {error}", file=sys.stderr)
     if errors:
         print(f"dinat: {len(errors)} of {len(paths)} images could not be classified", file=sys.stderr)
     return not errors
@@ -205,7 +214,7 @@ class JsonLinesWriter(Writer):
             if "error" not in result
             else result
         )
-        self.stream.write(json.dumps({"path": path, **row}) + "\n")
+        self.stream.write(json.dumps({"path": path_text(path), **row}) + "\n")
         self.flush()
 
 
@@ -219,7 +228,7 @@ class CsvWriter(Writer):
             for prediction in result.get("predictions", ())
             for value in (prediction["label"], f"{prediction['score']:.6g}")
         ]
-        csv.writer(self.stream, lineterminator="\n").writerow([path, result.get("error", ""), *columns])
+        csv.writer(self.stream, lineterminator="\n").writerow([path_text(path), result.get("error", ""), *columns])
         self.flush()
 
 
@@ -233,7 +242,7 @@ class TableWriter(Writer):
     def write(self, path: str, result: Mapping[str, Any]) -> None:
         """See Writer."""
         labels = (f"{prediction['label']} {prediction['score']:.3f}" for prediction in result.get("predictions", ()))
-        self._table.add_row(path, result.get("error") or ", ".join(labels))
+        self._table.add_row(Text(path_text(path)), Text(result.get("error") or ", ".join(labels)))
 
     def close(self) -> None:
         """See Writer."""
@@ -241,7 +250,7 @@ class TableWriter(Writer):
 
 
 def open_writer(output: str, to: Path | None) -> Writer:
-    """Open the output. An existing file is resumed after its last complete line.
+    """Open the output. An existing file is resumed: its last line, if it is incomplete, and rows with an error are removed.
 
     Args:
         output: "table", "jsonl" or "csv".
@@ -255,18 +264,60 @@ def open_writer(output: str, to: Path | None) -> Writer:
     writer_type = JsonLinesWriter if output == "jsonl" else CsvWriter
     if to is None:
         return writer_type(sys.stdout)
-    complete = ""
-    if to.exists():
-        text = to.read_text()
-        complete = text[: text.rfind("\n") + 1]
-    try:
-        if output == "jsonl":
-            done = frozenset(json.loads(line)["path"] for line in complete.splitlines())
-        else:
-            done = frozenset(row[0] for row in csv.reader(io.StringIO(complete)) if row)
-    except (ValueError, KeyError, TypeError):
-        raise CommandError(f"{to} exists and is not {output} output of dinat classify: use another file") from None
-    stream = to.open("r+" if to.exists() else "w")
-    stream.seek(len(complete.encode()))
-    stream.truncate()
-    return writer_type(stream, done)
+    done = _remove_unfinished(to, _read_json_lines if output == "jsonl" else _read_csv, output) if to.exists() else ()
+    return writer_type(to.open("a", encoding="utf-8", newline=""), frozenset(done))
+
+
+Record = tuple[str, bool, str]
+"""A record of an output file: the path of its image, whether it has an error, and its text."""
+
+
+def _remove_unfinished(file: Path, read: Callable[[TextIO], Iterator[Record]], output: str) -> list[str]:
+    """Rewrite an output file without incomplete records and those with an error. Returns the paths of the others."""
+    done = []
+    with NamedTemporaryFile("w", dir=file.parent, prefix=f".{file.name}.", encoding="utf-8", newline="", delete=False) as new:
+        try:
+            with file.open(encoding="utf-8", newline="") as old:
+                for path, is_error, text in read(old):
+                    if not is_error:
+                        new.write(text)
+                        done.append(path)
+            new.close()
+            shutil.copymode(file, new.name)
+            os.replace(new.name, file)
+        except BaseException as error:
+            os.unlink(new.name)
+            if isinstance(error, ValueError | KeyError | TypeError | IndexError | csv.Error):
+                raise CommandError(f"{file} exists and is not {output} output of dinat classify: use another file") from None
+            raise
+    return done
+
+
+def _read_json_lines(stream: TextIO) -> Iterator[Record]:
+    for line in stream:
+        if not line.endswith("\n"):
+            return
+        row = json.loads(line)
+        yield row["path"], "error" in row, line
+
+
+def _read_csv(stream: TextIO) -> Iterator[Record]:
+    lines: list[str] = []
+
+    def read_lines() -> Iterator[str]:
+        for line in stream:
+            lines.append(line)
+            yield line
+
+    records = csv.reader(read_lines(), strict=True)
+    while True:
+        lines.clear()
+        try:
+            row = next(records, None)
+        except csv.Error:
+            if next(stream, None) is None:  # the file ends within quotes
+                return
+            raise
+        if row is None or not lines[-1].endswith("\n"):
+            return
+        yield row[0], bool(row[1]), "".join(lines)

@@ -8,6 +8,7 @@ import typer
 
 from dinat.app.cli import CommandError
 from dinat.app.cli.flags import Revision, Source
+from dinat.app.tables import read_lines, read_text
 from dinat.model import DinatConfig, DinatForImageClassification, DinatImageProcessor
 from dinat.model.checkpoints.checkpoint import open_checkpoint
 
@@ -29,13 +30,13 @@ def convert(
     """Convert a checkpoint of any supported kind to the Hugging Face Hub layout."""
     if preset and config:
         raise CommandError("--preset and --config exclude each other: use one of them")
-    names = labels.read_text().splitlines() if labels else None
+    names = read_lines(labels) if labels else None
     network_config = None
     if preset:
         network_config = DinatConfig.preset(preset, **({"num_labels": len(names)} if names else {}))
     elif config:
         try:
-            network_config = DinatConfig.from_dict(json.loads(config.read_text()))
+            network_config = DinatConfig.from_dict(json.loads(read_text(config)))
         except (ValueError, TypeError) as error:
             raise CommandError(f"{config} is not a DiNAT config.json: {error}") from None
     checkpoint = open_checkpoint(source, revision=revision, config=network_config)

@@ -13,9 +13,10 @@ from typing import Annotated, Literal
 import numpy as np
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
-from dinat.app.cli import CommandError
+from dinat.app.cli import CommandError, report_skipped
 from dinat.app.cli.flags import ENGINE, LabelledData, Source, settings_flags
 from dinat.app.cli.progress import progress_bar
 from dinat.app.engine.engine import Engine, ImageSource
@@ -23,9 +24,11 @@ from dinat.app.engine.runtimes.runtime import InferenceOptions
 from dinat.app.engine.stream import NO_DEADLINE_MS, running_engine, stream_results
 from dinat.app.evaluation.labelled_images import LabelledImages, class_ids, read_labelled_images
 from dinat.app.evaluation.scores import MAX_CLASSES_SHOWN, Evaluation
-from dinat.app.images import decode
+from dinat.app.image_paths import path_text
+from dinat.app.images import decode, read_file, resize_within
 from dinat.app.logs import configure_logs
 from dinat.app.settings import Settings
+from dinat.app.tables import read_lines
 from dinat.model import DinatImageProcessor
 
 Preprocessing = Literal["checkpoint", "original", "both"]
@@ -56,8 +59,9 @@ def evaluate(
     configure_logs("auto", logging.WARNING)
     dataset = read_labelled_images(data)
     for label in dataset.empty_labels:
-        print(f"dinat: {data / label} has no image: the class is skipped", file=sys.stderr)
-    class_names = classes.read_text().splitlines() if classes else None
+        print(f"dinat: {path_text(data / label)} has no image: the class is skipped", file=sys.stderr)
+    report_skipped(dataset.skipped)
+    class_names = read_lines(classes) if classes else None
     settings = settings.model_copy(update={"model": source})
     evaluations = asyncio.run(_evaluate(dataset, class_names, preprocessing, settings))
     if as_json:
@@ -72,7 +76,7 @@ def evaluate(
         print(f"dinat: report written to {report}", file=sys.stderr)
     if evaluations[0].unreadable:
         for path, error in evaluations[0].unreadable.items():
-            print(f"dinat: {path}: {error}", file=sys.stderr)
+            print(f"dinat: {path_text(path)}: {error}", file=sys.stderr)
         raise typer.Exit(1)
 
 
@@ -102,7 +106,7 @@ async def _evaluate_one(
         async for path, result in results:
             true_class = class_of[next(labels)]
             if isinstance(result, str):
-                unreadable[path] = result
+                unreadable[path_text(path)] = result
                 continue
             truth.append(true_class)
             best.append(int(result.class_ids[0]))
@@ -141,7 +145,7 @@ def _original_preprocessing(processor: DinatImageProcessor, max_pixels: int) -> 
     original = DinatImageProcessor.original(size[0])
 
     async def read(path: str) -> ImageSource:
-        return await asyncio.to_thread(lambda: original.resize(decode(Path(path).read_bytes(), max_pixels)))
+        return await asyncio.to_thread(lambda: resize_within(original, decode(read_file(Path(path)), max_pixels), max_pixels))
 
     return read
 
@@ -163,5 +167,5 @@ def _print_tables(evaluations: list[Evaluation]) -> None:
         title = ", ".join(evaluation.setting.values()) if len(evaluations) > 1 else None
         table = Table(*rows[0], title=title, title_justify="left")
         for row in rows:
-            table.add_row(*(f"{value:.1%}" if isinstance(value, float) else str(value or "") for value in row.values()))
+            table.add_row(*(f"{value:.1%}" if isinstance(value, float) else escape(str(value or "")) for value in row.values()))
         console.print(table)

@@ -6,11 +6,13 @@ from typing import Annotated
 
 import typer
 
+from dinat.app.cli import report_skipped
 from dinat.app.cli.flags import Revision, Source
 from dinat.app.doctor import forward_rate
 from dinat.app.engine.runtimes.selection import load_runtimes
 from dinat.app.errors import ServiceError
-from dinat.app.images import decode
+from dinat.app.image_paths import list_files, path_text
+from dinat.app.images import decode, read_file
 from dinat.app.settings import Settings
 from dinat.model import DinatForImageClassification, DinatImageProcessor
 from dinat.model.checkpoints.checkpoint import open_checkpoint
@@ -34,11 +36,13 @@ def quantize(
 ) -> None:
     """Write a checkpoint with an 8-bit graph beside its weights, and print the change in accuracy and speed on this CPU."""
     examples = []
-    for path in sorted(path for path in images.rglob("*") if path.is_file()):
+    found = list_files(str(images)).images()
+    report_skipped(found.skipped)
+    for path in found.paths:
         try:
-            examples.append(decode(path.read_bytes(), Settings.model_fields["max_pixels"].default))
+            examples.append(decode(read_file(Path(path)), Settings.model_fields["max_pixels"].default))
         except ServiceError as error:
-            print(f"dinat: {path} is skipped: {error.detail}", file=sys.stderr)
+            print(f"dinat: {path_text(path)} is skipped: {error.detail}", file=sys.stderr)
     checkpoint = open_checkpoint(source, revision=revision)
     network = DinatForImageClassification.from_pretrained(checkpoint)
     processor = DinatImageProcessor.from_pretrained(checkpoint)

@@ -18,9 +18,9 @@ from dinat.app.engine.events import BackendEvents
 from dinat.app.engine.job import Job
 from dinat.app.engine.local_backend import LocalBackend, in_own_thread
 from dinat.app.engine.runtimes.runtime import Array, InferenceOptions, InferenceResult, LoadedModel
-from dinat.app.errors import DeadlinePassed, NoImage, ServiceError, TooLarge, Unavailable, Unprocessable
+from dinat.app.errors import DeadlinePassed, ServiceError, TooLarge, Unavailable, Unprocessable
 from dinat.app.image_file import CHEAP_SIDE, ImageFile
-from dinat.app.images import decode, inspect, resize_within
+from dinat.app.images import decode, inspect, read_file, resize_within
 from dinat.app.metrics import Metrics
 from dinat.app.settings import Settings
 from dinat.model import DinatImageProcessor
@@ -339,10 +339,7 @@ def _decode_processes(settings: Settings) -> "DecodeProcesses | None":
 def _read(source: ImageSource | ImageFile) -> ImageFile | Pixels | Array:
     """Read a file, and check the structure of an image file. Arrays are returned unchanged."""
     if isinstance(source, Path):
-        try:
-            source = source.read_bytes()
-        except OSError as error:
-            raise NoImage(f"the file cannot be read: {error.strerror}") from None
+        source = read_file(source)
     return inspect(source) if isinstance(source, bytes) else source
 
 

@@ -1,17 +1,23 @@
 """Labelled images on disk: a folder with one subfolder per label, or a CSV or JSONL file of paths and labels."""
 
-import csv
-import json
 import re
+import unicodedata
+from collections import Counter
 from collections.abc import Collection, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
-from dinat.app.images import SUFFIXES
+from dinat.app.image_paths import SUFFIXES, list_files, path_text, subfolders
+from dinat.app.tables import TABLE_SUFFIXES, Row, find_column, normalize, read_table
 from dinat.model import DinatConfig, DinatError
 
 SYNSET = re.compile(r"n\d{8}")
 """A WordNet ID of ImageNet, such as n01440764."""
+
+PATH_COLUMNS = ("path", "file_name", "filename", "file", "filepath", "file_path", "image", "image_path")
+LABEL_COLUMNS = ("label", "class", "class_name", "category", "target")
+"""Names of the columns of a table, in order of preference."""
 
 
 class DataError(DinatError):
@@ -33,10 +39,12 @@ class LabelledImages:
     Attributes:
         images: All images.
         empty_labels: Labels without images.
+        skipped: Number of files that are no images of a label, by kind, see Files.
     """
 
     images: Sequence[LabelledImage]
     empty_labels: Sequence[str] = ()
+    skipped: Counter[str] = field(default_factory=Counter)
 
     @property
     def labels(self) -> list[str]:
@@ -47,21 +55,19 @@ class LabelledImages:
 def read_labelled_images(source: Path) -> LabelledImages:
     """List labelled images.
 
+    Labels are normalized. See dinat.app.image_paths for the files of a folder, and dinat.app.tables for tables.
+
     Args:
-        source: A folder with one subfolder per label, named for the label; or a .csv or .jsonl file with `path`, relative to
-            the file's folder, and `label`.
+        source: A folder with one subfolder per label, named for the label; or a table (.csv, .tsv, .jsonl) with a column of
+            PATH_COLUMNS, relative to its folder, and one of LABEL_COLUMNS.
 
     Raises:
         DataError: The source does not exist, is invalid, or has no image.
+        TableError: The table is malformed.
     """
     if source.is_dir():
-        folders = sorted(path for path in source.iterdir() if path.is_dir() and not path.name.startswith("."))
-        if not folders:
-            raise DataError(f"{source} has no subfolder per label, such as {source}/cat/1.jpg")
-        by_label = {folder.name: sorted(path for path in folder.rglob("*") if _is_image(path)) for folder in folders}
-        images = [LabelledImage(path, label) for label, paths in by_label.items() for path in paths]
-        dataset = LabelledImages(images, [label for label, paths in by_label.items() if not paths])
-    elif source.suffix in (".csv", ".jsonl") and source.is_file():
+        dataset = _read_folder(source)
+    elif source.suffix.lower() in TABLE_SUFFIXES and source.is_file():
         dataset = LabelledImages(list(_read_rows(source)))
     else:
         raise DataError(
@@ -70,6 +76,18 @@ def read_labelled_images(source: Path) -> LabelledImages:
     if not dataset.images:
         raise DataError(f"{source} has no image: supported are {', '.join(SUFFIXES)}")
     return dataset
+
+
+def _read_folder(source: Path) -> LabelledImages:
+    names = subfolders(str(source))
+    if not names:
+        raise DataError(f"{source} has no subfolder per label, such as {source}/cat/1.jpg")
+    found = list_files(str(source)).images()
+    paths = [(Path(path), Path(path).relative_to(source).parts) for path in found.paths]
+    images = [LabelledImage(path, normalize(path_text(parts[0]))) for path, parts in paths if len(parts) > 1]
+    with_images = {parts[0] for _, parts in paths}
+    beside = Counter({"image beside the subfolders": len(paths) - len(images)})
+    return LabelledImages(images, [name for name in names if name not in with_images], found.skipped + beside)
 
 
 def class_ids(labels: Collection[str], config: DinatConfig, classes: Sequence[str] | None = None) -> dict[str, int]:
@@ -88,44 +106,67 @@ def class_ids(labels: Collection[str], config: DinatConfig, classes: Sequence[st
         DataError: A label does not match a class.
     """
     if classes is None:
-        names = {name: index for index, name in config.id2label.items()}
-        if all(SYNSET.fullmatch(label) for label in labels) and not names.keys() >= set(labels):
+        names = [normalize(config.id2label[index]) for index in range(config.num_labels)]
+        if all(SYNSET.fullmatch(label) for label in labels) and not set(names) >= set(labels):
             if len(labels) != config.num_labels:
                 raise DataError(
                     f"the data has {len(labels)} synsets, the network has {config.num_labels} classes: their order is unknown; "
                     "use --classes with a file of all synsets in the order of the classes, one per line"
                 )
-            names = {synset: index for index, synset in enumerate(sorted(labels))}
+            names = sorted(labels)
     else:
         if len(classes) != config.num_labels:
             raise DataError(f"--classes has {len(classes)} labels (one per line), the network has {config.num_labels} classes")
-        names = {name: index for index, name in enumerate(classes)}
-    unknown = sorted(set(labels) - names.keys())
+        names = [normalize(name) for name in classes]
+    counts = Counter(names)
+    ambiguous = sorted(label for label in labels if counts[normalize(label)] > 1)
+    if ambiguous:
+        indices = [str(index) for index, name in enumerate(names) if name == normalize(ambiguous[0])]
+        raise DataError(
+            f"the classes {' and '.join(indices)} of the network are both {ambiguous[0]!r}: use --classes with a file of names "
+            "that differ"
+        )
+    class_of = {name: index for index, name in enumerate(names)}
+    unknown = sorted(label for label in labels if normalize(label) not in class_of)
     if unknown:
-        known = ", ".join(map(repr, list(names)[:10]))
+        known = ", ".join(map(repr, names[:10]))
         raise DataError(
             f"{len(unknown)} labels of the data are not classes of the network: {', '.join(map(repr, unknown[:10]))}"
             f"{', ...' if len(unknown) > 10 else ''}; its classes are {known}{', ...' if len(names) > 10 else ''}"
         )
-    return {label: names[label] for label in labels}
-
-
-def _is_image(path: Path) -> bool:
-    return path.suffix.lower() in SUFFIXES and path.is_file()
+    return {label: class_of[normalize(label)] for label in labels}
 
 
 def _read_rows(source: Path) -> Iterator[LabelledImage]:
-    text = source.read_text(encoding="utf-8-sig")
+    for row in read_table(source):
+        where = f"{source}, line {row.line},"
+        path, label = (_value(row, names, where) for names in (PATH_COLUMNS, LABEL_COLUMNS))
+        if not isinstance(path, str):
+            raise DataError(f"{where} has the path {path!r}: it must be text")
+        if isinstance(label, list | dict):
+            raise DataError(f"{where} has the label {label!r}: give each image one label, as text or a number")
+        yield LabelledImage(_find(source.parent, path), normalize(path_text(str(label))))
+
+
+def _value(row: Row, names: Sequence[str], where: str) -> Any:
+    """Return the value of the first column with one of these names. Raises DataError if it is missing or empty."""
+    column = find_column(list(row.values), names)
+    value = None if column is None else row.values[column]
+    if value is None or value == "":
+        found = ", ".join(row.values) if column is None else f"nothing as {column}"
+        raise DataError(f"{where} must have a path and a label, it has {found}")
+    return value
+
+
+def _find(folder: Path, path: str) -> Path:
+    """Return the file of a path in a table: as it is, or else with the slashes and the Unicode form that files here have."""
+    plain = path.strip().replace("\\", "/")
+    candidates = [folder / path, *(folder / unicodedata.normalize(form, plain) for form in ("NFC", "NFD"))]
+    return next((candidate for candidate in candidates if _is_file(candidate)), candidates[0])
+
+
+def _is_file(path: Path) -> bool:
     try:
-        if source.suffix == ".csv":
-            rows = list(csv.DictReader(text.splitlines()))
-        else:
-            rows = [json.loads(line) for line in text.splitlines() if line.strip()]
-    except ValueError as error:
-        raise DataError(f"{source} cannot be read: {error}") from None
-    for number, row in enumerate(rows, 1):
-        if isinstance(row, dict) and "path" not in row:
-            row["path"] = row.get("file_name")  # of Hugging Face's ImageFolder
-        if not isinstance(row, dict) or not row.get("path") or row.get("label") in (None, ""):
-            raise DataError(f"{source}, entry {number}, must have a path and a label, got {row}")
-        yield LabelledImage(source.parent / row["path"], str(row["label"]))
+        return path.is_file()
+    except (OSError, ValueError):  # a name that is too long, or that no file can have
+        return False

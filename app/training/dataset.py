@@ -12,7 +12,8 @@ from torch.utils.data import Dataset
 
 from dinat.app.errors import ServiceError
 from dinat.app.evaluation.labelled_images import DataError, LabelledImage, LabelledImages
-from dinat.app.images import decode
+from dinat.app.image_paths import path_text
+from dinat.app.images import decode, read_file
 
 
 class LabelledImageDataset(Dataset[dict[str, Any]]):
@@ -49,11 +50,9 @@ class LabelledImageDataset(Dataset[dict[str, Any]]):
     def __getitem__(self, index: int) -> dict[str, Any]:
         path, label = self._images[index].path, self._images[index].label
         try:
-            image = decode(path.read_bytes(), self._max_pixels)
+            image = decode(read_file(path), self._max_pixels)
         except ServiceError as error:
-            raise DataError(f"{path}: {error.detail}") from None
-        except OSError as error:
-            raise DataError(str(error)) from None
+            raise DataError(f"{path_text(path)}: {error.detail}") from None
         return {
             "pixel_values": self._transform(image, f"{self._seed} {self._epoch} {index}"),
             "labels": self._class_of[label],

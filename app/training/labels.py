@@ -1,7 +1,6 @@
 """Checks of the labels of training data."""
 
-import unicodedata
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Iterable, Mapping
 
 from dinat.app.evaluation.labelled_images import DataError
@@ -14,7 +13,7 @@ def check_labels(labels: Iterable[str]) -> None:
     """Check that labels are the names of classes, one per image.
 
     Raises:
-        DataError: Labels are lists or numbers (multi-label classification, regression), or two look identical.
+        DataError: Labels are lists or numbers (multi-label classification, regression).
     """
     labels = sorted(set(labels))
     parts = Counter(part for label in labels for part in set(label.split("|")))
@@ -33,20 +32,6 @@ def check_labels(labels: Iterable[str]) -> None:
             f"the labels are numbers, such as {fractions[0]}: dinat train trains classifiers, not "
             "regression; use names of classes"
         )
-    spellings = defaultdict(list)
-    for label in labels:
-        spellings[normalized(label)].append(label)
-    identical = next((same for same in spellings.values() if len(same) > 1), None)
-    if identical:
-        raise DataError(
-            f"the labels {' and '.join(ascii(label) for label in identical)} look identical and differ only in their Unicode "
-            "form or in spaces: rename one"
-        )
-
-
-def normalized(label: str) -> str:
-    """Return a label in Unicode's form NFC, without a byte order mark and spaces around it."""
-    return unicodedata.normalize("NFC", label.replace("\ufeff", "")).strip()
 
 
 def imbalance(counts: Mapping[str, int]) -> str | None:

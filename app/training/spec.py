@@ -2,12 +2,12 @@
 
 from collections import Counter
 from collections.abc import Collection
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from dinat.app.evaluation.labelled_images import DataError, LabelledImage, LabelledImages, read_labelled_images
 from dinat.app.training.dataset import stratified_split
-from dinat.app.training.labels import check_labels, normalized
+from dinat.app.training.labels import check_labels
 from dinat.app.training.layout import find_parts
 from dinat.app.training.recipe import Recipe
 from dinat.app.training.trainer import Epoch, History
@@ -46,6 +46,7 @@ class DataSplit:
         classes: Labels in the order of the network's classes.
         empty_folders: Folders of labels without images.
         unused_folders: Folders of data that are neither training nor validation data.
+        skipped: Number of files that are not used, by kind.
     """
 
     train: list[LabelledImage]
@@ -53,6 +54,7 @@ class DataSplit:
     classes: list[str]
     empty_folders: list[Path]
     unused_folders: tuple[Path, ...] = ()
+    skipped: Counter[str] = field(default_factory=Counter)
 
     @property
     def train_counts(self) -> Counter[str]:
@@ -114,20 +116,19 @@ def read_split(spec: TrainingSpec) -> DataSplit:
     classes = _class_order(dataset)
     if parts.validation is None:
         train, validation = stratified_split(dataset, spec.recipe.validation, spec.recipe.seed)
-        return DataSplit(train, validation, classes, empty_folders, parts.unused)
+        return DataSplit(train, validation, classes, empty_folders, parts.unused, dataset.skipped)
     other = _read(parts.validation)
     unknown = sorted(set(other.labels) - set(dataset.labels))
     if unknown:
         raise DataError(f"{parts.validation} has labels that {parts.train} does not have: {', '.join(unknown[:10])}")
-    return DataSplit(list(dataset.images), list(other.images), classes, empty_folders, parts.unused)
+    return DataSplit(list(dataset.images), list(other.images), classes, empty_folders, parts.unused, dataset.skipped)
 
 
 def _read(source: Path) -> LabelledImages:
-    """List labelled images, with normalized labels."""
+    """List labelled images, and check that their labels are classes."""
     dataset = read_labelled_images(source)
     check_labels(dataset.labels)
-    images = [replace(image, label=normalized(image.label)) for image in dataset.images]
-    return replace(dataset, images=images)
+    return dataset
 
 
 def _class_order(dataset: LabelledImages) -> list[str]:

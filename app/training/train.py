@@ -19,6 +19,7 @@ from transformers.utils.logging import disable_progress_bar
 
 from dinat.app.evaluation.labelled_images import DataError, LabelledImage
 from dinat.app.host import cores
+from dinat.app.image_paths import describe_skipped
 from dinat.app.training.augmentation import Augmentation
 from dinat.app.training.dataset import LabelledImageDataset, collate
 from dinat.app.training.defaults import resolve
@@ -292,6 +293,8 @@ def _report_folders(report: Callable[[str], None], split: DataSplit) -> None:
         report(f"{folder} has no image: the class is skipped")
     for folder in split.unused_folders:
         report(f"{folder} is not used")
+    if split.skipped:
+        report(describe_skipped(split.skipped))
 
 
 def _report_start(

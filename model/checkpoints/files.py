@@ -47,7 +47,7 @@ class Files:
         if path is None:
             return None
         try:
-            values = json.loads(path.read_text())
+            values = json.loads(path.read_text("utf-8-sig"))
         except (ValueError, RecursionError) as error:
             raise CheckpointError(f"{path} is not JSON: {error}") from error
         if not isinstance(values, dict):

@@ -1,6 +1,7 @@
 import csv
 import io
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -65,6 +66,55 @@ def test_incomplete_output_file_is_resumed(output: str, tmp_path: Path) -> None:
     assert names == ALL
     # the scores of the other lines may differ in the last digits: they ran in other batches
     assert half.read_text().splitlines()[:num_lines] == text.splitlines()[:num_lines]
+
+
+@pytest.mark.parametrize("output", ["jsonl", "csv"])
+def test_images_with_an_error_are_retried(output: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder, to = tmp_path / "images", tmp_path / "labels"
+    folder.mkdir()
+    names = ["7.png", "two\nlines.png", os.fsdecode(b"caf\xe9.png"), "[red] a,b.png"]
+    for name in names:
+        (folder / name).write_bytes(b"text")
+    (folder / names[0]).write_bytes((DIGITS / "7-1.png").read_bytes())
+    command = ["classify", str(folder), "--output", output, "--to", str(to), *EXACT]
+
+    def labels() -> dict[str, str]:
+        if output == "csv":
+            with to.open(newline="") as file:
+                return {row[0]: row[2] if len(row) > 2 else row[1] for row in csv.reader(file)}
+        rows = parse_lines(to.read_text())
+        return {row["path"]: row.get("error") or row["predictions"][0]["label"] for row in rows}
+
+    assert main(command) == 1
+    assert [value[:17] for value in labels().values()].count("the image is text") == 3
+    for name in names[1:]:
+        (folder / name).write_bytes((DIGITS / "3-1.png").read_bytes())
+    assert main(command) == 0
+    expected = {f"{folder}/{name}".replace("\udce9", "\\udce9"): "3" for name in names[1:]}
+    assert labels() == {str(folder / "7.png"): "7"} | expected
+    size = to.stat().st_size
+    assert main(command) == 0
+    assert to.stat().st_size == size
+
+
+def test_csv_that_ends_within_quotes_is_resumed(tmp_path: Path) -> None:
+    to = tmp_path / "labels.csv"
+    to.write_text(f'{ALL[0]},,0,1\n"two\nlin')
+    assert main(["classify", *ALL[:2], "--output", "csv", "--to", str(to), *EXACT]) == 0
+    with to.open(newline="") as file:
+        assert [row[0] for row in csv.reader(file)] == ALL[:2]
+
+
+@pytest.mark.parametrize("output", ["table", "csv", "jsonl"])
+def test_names_of_any_encoding_are_written(output: str, tmp_path: Path) -> None:
+    for name in (b"caf\xe9.png", "süß [bold].png".encode()):
+        (tmp_path / os.fsdecode(name)).write_bytes((DIGITS / "7-1.png").read_bytes())
+    command = [sys.executable, "-m", "dinat", "classify", str(tmp_path), "--output", output, *EXACT]
+    environment = os.environ | {"PYTHONIOENCODING": "ascii"}
+    done = subprocess.run(command, capture_output=True, timeout=60, check=True, env=environment)
+    text = done.stdout.decode()
+    assert "caf\\udce9.png".replace("\\", "\\\\" if output == "jsonl" else "\\") in text
+    assert "\\xfc\\xdf [bold].png".replace("\\x", "\\u00" if output == "jsonl" else "\\x") in text
 
 
 @pytest.mark.parametrize("file_format", ["npz", "safetensors"])

@@ -154,9 +154,10 @@ def test_invalid_folder_is_one_line(create: Any, message: str, tmp_path: Path, c
 @pytest.mark.parametrize(
     ("name", "text", "message"),
     [
-        ("x.csv", "file,class\na.png,1", "entry 1, must have a path and a label"),
-        ("x.jsonl", '{"path": "a.png", "label": 1}\n[]', "entry 2, must have"),
-        ("x.jsonl", "{", "cannot be read"),
+        ("x.csv", "name,text\na.png,1", "line 2, must have a path and a label, it has name, text"),
+        ("x.csv", "path,label\na.png,", "line 2, must have a path and a label, it has nothing as label"),
+        ("x.jsonl", '{"path": 12, "label": 1}', "line 1, has the path 12: it must be text"),
+        ("x.jsonl", '{"path": "a.png", "label": ["a"]}', "line 1, has the label ['a']: it must be text or a number"),
         ("x.csv", "", "has no image"),
     ],
 )
@@ -164,6 +165,61 @@ def test_invalid_list_is_rejected(name: str, text: str, message: str, tmp_path: 
     (tmp_path / name).write_text(text)
     with pytest.raises(DataError, match=re.escape(message)):
         read_labelled_images(tmp_path / name)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "file_name,label\nimages/cafe\u0301.png, 7 \n",
+        "label;Path\n7;images\\caf\u00e9.png\n",
+        "filename,class\n images/caf\u00e9.png,7\n",
+    ],
+)
+def test_path_in_a_table_is_found_in_the_form_that_the_file_has(text: str, tmp_path: Path) -> None:
+    for form in ("caf\u00e9.png", "cafe\u0301.png"):
+        (tmp_path / "images").mkdir()
+        (tmp_path / "images" / form).write_bytes(b"")
+        (tmp_path / "metadata.csv").write_text(text, encoding="utf-8")
+        (image,) = read_labelled_images(tmp_path / "metadata.csv").images
+        assert (image.path.name, image.label, image.path.is_file()) == (form, "7", True)
+        shutil.rmtree(tmp_path / "images")
+
+
+def test_path_that_no_file_can_have_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "x.jsonl").write_text(
+        f'{{"path": "a\\u0000.png", "label": 1}}\n{{"path": "\\ud800", "label": 1}}\n{{"path": "{ALL[2]}", "label": "1"}}\n'
+    )
+    assert main(["evaluate", "digits", str(tmp_path / "x.jsonl"), *EXACT]) == 1
+    errors = capsys.readouterr().err
+    assert "embedded null byte" in errors
+    assert "Traceback" not in errors and "internal error" not in errors
+
+
+def test_labels_are_compared_normalized(tmp_path: Path) -> None:
+    for folder in ("cafe\u0301", "caf\u00e9"):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "1.png").write_bytes(b"")
+    dataset = read_labelled_images(tmp_path)
+    assert (dataset.labels, len(dataset.images)) == (["caf\u00e9"], 2)
+    config = DinatConfig(id2label={0: "cafe\u0301", 1: "th\u00e9"})
+    assert class_ids(dataset.labels, config) == {"caf\u00e9": 0}
+    assert class_ids(["the\u0301"], config, ["caf\u00e9", "th\u00e9 "]) == {"the\u0301": 1}
+
+
+def test_label_of_two_classes_is_rejected() -> None:
+    config = DinatConfig(id2label={0: "crane", 1: "maillot", 2: "crane"})
+    assert class_ids(["maillot"], config) == {"maillot": 1}
+    with pytest.raises(DataError, match=r"the classes 0 and 2 of the network are both 'crane': use --classes"):
+        class_ids(["crane"], config)
+    with pytest.raises(DataError, match=r"the classes 0 and 1 of the network are both 'a'"):
+        class_ids(["a"], config, ["a", "a", "b"])
+
+
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16"])
+def test_classes_file_of_an_editor(folder: Path, encoding: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "classes.txt").write_bytes(("\r\n".join("0123456789") + "\r\n\r\n").encode(encoding))
+    (result,) = evaluate(capsys, folder, "--classes", tmp_path / "classes.txt")
+    assert result["top1"] == pytest.approx(1 - 1 / len(ALL))
 
 
 def test_missing_files_are_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
