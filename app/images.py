@@ -3,12 +3,14 @@
 import base64
 import io
 import re
+import struct
 from functools import cache
 from hashlib import blake2b
 from importlib import import_module
 from pathlib import Path
 
-from PIL import Image, ImageOps, UnidentifiedImageError, features
+import numpy as np
+from PIL import Image, TiffImagePlugin, UnidentifiedImageError, features
 
 from dinat.app.errors import NoImage, TooLarge, Unprocessable, UnsupportedImage
 from dinat.app.image_file import JPEG, PNG, BrokenHeader, ImageFile, metadata_orientation, read_structure
@@ -111,6 +113,7 @@ def decode(source: bytes | ImageFile, max_pixels: int, draft: tuple[int, int] | 
 
 def _decode(file: ImageFile, data: bytes, max_pixels: int, draft: tuple[int, int] | None) -> Image.Image:
     """Decode an image as `decode` does, but without its tolerance. Also raises the exceptions of Pillow's decoders."""
+    TiffImagePlugin.READ_LIBTIFF = True  # Pillow's own reader returns wrong pixels for some separate planes
     try:
         image = Image.open(io.BytesIO(data), formats=(file.format,) if file.format else formats())
     except UnidentifiedImageError:
@@ -122,7 +125,21 @@ def _decode(file: ImageFile, data: bytes, max_pixels: int, draft: tuple[int, int
     if draft is not None:
         image.draft("RGB", draft)
     image.load()
-    return to_rgb(_turned(image, file.orientation))
+    if image.format == "BMP" and image.mode == "RGBA" and image.getchannel("A").getextrema() == (0, 0):
+        return image.convert("RGB")  # many programs write 32 bits per pixel, and 0 in those that mean nothing
+    return to_rgb(_turned(_scaled(image) if image.format == "TIFF" else image, file.orientation))
+
+
+def _scaled(image: Image.Image) -> Image.Image:
+    """Convert the samples of a TIFF of 9 to 16 bits, of which Pillow scales none, to 8 bits with white as 255."""
+    if not image.mode.startswith("I;16"):
+        return image
+    tags = image.tag_v2  # type: ignore[attr-defined]
+    maximum = 2 ** tags[TiffImagePlugin.BITSPERSAMPLE][0] - 1
+    table = (np.arange(2**16, dtype=np.uint32).clip(0, maximum) * 255 // maximum).astype(np.uint8)
+    if tags.get(TiffImagePlugin.PHOTOMETRIC_INTERPRETATION) == WHITE_IS_ZERO:
+        table = 255 - table
+    return Image.fromarray(table[np.asarray(image)])
 
 
 def check_pixels(size: tuple[int, int], max_pixels: int) -> None:
@@ -154,16 +171,15 @@ def resize_within(processor: DinatImageProcessor, image: Image.Image | Pixels, m
 def _turned(image: Image.Image, orientation: int | None) -> Image.Image:
     """Apply the orientation; that of the image's metadata if None.
 
-    Pillow's exif_transpose reads and copies all metadata, at a cost that the file determines. It is used only for formats whose
-    orientation is not in EXIF or XMP metadata alone, and which are decoded in processes of their own.
+    Pillow's exif_transpose reads and copies all metadata, at a cost that the file determines, and fails if it is damaged.
     """
-    if image.format == "WEBP":
-        orientation = metadata_orientation(image.info.get("exif", b""), image.info.get("xmp", b""))
-    if orientation is None:
-        ImageOps.exif_transpose(image, in_place=True)
-        return image
+    if orientation is None or image.format == "WEBP":
+        orientation = metadata_orientation(image.info.get("exif") or b"", image.info.get("xmp") or b"")
     return image if orientation == 1 else image.transpose(_TRANSPOSE[orientation])
 
+
+WHITE_IS_ZERO = 0
+"""TIFF's photometric interpretation in which 0 is white."""
 
 _TRANSPOSE = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -196,6 +212,7 @@ def _decode_without_end_marker(file: ImageFile, max_pixels: int, draft: tuple[in
 
 _DECODER_ERRORS = (
     AssertionError,
+    AttributeError,
     OSError,
     RuntimeError,
     SyntaxError,
@@ -205,6 +222,8 @@ _DECODER_ERRORS = (
     KeyError,
     EOFError,
     OverflowError,
+    ZeroDivisionError,
+    struct.error,
     Image.DecompressionBombError,
 )
 """Exceptions that Pillow's decoders raise on truncated or malicious files."""
@@ -218,8 +237,7 @@ _MAGIC = {
     b"\xff\x0a": "JPEG XL",
     b"\x00\x00\x00\x0cjP": "JPEG 2000",
     b"\x00\x00\x01\x00": "an icon",
-    b"II*\x00": "an unsupported kind of TIFF",
-    b"MM\x00*": "an unsupported kind of TIFF",
+    **dict.fromkeys((b"II*\x00", b"MM\x00*", b"II+\x00", b"MM\x00+"), "an unsupported kind of TIFF"),
     b"RIFF": "a RIFF file other than WebP: audio or video",
     b"\x1aE\xdf\xa3": "a video (Matroska or WebM)",
     b"OggS": "audio or video (Ogg)",

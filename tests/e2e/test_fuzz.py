@@ -24,6 +24,7 @@ from PIL import Image
 from dinat.app.errors import ServiceError
 from dinat.app.images import decode, formats
 from tests.app.sample_images import encoded, noise
+from tests.app.tiffs import tiff
 from tests.e2e.processes import DIGITS, Server
 
 IMAGES = 200_000
@@ -52,6 +53,12 @@ def seeds() -> list[bytes]:
         encoded(smooth.convert("CMYK"), "JPEG"),
         encoded(smooth, "TIFF", compression="tiff_lzw"),
         encoded(smooth, "WEBP", lossless=True),
+        b"\xef\xbb\xbf\r\n" + encoded(smooth, "JPEG"),
+        *(
+            tiff(np.asarray(smooth.convert("CMYK")), photometric=2, order=order, big=big, tile=tile, tags=[(274, 3, [6])])
+            for order, big, tile in (("<", False, 0), (">", False, 16), ("<", True, 0))
+        ),
+        tiff(np.asarray(smooth.convert("L"))[..., None] * 16, bits=12),
         encoded(smooth, "GIF", save_all=True, append_images=[noise(30, 40)]),
     ]
     return [*(encoded(image, kind) for kind, image in kinds), *extra]
