@@ -121,7 +121,7 @@ def _without_text_before(data: bytes) -> bytes:
     rest = head.lstrip(b"\r\n \t")
     while rest.startswith(_BOM):
         rest = rest[len(_BOM) :].lstrip(b"\r\n \t")
-    return data[len(head) - len(rest) :] if rest.startswith(_SIGNATURES) else data
+    return data[len(head) - len(rest) :] if rest.startswith(SIGNATURES) else data
 
 
 _MARKER = re.compile(rb"\xff[^\x00\xff]")
@@ -260,7 +260,7 @@ def _webp_size(data: bytes) -> tuple[int, int] | None:
 
 
 _TIFFS = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")  # the last two are BigTIFF
-_SIGNATURES = (JPEG, PNG, b"RIFF", b"GIF8", b"BM", *_TIFFS)
+SIGNATURES = (JPEG, PNG, b"RIFF", b"GIF8", b"BM", *_TIFFS)
 
 MAX_ENTRIES = 4096
 """Entries of a TIFF directory."""

@@ -8,12 +8,13 @@ from fastapi import Request
 from pydantic import BaseModel, ValidationError
 
 from dinat.app.api.forms import FormItem, parse_multipart, parse_urlencoded
-from dinat.app.api.json_limits import load_json, message_limits
+from dinat.app.api.json_limits import is_json, load_json, message_limits
 from dinat.app.api.parameters import NamedValue, ParametersT, describe_errors, read_parameters
 from dinat.app.api.parse_thread import ParseThread
 from dinat.app.api.quoting import shorten
 from dinat.app.engine.engine import Engine
 from dinat.app.errors import BadRequest, NoImage, ServiceError, Unprocessable
+from dinat.app.image_file import SIGNATURES
 from dinat.app.images import decode_base64
 
 BodyT = TypeVar("BodyT", bound=BaseModel)
@@ -21,6 +22,9 @@ T = TypeVar("T")
 
 IMAGE_FIELDS = ("image", "file")
 """Names of the form fields that hold an image."""
+
+OTHER_FIELDS = ("inputs", "instances")
+"""Fields of other services' JSON."""
 
 _IMAGE_ASSIGNMENTS = tuple(f"{name}=".encode() for name in IMAGE_FIELDS)
 MULTIPART, URLENCODED, JSON = "multipart/form-data", "application/x-www-form-urlencoded", "application/json"
@@ -116,7 +120,7 @@ async def read_one(request: Request, model: type[ParametersT]) -> tuple[bytes, P
         TooLarge, UploadTooSlow, Unavailable: See LimitedBody.
     """
     media_type, body = content_type(request), await read_body(request)
-    if media_type == JSON:
+    if is_json(media_type, body):
         return await parse_body(request, body, lambda: _one_in_json(request, body, model))
     if media_type == MULTIPART or (media_type == URLENCODED and body.startswith(_IMAGE_ASSIGNMENTS)):
         return await parse_body(request, body, lambda: _one_in_form(request, media_type, body, model))
@@ -142,18 +146,23 @@ async def read_several(request: Request, model: type[ParametersT]) -> tuple[list
         Unavailable: The queue has no space for the images.
     """
     media_type = content_type(request)
-    if media_type not in (MULTIPART, JSON):
+    body = b"" if media_type.startswith("image/") else await read_body(request)
+    if media_type != MULTIPART and not is_json(media_type, body):
         raise NoImage(
             f"Content-Type {shorten(media_type) or '(none)'} is not supported here: send several images as "
             "multipart/form-data or application/json, or one image to /classify"
         )
-    body = await read_body(request)
     parse = _several_in_form if media_type == MULTIPART else _several_in_json
     return await parse_body(request, body, lambda: parse(request, body, model))
 
 
 async def read_json(request: Request, model: type[BodyT], convert: Callable[[BodyT], T]) -> T:
-    """Read a JSON body, validate it, and return the result of `convert`, which runs in the parse thread if it is large.
+    """Do what parse_json does, for the body of the request."""
+    return await parse_json(request, await read_body(request), model, convert)
+
+
+async def parse_json(request: Request, body: bytes, model: type[BodyT], convert: Callable[[BodyT], T]) -> T:
+    """Parse a JSON body, validate it, and return the result of `convert`, which runs in the parse thread if it is large.
 
     Raises:
         BadRequest: The body is not JSON.
@@ -167,10 +176,9 @@ async def read_json(request: Request, model: type[BodyT], convert: Callable[[Bod
         except ValidationError as error:
             raise Unprocessable(describe_errors(error)) from None
         except ValueError as error:
-            raise BadRequest(f"the body is not JSON: {error}") from None
+            raise BadRequest(f"the body is not JSON: {_not_json(body, error)}") from None
         return convert(validated)
 
-    body = await read_body(request)
     return await parse_body(request, body, parse)
 
 
@@ -185,7 +193,9 @@ def _one_in_json(request: Request, body: bytes, model: type[ParametersT]) -> tup
         raise NoImage("the JSON has a field images: send several images to /classify/batch")
     text = fields.pop("image", None)
     if not isinstance(text, str):
-        raise NoImage('the JSON has no string field image: send {"image": "<base64 or data: URL>"}')
+        other = next((name for name in OTHER_FIELDS if name in fields), None)
+        hint = "" if other is None else f" (it has {other}: see POST / and POST {_predict_route(request)})"
+        raise NoImage(f'the JSON has no string field image{hint}: send {{"image": "<base64 or data: URL>"}}')
     return decode_base64(text), read_parameters(request, model, "the JSON", fields.items())
 
 
@@ -250,6 +260,18 @@ def _decode_field(name: str, value: str) -> bytes | ServiceError:
         )
 
 
+def _predict_route(request: Request) -> str:
+    engine: Engine = request.app.state.engine
+    return engine.settings.aip_predict_route
+
+
+def _not_json(body: bytes, error: ValueError) -> str:
+    """Say why a body is not JSON."""
+    if body.startswith(SIGNATURES):
+        return "it is an image: send it without Content-Type, or with that of the image"
+    return str(error)
+
+
 def _load_json(request: Request, body: bytes) -> Any:
     return load_json(body, message_limits(request.app.state.engine.settings.queue_limit))
 
@@ -258,7 +280,7 @@ def _json_object(request: Request, body: bytes) -> dict[str, Any]:
     try:
         value = _load_json(request, body)
     except ValueError as error:
-        raise NoImage(f"the body is not JSON: {error}") from None
+        raise NoImage(f"the body is not JSON: {_not_json(body, error)}") from None
     if not isinstance(value, dict):
         raise NoImage(f"the JSON must be an object, got {type(value).__name__}")
     return value

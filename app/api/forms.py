@@ -48,6 +48,7 @@ def parse_multipart(body: bytes, content_type: str, max_images: int) -> list[For
     boundary = options.get(b"boundary")
     if not boundary:
         raise NoImage("the form is malformed: Content-Type has no boundary")
+    body = _without_preamble(body, b"--" + boundary)
     form = _MultipartForm(max_images)
     try:
         parser = MultipartParser(boundary, form.callbacks())  # type: ignore[arg-type]
@@ -58,6 +59,14 @@ def parse_multipart(body: bytes, content_type: str, max_images: int) -> list[For
     if form.in_part:
         raise NoImage("the form is malformed: it is truncated")
     return form.items
+
+
+def _without_preamble(body: bytes, delimiter: bytes) -> bytes:
+    """Remove the text that may precede the first part (RFC 2046, section 5.1.1)."""
+    if body.startswith(delimiter):
+        return body
+    start = body.find(b"\r\n" + delimiter)
+    return body if start < 0 else body[start + 2 :]
 
 
 def parse_urlencoded(body: bytes) -> list[FormItem]:
@@ -86,9 +95,10 @@ class _MultipartForm:
         self._max_parts = max_images + FIELDS_BESIDE_IMAGES
         self._header_bytes = 0
         self._name, self._value = b"", b""
-        self._disposition = b""
+        self._headers: dict[bytes, bytes] = {}
         self._options: dict[bytes, bytes] = {}
         self._content: list[bytes] = []
+        self._is_base64 = False
 
     def callbacks(self) -> dict[str, object]:
         """Return the callbacks for MultipartParser."""
@@ -105,7 +115,7 @@ class _MultipartForm:
     def _begin_part(self) -> None:
         if len(self.items) == self._max_parts:
             raise TooLarge(f"the form has more than {self._max_parts} parts: at most {self._max_images} images can be queued")
-        self.in_part, self._disposition, self._content = True, b"", []
+        self.in_part, self._headers, self._content = True, {}, []
 
     def _add_to_name(self, data: bytes, start: int, end: int) -> None:
         self._count_header_bytes(end - start)
@@ -121,20 +131,37 @@ class _MultipartForm:
             raise TooLarge("the headers of the form's parts are too long")
 
     def _end_header(self) -> None:
-        if self._name.lower() == b"content-disposition":
-            self._disposition = self._value
+        self._headers[self._name.lower()] = self._value
         self._name, self._value = b"", b""
 
     def _end_headers(self) -> None:
-        _, self._options = parse_options_header(self._disposition)
+        _, self._options = parse_options_header(self._headers.get(b"content-disposition", b""))
         if b"name" not in self._options:
             raise NoImage("the form is malformed: a part has no name in its Content-Disposition")
+        encoding = self._headers.get(b"content-transfer-encoding", b"").strip().lower()
+        if encoding == b"quoted-printable":
+            raise NoImage("the form is malformed: a part is encoded as quoted-printable, use binary or base64")
+        self._is_base64 = encoding == b"base64"
 
     def _end_part(self) -> None:
         content = b"".join(self._content)
-        is_file = b"filename" in self._options
-        self.items.append((_decode(self._options[b"name"]), content if is_file else _decode(content)))
+        is_text = self._is_base64 or (not self._is_file and _is_utf8(content))
+        self.items.append((_decode(self._options[b"name"]), _decode(content) if is_text else content))
         self.in_part, self._content = False, []
+
+    @property
+    def _is_file(self) -> bool:
+        """Whether a part is a file: it has a file name, or the media type of an image or of any bytes."""
+        media_type = self._headers.get(b"content-type", b"").strip().lower()
+        return b"filename" in self._options or media_type.startswith((b"image/", b"application/octet-stream"))
+
+
+def _is_utf8(content: bytes) -> bool:
+    try:
+        content.decode()
+    except UnicodeDecodeError:
+        return False
+    return True
 
 
 def _decode(text: bytes) -> str:

@@ -9,8 +9,10 @@ import numpy as np
 from fastapi import APIRouter, Request, Response
 from pydantic import BaseModel, ConfigDict, Field
 
-from dinat.app.api.bodies import JSON, content_type, read_body, read_json
+from dinat.app.api.bodies import content_type, parse_json, read_body
 from dinat.app.api.inference import infer_one
+from dinat.app.api.json_limits import is_json
+from dinat.app.api.parameters import openapi_parameters, read_parameters
 from dinat.app.api.quoting import shorten
 from dinat.app.api.response_size import PREDICTION_BYTES, reserve_response
 from dinat.app.api.results import json_response
@@ -29,8 +31,18 @@ class TaskParameters(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
 
-    top_k: int = Field(5, ge=1)
+    top_k: int = Field(5, ge=1, description="number of labels to return; all if there are fewer")
     function_to_apply: Literal["softmax", "sigmoid", "none"] | None = Field(None, description="default: that of the model")
+
+
+class TaskOptions(BaseModel):
+    """Options of Hugging Face's Inference API. They concern its queue and its cache, and change nothing here."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    use_cache: bool = True
+    wait_for_model: bool = False
+    use_gpu: bool = False
 
 
 class Task(BaseModel):
@@ -40,6 +52,7 @@ class Task(BaseModel):
 
     inputs: str = Field(description="image file in base64")
     parameters: TaskParameters | None = None
+    options: TaskOptions | None = None
 
 
 _BODY: dict[str, Any] = {
@@ -50,7 +63,11 @@ _BODY: dict[str, Any] = {
             "schema": {
                 "type": "object",
                 "required": ["inputs"],
-                "properties": {"inputs": {"type": "string"}, "parameters": TaskParameters.model_json_schema()},
+                "properties": {
+                    "inputs": {"type": "string"},
+                    "parameters": TaskParameters.model_json_schema(),
+                    "options": TaskOptions.model_json_schema(),
+                },
                 "additionalProperties": False,
             }
         },
@@ -58,7 +75,10 @@ _BODY: dict[str, Any] = {
 }
 
 
-@router.post("/", openapi_extra={"requestBody": _BODY})
+_PARAMETERS = openapi_parameters(TaskParameters)
+
+
+@router.post("/", openapi_extra={"parameters": _PARAMETERS, "requestBody": _BODY})
 async def task(request: Request) -> Response:
     """Classify the image in the body, or in base64 in the field `inputs`."""
     engine: Engine = request.app.state.engine
@@ -70,7 +90,7 @@ async def task(request: Request) -> Response:
     return await json_response(request, lambda: _output(result, parameters, config), size)
 
 
-@router.post("/models/{name:path}", openapi_extra={"requestBody": _BODY})
+@router.post("/models/{name:path}", openapi_extra={"parameters": _PARAMETERS, "requestBody": _BODY})
 async def task_of_model(request: Request, name: str) -> Response:
     """Classify an image with the model of this name, as POST /."""
     served_name = request.app.state.engine.settings.served_name
@@ -80,9 +100,16 @@ async def task_of_model(request: Request, name: str) -> Response:
 
 
 async def _read(request: Request) -> tuple[bytes, TaskParameters]:
-    if content_type(request) != JSON:
-        return await read_body(request), TaskParameters()
-    return await read_json(request, Task, lambda body: (decode_base64(body.inputs), body.parameters or TaskParameters()))
+    """Return the image and the parameters, which may be in the query or in the JSON."""
+    body = await read_body(request)
+    if not is_json(content_type(request), body):
+        return body, read_parameters(request, TaskParameters)
+
+    def convert(task: Task) -> tuple[bytes, TaskParameters]:
+        fields = task.parameters.model_dump(exclude_unset=True) if task.parameters else {}
+        return decode_base64(task.inputs), read_parameters(request, TaskParameters, "the JSON", fields.items())
+
+    return await parse_json(request, body, Task, convert)
 
 
 def _output(result: InferenceResult, parameters: TaskParameters, config: DinatConfig) -> list[dict[str, Any]]:

@@ -1,11 +1,18 @@
 """JSON of bounded cost."""
 
+from codecs import BOM_UTF8
 from dataclasses import dataclass
 from typing import Any
 
 import orjson
 
 from dinat.app.errors import TooLarge
+
+JSON_TYPES = ("application/json", "text/json")
+UNSPECIFIC_TYPES = ("", "text/plain", "application/octet-stream", "application/x-www-form-urlencoded")
+"""Media types that clients send by default, whatever the body is."""
+
+MAX_WHITESPACE = 64
 
 
 @dataclass(frozen=True)
@@ -47,6 +54,8 @@ def load_json(body: bytes, limits: JsonLimits, length: int | None = None) -> Any
         ValueError: The body is not JSON.
     """
     length = len(body) if length is None else length
+    if body.startswith((b"\xff\xfe", b"\xfe\xff")):
+        raise ValueError("it is UTF-16: send UTF-8")
     counts = {
         "values": (body.count(b",", 0, length), limits.values),
         "lists and objects": (body.count(b"[", 0, length) + body.count(b"{", 0, length), limits.containers),
@@ -55,4 +64,12 @@ def load_json(body: bytes, limits: JsonLimits, length: int | None = None) -> Any
     for name, (count, limit) in counts.items():
         if count > limit:
             raise TooLarge(f"the JSON has about {count:,} {name}, the maximum is {limit:,}: {limits.advice}")
-    return orjson.loads(memoryview(body)[:length])
+    start = len(BOM_UTF8) if body.startswith(BOM_UTF8) else 0  # as PowerShell and .NET write it
+    return orjson.loads(memoryview(body)[start:length])
+
+
+def is_json(media_type: str, body: bytes) -> bool:
+    """Whether a body is JSON: by its media type, or an object under one that says nothing, as curl -d and fetch() send it."""
+    if media_type in JSON_TYPES or media_type.endswith("+json"):
+        return True
+    return media_type in UNSPECIFIC_TYPES and body[:MAX_WHITESPACE].removeprefix(BOM_UTF8).lstrip().startswith(b"{")

@@ -7,7 +7,7 @@ from typing import Any
 
 from fastapi import APIRouter, Request, Response
 from fastapi.responses import PlainTextResponse
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from dinat.app.api.bodies import read_json
 from dinat.app.api.health import NOT_READY, plain_text_readiness
@@ -20,6 +20,9 @@ from dinat.app.engine.engine import Engine
 from dinat.app.images import decode_base64
 from dinat.app.settings import Settings
 
+IMAGE_FIELDS = ("image_bytes", "bytes_inputs", "content")
+"""Names under which TensorFlow's exported models and AutoML take an image."""
+
 
 class Instance(BaseModel):
     """An image, encoded as Vertex AI encodes bytes in JSON."""
@@ -27,6 +30,14 @@ class Instance(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
     b64: str = Field(description="image file in base64")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _unwrap(cls, value: Any) -> Any:
+        """Convert {"image_bytes": {"b64": ...}} and {"content": ...}."""
+        if isinstance(value, dict) and len(value) == 1 and (name := next(iter(value))) in IMAGE_FIELDS:
+            value = value[name]
+        return {"b64": value} if isinstance(value, str) else value
 
 
 class PredictRequest(BaseModel):

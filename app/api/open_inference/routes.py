@@ -22,7 +22,15 @@ from dinat.app.api.open_inference.outputs import (
     measure_size,
     requested_outputs,
 )
-from dinat.app.api.open_inference.tensors import HEADER, MAX_DIMENSIONS, MAX_SIDE, InferRequest, parse_object, parse_request
+from dinat.app.api.open_inference.tensors import (
+    HEADER,
+    MAX_DIMENSIONS,
+    MAX_SIDE,
+    InferRequest,
+    check_content_type,
+    parse_object,
+    parse_request,
+)
 from dinat.app.api.parameters import DEADLINE_PARAMETER, read_deadline
 from dinat.app.api.quoting import quote, shorten
 from dinat.app.api.response_size import reserve_response
@@ -227,10 +235,12 @@ def _deadline(body: Mapping[str, Any], deadline_ms: int | None) -> int | None:
     """
     parameters = parse_object(body.get("parameters"), "parameters")
     parameters.pop("binary_data_output", None)
+    check_content_type(parameters, "the request")
     timeout = parameters.pop("timeout", None)
     if parameters:
         raise BadRequest(
-            f"unknown parameters {shorten(', '.join(sorted(parameters)))}, supported are binary_data_output, timeout"
+            f"unknown parameters {shorten(', '.join(sorted(parameters)))}, supported are binary_data_output, content_type, "
+            "timeout"
         )
     if timeout is None:
         return deadline_ms

@@ -17,6 +17,9 @@ from dinat.app.images import decode_base64
 HEADER = "Inference-Header-Content-Length"
 DTYPES: Mapping[str, np.dtype[Any]] = {"FP32": np.dtype("<f4"), "UINT8": np.dtype("u1"), "INT64": np.dtype("<i8")}
 
+CONTENT_TYPES = ("base64", "np", "raw", "pillow_image")
+"""MLServer's content types that say what the data is anyway."""
+
 MAX_DIMENSIONS = 8
 MAX_SIDE = 2**31 - 1
 
@@ -116,6 +119,18 @@ def show_name(value: object) -> str:
     return shorten(value) if isinstance(value, str) else quote(value)
 
 
+def check_content_type(parameters: dict[str, Any], name: str) -> None:
+    """Remove MLServer's content_type from parameters. Raises BadRequest if it is none that this service reads."""
+    value = parameters.pop("content_type", None)
+    if value is None:
+        return
+    if not isinstance(value, str) or not (value in CONTENT_TYPES or value.startswith("image/")):
+        raise BadRequest(
+            f"{name}: content_type {quote(value)} is not supported: send image files in base64 ({', '.join(CONTENT_TYPES)}, "
+            "image/*) or pixel_values"
+        )
+
+
 def _parse_input(item: Mapping[str, Any], blob: memoryview, queue_limit: int) -> tuple[str, Input]:
     """Return the name and the value of an input.
 
@@ -125,7 +140,9 @@ def _parse_input(item: Mapping[str, Any], blob: memoryview, queue_limit: int) ->
         queue_limit: Maximum number of elements of BYTES.
     """
     name, datatype = show_name(item.get("name")), show_name(item.get("datatype"))
-    size = parse_object(item.get("parameters"), f"parameters of input {name}").get("binary_data_size")
+    parameters = parse_object(item.get("parameters"), f"parameters of input {name}")
+    check_content_type(parameters, f"input {name}")
+    size = parameters.get("binary_data_size")
     if size is not None and (type(size) is not int or not 0 <= size <= len(blob)):
         raise BadRequest(f"input {name}: binary_data_size is {quote(size)}, {len(blob)} bytes are left")
     if len(blob) != (size or 0):

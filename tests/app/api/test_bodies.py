@@ -3,19 +3,24 @@
 import base64
 import gzip
 import io
+import json
 import struct
 import subprocess
 import sys
 import zlib
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import httpx
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from PIL import Image
 
 from dinat.app import main
+from dinat.app.images import decode_base64
 from tests.app.conftest import Service
 from tests.app.sample_images import encoded, noise
 
@@ -108,6 +113,105 @@ def test_several_images_to_classify_are_rejected_naming_the_batch_endpoint(servi
     check_rejected(service.client.post("/classify", files=[("image", seven), ("file", seven)]), 400, "/classify/batch")
     check_rejected(service.client.post("/classify", json={"images": [in_base64(seven)]}), 400, "/classify/batch")
     check_rejected(service.client.post("/classify/batch", content=seven), 400, "one image to /classify")
+
+
+@pytest.mark.parametrize(
+    ("content_type", "before"),
+    [
+        ("application/json", b""),
+        ("application/json", b"\xef\xbb\xbf"),  # PowerShell, .NET
+        ("application/json; charset=utf-8", b"\r\n "),
+        ("text/json", b""),
+        ("application/vnd.api+json", b""),
+        ("text/plain;charset=UTF-8", b""),  # fetch() with a string
+        ("application/x-www-form-urlencoded", b""),  # curl -d
+        ("application/octet-stream", b"\xef\xbb\xbf\n"),
+        (None, b""),
+    ],
+)
+def test_json_of_any_client_is_read(service: Service, seven: bytes, content_type: str | None, before: bytes) -> None:
+    headers = {} if content_type is None else {"Content-Type": content_type}
+    one = before + json.dumps({"image": in_base64(seven), "top_k": 2}).encode()
+    response = service.client.post("/classify", content=one, headers=headers)
+    assert (label(response), len(response.json()["predictions"])) == ("7", 2)
+    several = before + json.dumps({"images": [in_base64(seven)]}).encode()
+    results = service.client.post("/classify/batch", content=several, headers=headers).json()["results"]
+    assert results[0]["predictions"][0]["label"] == "7"
+    task = before + json.dumps({"inputs": in_base64(seven), "parameters": {"top_k": 2}}).encode()
+    ranked = service.client.post("/", content=task, headers=headers).json()
+    assert (ranked[0]["label"], len(ranked)) == ("7", 2)
+
+
+def test_body_that_is_not_json_is_named(service: Service, seven: bytes) -> None:
+    headers = {"Content-Type": "application/json"}
+    check_rejected(service.client.post("/classify", content=seven, headers=headers), 400, "it is an image: send it without")
+    utf16 = json.dumps({"image": in_base64(seven)}).encode("utf-16")
+    check_rejected(service.client.post("/classify", content=utf16, headers=headers), 400, "it is UTF-16: send UTF-8")
+    task = {"inputs": in_base64(seven)}
+    check_rejected(service.client.post("/classify", json=task), 400, "it has inputs: see POST / and POST /predict")
+
+
+def part(headers: str, content: bytes, name: str = "image") -> bytes:
+    return f'--b\r\nContent-Disposition: form-data; name="{name}"{headers}\r\n\r\n'.encode() + content + b"\r\n"
+
+
+@pytest.mark.parametrize(
+    "headers",
+    [
+        '; filename="x.png"\r\nContent-Type: image/png',
+        "\r\nContent-Type: image/png",  # requests: files={"image": (None, data, "image/png")}
+        "\r\nContent-Type: application/octet-stream",  # aiohttp: add_field("image", data)
+        "\r\ncontent-type: IMAGE/JPEG",
+        "",
+        "; filename*=UTF-8''x.png",
+    ],
+)
+def test_part_with_an_image_is_an_image(service: Service, seven: bytes, headers: str) -> None:
+    body = part(headers, seven) + part("\r\nContent-Type: text/plain", b"2", "top_k") + b"--b--\r\n"
+    form = {"Content-Type": "multipart/form-data; boundary=b"}
+    for preamble in (b"", b"\r\n", b"This is a message with multiple parts in MIME format.\r\n"):
+        response = service.client.post("/classify", content=preamble + body, headers=form)
+        assert (label(response), len(response.json()["predictions"])) == ("7", 2)
+
+
+def test_transfer_encodings_of_parts(service: Service, seven: bytes) -> None:
+    form = {"Content-Type": "multipart/form-data; boundary=b"}
+    text = base64.encodebytes(seven).replace(b"\n", b"\r\n")
+    encoded_part = part('; filename="x.png"\r\nContent-Type: image/png\r\nContent-Transfer-Encoding: base64', text)
+    assert label(service.client.post("/classify", content=encoded_part + b"--b--\r\n", headers=form)) == "7"
+    quoted = part("\r\nContent-Transfer-Encoding: quoted-printable", b"=89PNG")
+    check_rejected(service.client.post("/classify", content=quoted + b"--b--\r\n", headers=form), 400, "quoted-printable")
+
+
+def test_client_sends_a_part_without_a_file_name(service: Service, seven: bytes) -> None:
+    files: Any = {"image": (None, seven, "image/png")}
+    assert label(service.client.post("/classify", files=files)) == "7"
+
+
+def test_base64_that_a_form_changed_is_restored(service: Service) -> None:
+    image = encoded(noise(64, 64, seed=3))
+    text = in_base64(image)
+    assert text.count("+") > 20
+    expected = label(service.client.post("/classify", content=image))
+    urlencoded = {"Content-Type": "application/x-www-form-urlencoded"}
+    for form in (f"image={text}", f"image={text.replace('+', '%2B')}", f"image=data:image/png;base64,{text}"):
+        assert label(service.client.post("/classify", content=form, headers=urlencoded)) == expected
+    wrapped = " ".join(text[i : i + 76] for i in range(0, len(text), 76))
+    twice = quote(text, safe="")
+    indented = "\n  ".join(text[i : i + 76] for i in range(0, len(text), 76))
+    for value in (text.replace("+", " "), wrapped, twice, indented, f"data:image/png;base64,{twice}"):
+        assert decode_base64(value) == image
+        assert label(service.client.post("/classify", json={"image": value})) == expected
+    check_rejected(service.client.post("/classify", json={"image": str(text.encode())}), 422, "is the repr of bytes")
+
+
+@settings(deadline=None)
+@given(st.binary(min_size=1, max_size=400), st.integers(1, 20))
+def test_base64_in_lines_of_any_length_is_decoded(data: bytes, width: int) -> None:
+    text = in_base64(data)
+    lines = [text[i : i + 4 * width] for i in range(0, len(text), 4 * width)]
+    for separator in ("\n", "\r\n", "\n\t", "\r\n  ", " "):
+        assert decode_base64(separator.join(lines)) == data
 
 
 @pytest.mark.parametrize(
@@ -350,7 +454,7 @@ def test_heic_without_the_extra_names_the_package_to_install(seven: bytes) -> No
     ("image", "detail"),
     [
         (Image.fromarray(np.linspace(0, 1, 64 * 64, dtype=np.float32).reshape(64, 64)), "floating-point"),
-        (Image.fromarray(np.arange(64 * 64, dtype=np.int32).reshape(64, 64)), "32-bit integer"),
+        (Image.fromarray(np.arange(64 * 64, dtype=np.int32).reshape(64, 64)), "32-bit signed integer"),
     ],
 )
 def test_samples_without_defined_range_are_rejected(service: Service, image: Image.Image, detail: str) -> None:
@@ -373,7 +477,7 @@ def test_16_bit_samples_are_scaled(service: Service, seven: bytes) -> None:
         (b'<?xml version="1.0"?>\n<svg xmlns="http://www.w3.org/2000/svg"/>', "SVG"),
         (b"<svg/>", "SVG"),
         (b"%PDF-1.7\n", "a PDF document"),
-        (b'{"image": "x"}', "JSON"),
+        (b'["x"]', "JSON"),
         (b"hello", "text"),
         (b"PK\x03\x04....", "a ZIP archive"),
         (b"\0\0\0\x20ftypisom....", "a video (MP4)"),

@@ -47,6 +47,49 @@ def test_hugging_face_parameters(hugging_face: InferenceClient, service: Service
     np.testing.assert_allclose([item.score for item in softmax], [prediction["score"] for prediction in expected], atol=1e-6)
 
 
+def test_hugging_face_parameters_in_the_query_and_options(service: Service, seven: bytes) -> None:
+    assert len(service.client.post("/?top_k=2", content=seven).json()) == 2
+    task = {"inputs": base64.b64encode(seven).decode(), "options": {"wait_for_model": True, "use_cache": False}}
+    assert len(service.client.post("/models/digits?top_k=3", json=task).json()) == 3
+    twice = service.client.post("/?top_k=3", json=task | {"parameters": {"top_k": 2}})
+    assert (twice.status_code, "top_k is '3' in the query and '2' in the JSON" in twice.json()["error"]) == (422, True)
+    unknown = service.client.post("/?topk=2", content=seven)
+    assert (unknown.status_code, "did you mean top_k?" in unknown.json()["error"]) == (422, True)
+    option = service.client.post("/", json=task | {"options": {"wait": True}})
+    assert (option.status_code, "options.wait" in option.json()["error"]) == (422, True)
+
+
+def test_hugging_face_task_at_sagemaker_endpoint(service: Service, seven: bytes) -> None:
+    task = {"inputs": base64.b64encode(seven).decode(), "parameters": {"top_k": 2}}
+    ranked = service.client.post("/invocations", json=task).json()
+    assert (ranked[0]["label"], len(ranked)) == ("7", 2)
+
+
+def test_vertex_instances_of_other_models(service: Service, seven: bytes) -> None:
+    text = base64.b64encode(seven).decode()
+    instances = [{"b64": text}, {"image_bytes": {"b64": text}}, {"bytes_inputs": {"b64": text}}, {"content": text}]
+    predictions = service.client.post("/predict", json={"instances": instances}).json()["predictions"]
+    assert [prediction["predictions"][0]["label"] for prediction in predictions] == ["7"] * 4
+
+
+def test_content_type_of_open_inference_requests(service: Service, seven: bytes) -> None:
+    text = base64.b64encode(seven).decode()
+
+    def send(content_type: object, place: str) -> httpx.Response:
+        image: dict[str, Any] = {"name": "image", "datatype": "BYTES", "shape": [1], "data": [text]}
+        body: dict[str, Any] = {"inputs": [image]}
+        (image if place == "input" else body)["parameters"] = {"content_type": content_type}
+        return service.client.post("/v2/models/digits/infer", json=body)
+
+    for place in ("input", "request"):
+        for content_type in ("base64", "image/png", "pillow_image"):
+            outputs = send(content_type, place).json()["outputs"]
+            assert next(output["data"][0] for output in outputs if output["name"] == "labels") == "7"
+        for other in ("pd", 1):
+            rejected = send(other, place)
+            assert (rejected.status_code, f"content_type {other!r}" in rejected.json()["error"]) == (400, True)
+
+
 def test_hugging_face_endpoint_by_model_name(service: Service, seven: bytes) -> None:
     body = {"inputs": base64.b64encode(seven).decode(), "parameters": {"top_k": 1}}
     (best,) = service.client.post("/models/digits", json=body).json()
