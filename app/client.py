@@ -10,20 +10,30 @@ import asyncio
 import io
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
+from ipaddress import ip_address, ip_network
+from os import PathLike
 from pathlib import Path
-from typing import Any, Generic, Self, TypeVar
+from typing import Any, BinaryIO, Generic, Self, TypeVar
+from urllib.parse import urlsplit
+from urllib.request import getproxies
 
 import httpx
 import numpy as np
 import numpy.typing as npt
-from PIL import Image
+from PIL import ExifTags, Image
 from safetensors.numpy import load
+
+from dinat.app.images import TRANSPOSE
+from dinat.model.image_processor import to_rgb
 
 T = TypeVar("T")
 
-ImageInput = bytes | str | Path | Image.Image | npt.NDArray[np.uint8]
-"""An encoded image, the path of a file, a Pillow image, or an array (H, W, 3) or (H, W) uint8."""
+ImageInput = (
+    bytes | bytearray | memoryview | str | PathLike[str] | BinaryIO | Image.Image | npt.NDArray[np.uint8 | np.uint16 | np.bool_]
+)
+"""An encoded image (bytes or a binary file), the path of a file, a Pillow image, or an array (H, W), (H, W, 3) or (H, W, 4)."""
 
 FeatureMaps = dict[str, npt.NDArray[np.float32]]
 """Feature maps by name: (C, h, w), or (C,) for pooled. hidden_states has one entry each: hidden_states.0, ..."""
@@ -152,6 +162,7 @@ class _Client:
         self._retry_seconds = retry_seconds
         headers = {} if api_key is None else {"Authorization": f"Bearer {api_key}"}
         self._options: dict[str, Any] = {"base_url": url.rstrip("/"), "headers": headers, "timeout": timeout}
+        self._proxy = _proxy(url)
 
 
 class DinatClient(_Client):
@@ -168,7 +179,7 @@ class DinatClient(_Client):
     """
 
     def __enter__(self) -> Self:
-        self._http = httpx.Client(**self._options)
+        self._http = httpx.Client(**self._options, transport=httpx.HTTPTransport(proxy=self._proxy))
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -213,7 +224,7 @@ class AsyncDinatClient(_Client):
     """Asynchronous client of the service; see DinatClient."""
 
     async def __aenter__(self) -> Self:
-        self._http = httpx.AsyncClient(**self._options)
+        self._http = httpx.AsyncClient(**self._options, transport=httpx.AsyncHTTPTransport(proxy=self._proxy))
         return self
 
     async def __aexit__(self, *_: object) -> None:
@@ -330,10 +341,82 @@ def _query(**parameters: object) -> dict[str, Any]:
 
 
 def _image_bytes(image: ImageInput) -> bytes:
-    if isinstance(image, bytes):
-        return image
-    if isinstance(image, str | Path):
+    """Return an encoded image. What a Pillow image shows is sent as PNG, with its EXIF orientation applied, as by its file."""
+    if isinstance(image, bytes | bytearray | memoryview):
+        return bytes(image)
+    if isinstance(image, str | PathLike):
         return Path(image).read_bytes()
+    if isinstance(image, io.BytesIO):
+        return image.getvalue()  # wherever its position is
+    if isinstance(image, Image.Image):
+        return _png(_oriented(image))
+    if hasattr(image, "read"):
+        data = image.read()
+        if not isinstance(data, bytes):
+            raise TypeError("the file is open as text: open it with mode 'rb'")
+        return data
+    return _png(_from_array(image))
+
+
+def _png(image: Image.Image) -> bytes:
+    if image.mode == "F" and 0 < (maximum := float(np.max(np.asarray(image)))) <= 1:
+        raise ValueError(f"a float image of values up to {maximum:g} is black: scale it to 0..255")
     buffer = io.BytesIO()
-    (image if isinstance(image, Image.Image) else Image.fromarray(image)).save(buffer, "PNG")
+    (image if image.mode in _PNG_MODES else to_rgb(image)).save(buffer, "PNG")
     return buffer.getvalue()
+
+
+_PNG_MODES = ("1", "L", "LA", "P", "RGB", "RGBA", "I;16")
+"""Modes of Pillow that a PNG represents as they are."""
+
+
+def _oriented(image: Image.Image) -> Image.Image:
+    """Apply the EXIF orientation, which Pillow reads and does not apply, and a PNG of the pixels would lose."""
+    transposed = TRANSPOSE.get(image.getexif().get(ExifTags.Base.Orientation, 1))
+    return image if transposed is None else image.transpose(transposed)
+
+
+def _from_array(array: npt.ArrayLike) -> Image.Image:
+    values = np.asarray(array)
+    if values.dtype == np.bool_:
+        values = values.astype(np.uint8) * 255
+    if values.ndim == 3 and values.shape[2] == 1:
+        values = values[..., 0]
+    is_color = values.ndim == 3 and values.shape[2] in (3, 4) and values.dtype == np.uint8
+    if not is_color and not (values.ndim == 2 and values.dtype in (np.uint8, np.uint16)):
+        raise ValueError(
+            f"an array must be uint8 of shape (H, W), (H, W, 3) or (H, W, 4), or uint16 of shape (H, W), got {values.dtype} "
+            f"{values.shape}"
+        )
+    return Image.fromarray(values)
+
+
+def _proxy(url: str) -> str | None:
+    """Return the proxy for a URL by the environment, as curl does; None for this host.
+
+    httpx raises for some values of NO_PROXY, such as [::1] and 10.0.0.0/8, and asks a proxy for localhost.
+    """
+    parts = urlsplit(url)
+    host = parts.hostname or ""
+    proxies = getproxies()
+    proxy = proxies.get(parts.scheme) or proxies.get("all")
+    if not proxy or _bypasses_proxy(host, parts.port, proxies.get("no", "")):
+        return None
+    return proxy if "://" in proxy else f"http://{proxy}"
+
+
+def _bypasses_proxy(host: str, port: int | None, no_proxy: str) -> bool:
+    try:
+        address = ip_address(host)
+    except ValueError:
+        address = None
+    if host == "localhost" or host.endswith(".localhost") or (address is not None and address.is_loopback):
+        return True
+    for entry in no_proxy.replace(",", " ").split():
+        name = entry.lower().removeprefix("*").strip("[].")
+        if entry == "*" or f"{host}:{port}" == name or (name and (host == name or host.endswith(f".{name}"))):
+            return True
+        with suppress(ValueError):  # a name
+            if address is not None and address in ip_network(name, strict=False):
+                return True
+    return False

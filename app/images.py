@@ -175,13 +175,13 @@ def _turned(image: Image.Image, orientation: int | None) -> Image.Image:
     """
     if orientation is None or image.format == "WEBP":
         orientation = metadata_orientation(image.info.get("exif") or b"", image.info.get("xmp") or b"")
-    return image if orientation == 1 else image.transpose(_TRANSPOSE[orientation])
+    return image if orientation == 1 else image.transpose(TRANSPOSE[orientation])
 
 
 WHITE_IS_ZERO = 0
 """TIFF's photometric interpretation in which 0 is white."""
 
-_TRANSPOSE = {
+TRANSPOSE = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
     4: Image.Transpose.FLIP_TOP_BOTTOM,

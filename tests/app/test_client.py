@@ -11,10 +11,12 @@ from typing import Any
 import httpx
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageCms, ImageOps
 
-from dinat.app.client import AsyncDinatClient, Classification, DinatClient, DinatServiceError
+from dinat.app.client import AsyncDinatClient, Classification, DinatClient, DinatServiceError, _image_bytes, _proxy
+from dinat.app.images import decode
 from tests.app.conftest import DIGITS, Service, running
+from tests.app.sample_images import noise
 from tests.app.server.test_overload import PausedBackend
 
 IMAGES = [(DIGITS / f"{digit}-1.png").read_bytes() for digit in (7, 0, 3)]
@@ -32,6 +34,121 @@ def test_every_kind_of_image_input(service: Service, seven: bytes, tmp_path: Pat
         for image_input in (seven, path, str(path), image, np.asarray(image), np.asarray(image.convert("RGB"))):
             result = client.classify(image_input, top_k=3)
             assert (result.best.label, result.best.class_id, len(result.predictions)) == ("7", 7, 3)
+
+
+def test_binary_inputs(service: Service, seven: bytes, tmp_path: Path) -> None:
+    path = tmp_path / "seven.png"
+    path.write_bytes(seven)
+    written = io.BytesIO()
+    written.write(seven)  # as after Image.save: the position is at the end
+    with DinatClient(url(service)) as client, path.open("rb") as file:
+        for image_input in (bytearray(seven), memoryview(seven), written, io.BytesIO(seven), file):
+            assert client.classify(image_input).best.label == "7"
+        with path.open(errors="replace") as text, pytest.raises(TypeError, match="open it with mode 'rb'"):
+            client.classify(text)  # type: ignore[arg-type]
+
+
+def sent(image: Any) -> Image.Image:
+    """What the service decodes of an input of the client."""
+    return decode(_image_bytes(image), 10**7)
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_pillow_image_is_turned_as_its_file(orientation: int, tmp_path: Path) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    noise(24, 31).save(tmp_path / "x.png", exif=exif)
+    expected = decode((tmp_path / "x.png").read_bytes(), 10**6)
+    assert sent(Image.open(tmp_path / "x.png")).tobytes() == expected.tobytes()
+    assert sent(ImageOps.exif_transpose(Image.open(tmp_path / "x.png"))).tobytes() == expected.tobytes()
+
+
+@pytest.mark.parametrize(
+    "mode", ["1", "L", "LA", "P", "RGB", "RGBA", "CMYK", "YCbCr", "HSV", "LAB", "F", "I", "I;16", "PA", "RGBX"]
+)
+def test_pillow_image_of_every_mode_is_converted(mode: str) -> None:
+    image = Image.linear_gradient("L").resize((64, 64))
+    if mode in ("YCbCr", "HSV", "LAB"):
+        other = (
+            ImageCms.applyTransform(image.convert("RGB"), _to_lab()) if mode == "LAB" else image.convert("RGB").convert(mode)
+        )
+    elif mode == "I;16":
+        other = Image.fromarray(np.asarray(image).astype(np.uint16) * 257)
+    else:
+        other = image.convert("RGBA").convert(mode) if mode == "PA" else image.convert(mode)
+    expected = image.convert(mode).convert("RGB") if mode == "1" else image.convert("RGB")
+    difference = np.abs(np.asarray(sent(other)).astype(int) - np.asarray(expected))
+    assert difference.max() <= (32 if mode in ("P", "PA") else 3)  # a palette of 6 levels of each color
+
+
+def _to_lab() -> Any:
+    return ImageCms.buildTransform(ImageCms.createProfile("sRGB"), ImageCms.createProfile("LAB"), "RGB", "LAB")
+
+
+def test_arrays_of_other_types() -> None:
+    levels = np.arange(256, dtype=np.uint8).reshape(16, 16)
+    assert np.array_equal(np.asarray(sent(levels.astype(np.uint16) * 257))[..., 0], levels)
+    assert np.array_equal(np.asarray(sent(levels[..., None]))[..., 0], levels)
+    assert np.array_equal(np.asarray(sent(levels > 100))[..., 0], np.where(levels > 100, 255, 0))
+    rgba = np.dstack([levels, levels, levels, np.full_like(levels, 255)])
+    assert np.array_equal(np.asarray(sent(rgba))[..., 0], levels)
+    for array in (levels.astype(np.float32), levels[None], np.zeros((3, 16, 16), np.uint8)):
+        with pytest.raises(ValueError, match=r"an array must be uint8 of shape .*, got (float32|uint8) "):
+            sent(array)
+    with pytest.raises(ValueError, match=r"float image of values up to 1 is black: scale it to 0..255"):
+        sent(Image.fromarray(np.linspace(0, 1, 256, dtype=np.float32).reshape(16, 16)))
+
+
+@pytest.mark.parametrize(
+    "environment",
+    [
+        {"ALL_PROXY": "socks5://127.0.0.1:9"},
+        {"HTTP_PROXY": "http://127.0.0.1:9", "NO_PROXY": "[::1]"},
+        {"http_proxy": "127.0.0.1:9", "no_proxy": "10.0.0.0/8, [::1]:80, *.internal"},
+    ],
+)
+def test_service_on_this_host_requires_no_proxy(
+    service: Service, seven: bytes, environment: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    with DinatClient(url(service)) as client:
+        assert client.classify(seven).best.label == "7"
+
+    async def classify() -> str:
+        async with AsyncDinatClient(url(service)) as client:
+            return (await client.classify(seven)).best.label
+
+    assert asyncio.run(classify()) == "7"
+
+
+@pytest.mark.parametrize(
+    ("address", "no_proxy", "proxy"),
+    [
+        ("http://gpu.example:8000", "", "http://proxy:3128"),
+        ("http://gpu.example:8000", "example", None),
+        ("http://gpu.example:8000", ".example", None),
+        ("http://gpu.example:8000", "*.example", None),
+        ("http://gpu.example:8000", "gpu.example:8000", None),
+        ("http://gpu.example:8000", "gpu.example:9000", "http://proxy:3128"),
+        ("http://gpu.example:8000", "other, *", None),
+        ("http://notexample:8000", "example", "http://proxy:3128"),
+        ("http://10.1.2.3", "10.0.0.0/8", None),
+        ("http://11.1.2.3", "10.0.0.0/8", "http://proxy:3128"),
+        ("http://[fd00::1]:8000", "[fd00::1]", None),
+        ("http://[fd00::1]:8000", "fd00::/8", None),
+        ("http://[::1]:8000", "", None),
+        ("http://127.0.0.2:8000", "", None),
+        ("http://dinat.localhost", "", None),
+        ("https://gpu.example", "", None),
+    ],
+)
+def test_proxy_of_the_environment(address: str, no_proxy: str, proxy: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("http_proxy", "proxy:3128")
+    monkeypatch.setenv("no_proxy", no_proxy)
+    for name in ("https_proxy", "all_proxy", "HTTPS_PROXY", "ALL_PROXY"):
+        monkeypatch.delenv(name, raising=False)
+    assert _proxy(address) == proxy
 
 
 def test_all_methods(service: Service, seven: bytes) -> None:
