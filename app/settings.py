@@ -44,6 +44,12 @@ def _check_keys_file(file: Path | None) -> Path | None:
     return file
 
 
+def _check_not_empty(value: object) -> object:
+    if value == "":
+        raise ValueError("it is empty")
+    return value
+
+
 def _check_port(value: object) -> object:
     if isinstance(value, str) and value.startswith("tcp://"):
         raise ValueError(
@@ -59,12 +65,14 @@ Keys = Annotated[tuple[SecretStr, ...], NoDecode, BeforeValidator(_split)]
 class Settings(BaseSettings):
     """Settings of the service, read once at startup and passed down.
 
-    An invalid value stops startup with one line that names it (see `explain`).
+    An empty environment variable is as none. An invalid value stops startup with one line that names it (see `explain`).
     """
 
-    model_config = SettingsConfigDict(env_prefix="DINAT_", env_file=".env", extra="ignore", frozen=True)
+    model_config = SettingsConfigDict(
+        env_prefix="DINAT_", env_file=".env", env_file_encoding="utf-8-sig", env_ignore_empty=True, extra="ignore", frozen=True
+    )
 
-    model: str = Field("digits", description='Checkpoint to load: a folder, a Hub id, a .pth file, or "digits".')
+    model: str = Field("digits", min_length=1, description='Checkpoint to load: a folder, a Hub id, a .pth file, or "digits".')
     name: str | None = Field(None, min_length=1, description="Model name shown to clients. Default: the value of MODEL.")
     revision: str | None = Field(None, description="Branch, tag or commit of a Hub id.")
     device: str = Field(
@@ -99,7 +107,7 @@ class Settings(BaseSettings):
         le=1024,
         description="Maximum number of images per batch. Default: 64 on a GPU; on a CPU 8, or 2 per core if that is more.",
     )
-    cache_dir: Path = Field(
+    cache_dir: Annotated[Path, BeforeValidator(_check_not_empty)] = Field(
         default_factory=default_cache,
         description="Directory for cached graphs and attention timings. Default: ~/.cache/dinat-serve.",
     )
@@ -169,14 +177,14 @@ class Settings(BaseSettings):
     api_keys: Keys = Field(
         (), description="Comma-separated API keys. If set, requests must send one as a Bearer token or as X-API-Key."
     )
-    api_keys_file: Annotated[Path | None, AfterValidator(_check_keys_file)] = Field(
+    api_keys_file: Annotated[Path | None, BeforeValidator(_check_not_empty), AfterValidator(_check_keys_file)] = Field(
         None,
         description="File with further API keys, one a line. It is read again when it has changed, so that keys can be rotated "
         "without a restart.",
     )
     keyless: Names = Field(
         ("health", "metrics"),
-        description="Comma-separated endpoints that do not require an API key. Default: health,metrics.",
+        description="Comma-separated endpoints that do not require an API key, or none. Default: health,metrics.",
     )
     cors_origins: Names = Field(
         (), description="Comma-separated origins whose pages may call the service from a browser, or *."
@@ -189,7 +197,7 @@ class Settings(BaseSettings):
         description="URL to export OpenTelemetry traces to; requires the extra tracing. Default: OTEL_EXPORTER_OTLP_ENDPOINT, "
         "or no traces.",
     )
-    host: str = Field("127.0.0.1", description="Address to listen on.")
+    host: str = Field("127.0.0.1", min_length=1, description="Address to listen on.")
     port: Annotated[int, BeforeValidator(_check_port)] = Field(
         8000,
         ge=0,

@@ -5,6 +5,8 @@ import sys
 from collections import Counter
 from importlib import import_module
 from io import TextIOWrapper
+from pathlib import Path
+from tempfile import mkdtemp
 from typing import Annotated
 
 import typer
@@ -45,6 +47,7 @@ def main(arguments: list[str] | None = None) -> int:
         The exit status. A user error is printed as one line on standard error and returns 1.
     """
     arguments = sys.argv[1:] if arguments is None else arguments
+    _ensure_home()
     try:
         _application(_command_name(arguments))(arguments, prog_name="dinat")
     except SystemExit as end:
@@ -57,6 +60,16 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"dinat: {error}", file=sys.stderr)
         return 1
     raise AssertionError("unreachable: Typer ends by SystemExit")
+
+
+def _ensure_home() -> None:
+    """Set HOME to a folder of this user if there is none: libraries that cache there, such as huggingface_hub, fail without."""
+    try:
+        Path.home()
+    except RuntimeError:  # no HOME, and a user without an entry in passwd, as with docker run --user
+        from dinat.model.native import private_folder
+
+        os.environ["HOME"] = str(private_folder() or mkdtemp(prefix="dinat-serve-"))
 
 
 def run() -> None:

@@ -82,6 +82,8 @@ def _flags(
                 values = model(**flags, **fixed)
             except ValidationError as error:
                 raise CommandError(explain(error)) from None
+            except UnicodeDecodeError as error:
+                raise CommandError(f".env is not UTF-8 ({error.reason}): save it as UTF-8") from None
             command(**{parameter: values}, **arguments)
 
         own = [value for name, value in inspect.signature(command).parameters.items() if name != parameter]

@@ -215,16 +215,23 @@ def _private_folder() -> Path:
     return Path(tempfile.gettempdir()) / f"dinat-serve-{os.getuid()}"
 
 
-def _folders() -> Iterator[Path]:
-    """Yield the folders for compiled libraries: the cache, and one in the temporary folder that only this user can write."""
-    yield cache_folder()
+def private_folder() -> Path | None:
+    """Return a folder in the temporary folder that only this user can write, or None if it cannot be created."""
     private = _private_folder()
     try:
         private.mkdir(mode=0o700, exist_ok=True)
         status = private.lstat()
     except OSError:
-        return
-    if stat.S_ISDIR(status.st_mode) and status.st_uid == os.getuid() and not status.st_mode & 0o077:
+        return None
+    is_private = stat.S_ISDIR(status.st_mode) and status.st_uid == os.getuid() and not status.st_mode & 0o077
+    return private if is_private else None
+
+
+def _folders() -> Iterator[Path]:
+    """Yield the folders for compiled libraries: the cache, and a private folder."""
+    yield cache_folder()
+    private = private_folder()
+    if private is not None:
         yield private / "kernels"
 
 
