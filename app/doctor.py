@@ -15,7 +15,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -48,6 +48,8 @@ NOT_INSTALLED = "not installed"
 
 SECONDS = 2.0
 """Duration of each throughput measurement."""
+ROUNDS = 5
+"""Rounds of each throughput measurement. What is compared is measured in turns, so that other load meets all of it."""
 CONNECTIONS = 8
 
 COPIED = {"cuda": 2**28, "cpu": 2**25}
@@ -118,17 +120,21 @@ def examine(preset: str, device: str, cache: Path, on_step: Callable[[str], None
             report.problems += disabled
         on_step("decoding")
         report.rates.append(decode_rate(image_processor))
+        loaded: list[WarmRuntime] = []
         for runtime_name, load in runtimes(folder, first, cache):
             on_step(f"inference with {runtime_name}")
             try:
-                runtime = load()
-                report.rates.append(forward_rate(runtime))
+                warm = WarmRuntime.of(load())
+                warm.rate(0)
             except Exception as error:
                 report.problems.append(f"{runtime_name}: {autotune.reason(error)}")
             else:
-                for disabled_part in runtime.disabled:
+                loaded.append(warm)
+                for disabled_part in warm.runtime.disabled:
                     if not disabled_part.name.startswith("attention "):  # attention_rows reports those
                         report.problems.append(f"{disabled_part.name}: {disabled_part.reason}")
+        for warm, measured in zip(loaded, forward_rates(loaded), strict=True):
+            report.rates.append({"what": warm.description} | spread(measured))
         on_step("the service")
         try:
             report.rates.append(served_rate(folder, device))
@@ -334,13 +340,13 @@ def decode_rate(processor: DinatImageProcessor) -> Row:
             count += 1
         return count
 
-    start = time.perf_counter()
+    rates = []
     with ThreadPoolExecutor(threads) as pool:
-        count = sum(pool.map(work, [start + SECONDS] * threads))
-    return {
-        "what": f"decode and resize a 500x375 JPEG, {threads} threads",
-        "images/s": count / (time.perf_counter() - start),
-    }
+        for _ in range(ROUNDS):
+            start = time.perf_counter()
+            count = sum(pool.map(work, [start + SECONDS / ROUNDS] * threads))
+            rates.append(count / (time.perf_counter() - start))
+    return {"what": f"decode and resize a 500x375 JPEG, {threads} threads"} | spread(rates)
 
 
 def runtimes(folder: Path, device: torch.device, cache: Path) -> Iterator[tuple[str, Callable[[], Runtime]]]:
@@ -359,23 +365,54 @@ def runtimes(folder: Path, device: torch.device, cache: Path) -> Iterator[tuple[
         yield "openvino", openvino
 
 
-def forward_rate(runtime: Runtime) -> Row:
-    """Measure inference with full batches, without decoding, in images/s."""
-    batch = runtime.warm(runtime.default_batch)
-    pixels = examples(runtime.processor, batch)
-    start, count = time.perf_counter(), 0
-    while time.perf_counter() < start + SECONDS:
-        runtime.run(pixels, [InferenceOptions(top_k=5)] * batch)
-        count += batch
-    seconds = time.perf_counter() - start
-    return {"what": f"inference with {runtime.name}, {runtime.precision}, batches of {batch}", "images/s": count / seconds}
+@dataclass(frozen=True)
+class WarmRuntime:
+    """A runtime that is ready for full batches.
+
+    Attributes:
+        runtime: The runtime.
+        pixels: A batch.
+    """
+
+    runtime: Runtime
+    pixels: Any
+
+    @classmethod
+    def of(cls, runtime: Runtime) -> "WarmRuntime":
+        """Warm up a runtime."""
+        return cls(runtime, examples(runtime.processor, runtime.warm(runtime.default_batch)))
+
+    @property
+    def description(self) -> str:
+        """What is measured."""
+        return f"inference with {self.runtime.name}, {self.runtime.precision}, batches of {len(self.pixels)}"
+
+    def rate(self, seconds: float) -> float:
+        """Measure inference with full batches, without decoding, in images/s, for at least one batch."""
+        start, count, elapsed = time.perf_counter(), 0, 0.0
+        while count == 0 or elapsed < seconds:
+            self.runtime.run(self.pixels, [InferenceOptions(top_k=5)] * len(self.pixels))
+            count += len(self.pixels)
+            elapsed = time.perf_counter() - start
+        return count / elapsed
+
+
+def forward_rates(warm: Sequence[WarmRuntime]) -> list[list[float]]:
+    """Measure the inference of several runtimes in turns. Returns ROUNDS rates of each, in images/s."""
+    rounds = [[one.rate(SECONDS / ROUNDS) for one in warm] for _ in range(ROUNDS)]
+    return [[rates[i] for rates in rounds] for i in range(len(warm))]
+
+
+def spread(rates: Sequence[float]) -> Row:
+    """Return the median and the range of a rate."""
+    return {"images/s": median(rates), "lowest": min(rates), "highest": max(rates)}
 
 
 @contextmanager
 def serving(folder: Path, device: str) -> Iterator[tuple[int, float]]:
     """Run the service in a subprocess. Yields its port and the seconds until it was ready."""
-    flags = ["--model", str(folder), "--device", device, "--port", "0", "--log-format", "json"]
-    environment = {**os.environ, "DINAT_CACHE_DIR": str(folder / "cache"), "DINAT_API_KEYS": ""}
+    flags = ["--model", str(folder), "--device", device, "--port", "0", "--log-format", "json", "--api-keys", ""]
+    environment = {**os.environ, "DINAT_CACHE_DIR": str(folder / "cache"), "DINAT_API_KEYS_FILE": ""}
     start = time.monotonic()
     command = [sys.executable, "-m", "dinat", "serve", *flags]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment)
@@ -420,9 +457,13 @@ def served_rate(folder: Path, device: str) -> Row:
                 latencies.append(time.perf_counter() - sent)
             return latencies
 
-        start = time.perf_counter()
+        rates: list[float] = []
+        latencies: list[float] = []
         with ThreadPoolExecutor(CONNECTIONS) as pool:
-            latencies = [latency for results in pool.map(send, [start + SECONDS] * CONNECTIONS) for latency in results]
-        seconds = time.perf_counter() - start
-    row: Row = {"what": f"HTTP on loopback, {CONNECTIONS} connections", "images/s": len(latencies) / seconds}
+            for _ in range(ROUNDS):
+                start = time.perf_counter()
+                sent = [one for sent in pool.map(send, [start + SECONDS / ROUNDS] * CONNECTIONS) for one in sent]
+                rates.append(len(sent) / (time.perf_counter() - start))
+                latencies += sent
+    row: Row = {"what": f"HTTP on loopback, {CONNECTIONS} connections"} | spread(rates)
     return row | {"p50 ms": median(latencies) * 1e3, "seconds to ready": ready_seconds}

@@ -1,14 +1,16 @@
 """`dinat quantize`: quantize a checkpoint to 8 bits for a CPU."""
 
 import sys
+from collections.abc import Sequence
 from pathlib import Path
+from statistics import median
 from typing import Annotated
 
 import typer
 
 from dinat.app.cli import report_skipped
 from dinat.app.cli.flags import Revision, Source
-from dinat.app.doctor import forward_rate
+from dinat.app.doctor import WarmRuntime, forward_rates
 from dinat.app.engine.runtimes.selection import load_runtimes
 from dinat.app.errors import ServiceError
 from dinat.app.image_paths import list_files, path_text
@@ -20,6 +22,9 @@ from dinat.model.export import quantize as calibrate
 
 MIN_SPEEDUP = 1.1
 """Speedup over the unquantized network from which quantization is recommended."""
+
+MAX_SPREAD = 1.5
+"""Ratio of the largest to the smallest speedup up to which there is a recommendation."""
 
 
 def quantize(
@@ -54,11 +59,21 @@ def quantize(
         f"{cost.top1_agreement:.1%}; its logits, up to {cost.max_logit:.3g}, differ by at most {cost.max_difference:.3g}.\n"
         f"Serve it with: dinat serve --model {folder} --precision int8"
     )
-    int8, default = (load_runtimes(Settings(model=str(folder), device="cpu", precision=kind))[0] for kind in ("int8", "auto"))
-    rates = [float(forward_rate(runtime)["images/s"] or 0) for runtime in (int8, default)]
-    speedup = rates[0] / rates[1]
-    verdict = "recommended" if speedup >= MIN_SPEEDUP else "not recommended on this CPU"
+    compared = [
+        WarmRuntime.of(load_runtimes(Settings(model=str(folder), device="cpu", precision=kind))[0]) for kind in ("int8", "auto")
+    ]
+    int8, default = forward_rates(compared)
+    speedups = [fast / slow for fast, slow in zip(int8, default, strict=True)]
+    runtime = compared[1].runtime
     print(
-        f"On this CPU it processes {rates[0]:.1f} images/s, {speedup:.2f} times as many as "
-        f"{default.name} in {default.precision}: {verdict}."
+        f"On this CPU it processes {median(int8):.1f} images/s, {median(speedups):.2f} times as many as {runtime.name} in "
+        f"{runtime.precision} ({min(speedups):.2f} to {max(speedups):.2f} in {len(speedups)} rounds, in turns): "
+        f"{verdict(speedups)}."
     )
+
+
+def verdict(speedups: Sequence[float]) -> str:
+    """Return whether quantization is recommended, by the speedup over the unquantized network in each round."""
+    if max(speedups) > MAX_SPREAD * min(speedups) or min(speedups) < MIN_SPEEDUP <= max(speedups):
+        return "no recommendation, the rounds differ too much: repeat it while nothing else runs"
+    return "recommended" if min(speedups) >= MIN_SPEEDUP else "not recommended on this CPU"
