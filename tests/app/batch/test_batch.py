@@ -17,11 +17,14 @@ import pyarrow.dataset as ds
 import pyarrow.parquet as pq
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import save_file
 
+from dinat.app.batch.sources import open_source
 from dinat.app.cli import main
 from dinat.model.checkpoints.files import EMBEDDED
 from tests.app.conftest import DIGITS
+from tests.app.sample_images import encoded
 
 IMAGES = sorted(DIGITS.glob("*.png"))
 EXACT = ["--runtime", "torch", "--precision", "fp32"]
@@ -84,6 +87,55 @@ def test_webdataset_tar_files(tmp_path: Path) -> None:
         f"a-001.tar/{path.name}" for path in IMAGES[9:]
     ]
     assert top_labels(found) == {path.name: path.name[0] for path in IMAGES}
+
+
+LAYOUTS = {
+    "large_binary": pa.large_binary(),
+    "fixed_size_binary": pa.binary(300),
+    "dictionary": pa.dictionary(pa.int8(), pa.binary()),
+    **({"binary_view": pa.binary_view()} if hasattr(pa, "binary_view") else {}),
+    "struct": pa.struct([("bytes", pa.large_binary()), ("path", pa.string())]),
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_bytes_of_every_arrow_layout_are_images(layout: str, tmp_path: Path) -> None:
+    size = 300 if layout == "fixed_size_binary" else None  # BMP ignores the bytes after its pixels
+    image = Image.open(IMAGES[0]).convert("1").resize((32, 32))
+    data = [encoded(image, "BMP").ljust(size or 0, b"\0"), None]
+    values = [None if one is None else {"bytes": one, "path": "x"} for one in data] if layout == "struct" else data
+    column = pa.array(values, LAYOUTS[layout]) if layout != "dictionary" else pa.array(values, pa.binary()).dictionary_encode()
+    table = pa.table({"label": [1, 2], "image": column})
+    assert table.schema.field("image").type == LAYOUTS[layout] or layout == "dictionary"
+    pq.write_table(table, tmp_path / "images.parquet")
+    source = open_source(str(tmp_path / "images.parquet"))
+    (shard,) = source.shards(10)
+    assert [item.data for item in source.items(shard)] == data
+
+
+def test_names_with_brackets_and_of_any_encoding(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = tmp_path / "photos [2024]"
+    folder.mkdir()
+    name = os.fsdecode(b"shard[1] caf\xe9.tar")
+    with tarfile.open(folder / name, "w") as tar:
+        for member in (
+            "a.png",
+            "./._a.png",
+            "__MACOSX/._a.png",
+            "x/.hidden/a.png",
+            "b.JFIF",
+            os.fsdecode(b"\xe9.png"),
+            "c.txt",
+        ):
+            tar.add(IMAGES[0], member)
+    (folder / "._shard.tar").write_bytes(b"AppleDouble")
+    (folder / "notes.txt").write_text("text")
+    expected = sorted(f"shard[1] caf\\udce9.tar/{member}" for member in ("a.png", "b.JFIF", "\\udce9.png"))
+    for number, source in enumerate((folder, folder / name, folder / "*.tar", folder / "shard*")):
+        assert main(["batch", str(source), str(tmp_path / f"out{number}"), *EXACT]) == 0
+        found = rows(tmp_path / f"out{number}")
+        assert [(row["path"], row["error"]) for row in found] == [(path, None) for path in expected]
+    assert "1 files are skipped: 1 .txt" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("kind", ["binary", "struct"])
