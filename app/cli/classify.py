@@ -121,11 +121,14 @@ def find_images(paths: Sequence[str]) -> Files:
             found[argument] = None
             continue
         try:
-            files = list_files(argument).images()
+            files = list_files(argument)
         except FileNotFoundError as error:
             raise CommandError(str(error)) from None
-        found.update(dict.fromkeys(files.paths))
-        skipped += files.skipped
+        images = files.images()
+        if not images.paths and not Path(argument).is_dir():  # a pattern for images without a usual suffix
+            images = files
+        found.update(dict.fromkeys(images.paths))
+        skipped += images.skipped
     return Files(list(found), skipped)
 
 
@@ -264,7 +267,8 @@ def open_writer(output: str, to: Path | None) -> Writer:
     writer_type = JsonLinesWriter if output == "jsonl" else CsvWriter
     if to is None:
         return writer_type(sys.stdout)
-    done = _remove_unfinished(to, _read_json_lines if output == "jsonl" else _read_csv, output) if to.exists() else ()
+    read = _read_json_lines if output == "jsonl" else _read_csv
+    done = _remove_unfinished(to.resolve(), read, output) if to.is_file() else ()
     return writer_type(to.open("a", encoding="utf-8", newline=""), frozenset(done))
 
 

@@ -72,7 +72,7 @@ def evaluate(
     if report is not None:
         from dinat.app.evaluation.report import html_report
 
-        report.write_text(html_report(evaluations, f"{source} on {data}"), encoding="utf-8")
+        report.write_text(html_report(evaluations, f"{source} on {path_text(data)}"), encoding="utf-8")
         print(f"dinat: report written to {report}", file=sys.stderr)
     if evaluations[0].unreadable:
         for path, error in evaluations[0].unreadable.items():

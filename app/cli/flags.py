@@ -20,7 +20,8 @@ Source = Annotated[
 LabelledData = Annotated[
     Path,
     typer.Argument(
-        metavar="DATA", help="Folder with one subfolder of images per label, or a .csv or .jsonl file with path and label."
+        metavar="DATA",
+        help="Folder with one subfolder of images per label, or a .csv, .tsv or .jsonl file with path and label.",
     ),
 ]
 Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit of a Hub id.")]

@@ -3,6 +3,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from dinat.app.tables import TableError, find_column, normalize, read_lines, read_table, read_text
 
@@ -71,6 +73,24 @@ def test_malformed_row_is_named(data: bytes, name: str, message: str, tmp_path: 
     (tmp_path / name).write_bytes(data)
     with pytest.raises(TableError, match=message):
         rows(tmp_path / name)
+
+
+@settings(deadline=None, max_examples=300, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    st.sampled_from([b"", b"\xef\xbb\xbf", b"\xff\xfe", b"\xff\xfe\0\0", b"sep=;\n", b'path,label\n"', b'{"path": ']),
+    st.binary(max_size=60) | st.text(max_size=40).map(str.encode),
+    st.sampled_from(["x.csv", "x.tsv", "x.jsonl"]),
+)
+def test_any_file_is_read_or_named(tmp_path: Path, head: bytes, data: bytes, name: str) -> None:
+    (tmp_path / name).write_bytes(head + data)
+    try:
+        assert all(isinstance(row, dict) for row in rows(tmp_path / name))
+    except TableError as error:
+        assert "\n" not in str(error).replace(str(tmp_path), "")
+    try:
+        read_lines(tmp_path / name)
+    except TableError as error:
+        assert str(error).startswith(str(tmp_path / name))
 
 
 @pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16"])

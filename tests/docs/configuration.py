@@ -15,7 +15,7 @@ INTRODUCTION = """# Configuration
 
 Settings are environment variables with the prefix `DINAT_`, such as `DINAT_MAX_BATCH=32`, lines of a file `.env` in the
 working directory, or flags of `dinat serve`, such as `--max-batch 32`. A flag overrides the environment, which overrides the
-file. An invalid value stops the start with one line that names it.
+file. An empty variable is as none. An invalid value stops the start with one line that names it.
 
 This page is generated from `app/settings.py` (`python -m tests.docs.configuration`).
 

@@ -212,7 +212,20 @@ def requests() -> list[bytes]:
             ]
         }
     ).encode()
+    unnamed = (
+        b'preamble\r\n--b\r\nContent-Disposition: form-data; name="image"\r\nContent-Type: image/png\r\n\r\n' + image + b"\r\n"
+        b'--b\r\nContent-Disposition: form-data; name="top_k"\r\nContent-Transfer-Encoding: base64\r\n\r\n2\r\n--b--\r\n'
+    )
+    mlserver = v2 | {"parameters": {"content_type": "base64"}}
     return [
+        request("POST", "/classify", unnamed, Content_Type="multipart/form-data; boundary=b"),
+        request("POST", "/classify", b"\xef\xbb\xbf" + json.dumps({"image": text}).encode(), Content_Type="text/plain"),
+        request("POST", "/classify", f"image={text}&top_k=1".encode(), Content_Type="application/x-www-form-urlencoded"),
+        request("POST", "/?top_k=2&function_to_apply=none", b"\r\n" + image),
+        as_json("/", {"inputs": text.replace("+", " "), "options": {"use_cache": True}}),
+        as_json("/invocations", {"inputs": text}),
+        as_json("/predict", {"instances": [{"image_bytes": {"b64": text}}, {"content": text}]}),
+        as_json("/v2/models/digits/infer", mlserver),
         request("POST", "/classify?top_k=3", image, X_Deadline_Ms="9000"),
         request("POST", "/classify", form, Content_Type="multipart/form-data; boundary=b"),
         as_json("/classify", {"image": text, "top_k": 2, "features": ["pooled"]}),
