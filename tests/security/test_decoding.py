@@ -62,7 +62,7 @@ ATTACKS: dict[str, tuple[Callable[[], list[bytes]], set[int], int]] = {
     "rows of any width": (lambda: [narrow_png(999_900 - n) for n in range(32)], {200}, 250),
     "GIF comments": (lambda: [gif_comments(20_000)] * 8, {200}, 350),
     "run-length encoding in Python": (lambda: [bmp_rle(7000)] * 4, {422}, 350),
-    "TIFF directories": (lambda: [tiff_directory(20_000, 1_000_000)] * 4, {200, 422}, 350),
+    "TIFF directories": (lambda: [tiff_directory(4000, 1_000_000)] * 32, {200}, 350),
 }
 """Images, allowed statuses, and how far the memory of all processes may grow, in MiB, including the bodies."""
 
