@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from onnxscript import FLOAT, opset18
 
+import dinat.model.attention.compiled  # noqa: F401 - registers the operators, also those of the modules that it imports
+
 op: Any = opset18
 
 Value = Any

@@ -2,8 +2,9 @@
 
     python -m tests.hf.transformers_tests CHECKOUT [pytest's arguments]
 
-CHECKOUT: a clone of https://github.com/huggingface/transformers at the installed release. Requires pytest-xdist and the test
-requirements of transformers (parameterized, evaluate, datasets), as far as the tests use them.
+CHECKOUT: a clone of https://github.com/huggingface/transformers at the installed release. Requires the test requirements of
+transformers (parameterized, evaluate, datasets), as far as the tests use them. In one process: the network is registered in
+this one, so pytest-xdist's -n is rejected.
 """
 
 import os
@@ -30,6 +31,8 @@ def main() -> int:
     """Returns pytest's exit status."""
     if len(sys.argv) < 2:
         sys.exit("usage: python -m tests.hf.transformers_tests CHECKOUT [pytest's arguments]")
+    if any(argument.startswith(("-n", "--numprocesses")) for argument in sys.argv[2:]):
+        sys.exit("-n is not supported: the network is registered in this process only")
     checkout = Path(sys.argv[1]).resolve()
     tests = checkout / "tests" / "models" / "dinat"
     if not tests.is_dir():
