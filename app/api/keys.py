@@ -16,6 +16,9 @@ log = structlog.get_logger("dinat")
 CHECK_SECONDS = 1.0
 """Interval in which the file is checked for changes."""
 
+WARN_SECONDS = 60.0
+"""Interval in which it is logged that the file cannot be read."""
+
 
 class ApiKeys:
     """Requires one of API_KEYS or API_KEYS_FILE, as `Authorization: Bearer KEY` or `X-API-Key: KEY`, except for KEYLESS.
@@ -31,7 +34,7 @@ class ApiKeys:
         self._file = settings.api_keys_file
         self._keyless = tuple(f"/{name}" for name in settings.keyless)
         self._version: object = None
-        self._checked = -CHECK_SECONDS
+        self._checked = self._warned = -WARN_SECONDS
         self._keys: dict[str, bytes] = {}
         self._set(self._fixed)
 
@@ -70,8 +73,9 @@ class ApiKeys:
             self._set([*self._fixed, *read_keys(file)])
         except (OSError, ValueError) as error:
             version = None
-            log.warning("the API keys remain as they were", file=str(file), reason=str(error))
-            self._checked += 60  # one warning a minute
+            if self._checked >= self._warned + WARN_SECONDS:
+                self._warned = self._checked
+                log.warning("the API keys remain as they were", file=str(file), reason=str(error))
         else:
             log.info("API keys", keys=list(self._keys))
         self._version = version

@@ -229,8 +229,12 @@ def test_api_keys_of_a_file_are_rotated(seven: bytes, tmp_path: Path, monkeypatc
         assert [status(key) for key in ("fixed", "old", "new")] == [200, 200, 200]
         file.write_text("new")
         assert [status(key) for key in ("fixed", "old", "new")] == [200, 401, 200]
-        file.unlink()
+        file.write_text("")  # as an editor that truncates the file first
         assert [status(key) for key in ("fixed", "old", "new")] == [200, 401, 200]
+        file.write_text("newest")
+        assert [status(key) for key in ("fixed", "new", "newest")] == [200, 401, 200]
+        file.unlink()
+        assert [status(key) for key in ("fixed", "new", "newest")] == [200, 401, 200]
 
 
 def test_every_key_is_required_before_the_file_is_read(seven: bytes, tmp_path: Path) -> None:
