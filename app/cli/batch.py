@@ -7,6 +7,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import fields
 from importlib.util import find_spec
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
@@ -74,6 +75,8 @@ def batch(
     from dinat.app.batch.run import BatchSpec
     from dinat.app.batch.sources import open_source
 
+    if f"{_absolute(dest)}/".startswith(f"{_absolute(source)}/"):
+        raise CommandError(f"{dest} is inside {source}, whose files are classified: use another folder for the results")
     configure_logs("auto", logging.WARNING)
     columns = tuple(name.strip() for name in keep.split(",") if name.strip())
     spec = BatchSpec(settings, source, dest, column, columns, top_k, features, feature_dtype)
@@ -92,6 +95,10 @@ def batch(
     print(f"dinat: {done}{skipped}; {num_errors:,} rows have an error", file=sys.stderr)
     if failed:
         raise typer.Exit(1)
+
+
+def _absolute(url: str) -> str:
+    return url.rstrip("/") if "://" in url else str(Path(url).resolve())
 
 
 def _parameters(spec: "BatchSpec") -> dict[str, Any]:

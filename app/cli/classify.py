@@ -324,4 +324,6 @@ def _read_csv(stream: TextIO) -> Iterator[Record]:
             raise
         if row is None or not lines[-1].endswith("\n"):
             return
+        if bool(row[1]) == bool(row[2:]):
+            raise ValueError("neither labels nor an error")
         yield row[0], bool(row[1]), "".join(lines)

@@ -200,6 +200,13 @@ def test_damaged_tar_keeps_what_can_be_read(tmp_path: Path, capsys: pytest.Captu
     assert len(rows(out)) == 20
 
 
+def test_results_inside_the_source_are_rejected(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    shutil.copy(DIGITS / "7-1.png", tmp_path)
+    for dest in (tmp_path / "results", tmp_path / "a" / ".." / "results", tmp_path):
+        assert "is inside" in error_of([str(tmp_path), str(dest)], capsys)
+    assert [path.name for path in tmp_path.iterdir()] == ["7-1.png"]
+
+
 def test_damaged_parquet_fails_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     source, out = tmp_path / "in", tmp_path / "out"
     source.mkdir()

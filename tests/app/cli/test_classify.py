@@ -97,6 +97,18 @@ def test_images_with_an_error_are_retried(output: str, tmp_path: Path, capsys: p
     assert to.stat().st_size == size
 
 
+@pytest.mark.parametrize(("written", "output"), [("jsonl", "csv"), ("csv", "jsonl")])
+def test_output_of_the_other_format_is_not_overwritten(
+    written: str, output: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    to = tmp_path / "labels"
+    assert main(["classify", *ALL[:2], "--output", written, "--to", str(to), *EXACT]) == 0
+    before = to.read_bytes()
+    assert main(["classify", ALL[2], "--output", output, "--to", str(to), *EXACT]) == 1
+    assert f"exists and is not {output} output of dinat classify" in capsys.readouterr().err
+    assert to.read_bytes() == before
+
+
 def test_csv_that_ends_within_quotes_is_resumed(tmp_path: Path) -> None:
     to = tmp_path / "labels.csv"
     to.write_text(f'{ALL[0]},,0,1\n"two\nlin')
