@@ -70,8 +70,9 @@ def read_labelled_images(source: Path) -> LabelledImages:
     elif source.suffix.lower() in TABLE_SUFFIXES and source.is_file():
         dataset = LabelledImages(list(_read_rows(source)))
     else:
+        problem = "is neither a folder nor a table" if source.exists() else "does not exist"
         raise DataError(
-            f"{source} does not exist: use a folder with one subfolder per label, or a .csv or .jsonl file of paths and labels"
+            f"{source} {problem}: use a folder with one subfolder per label, or a .csv or .jsonl file of paths and labels"
         )
     if not dataset.images:
         raise DataError(f"{source} has no image: supported are {', '.join(SUFFIXES)}")
@@ -143,6 +144,8 @@ def _read_rows(source: Path) -> Iterator[LabelledImage]:
         path, label = (_value(row, names, where) for names in (PATH_COLUMNS, LABEL_COLUMNS))
         if not isinstance(path, str):
             raise DataError(f"{where} has the path {path!r}: it must be text")
+        if "\0" in path:
+            raise DataError(f"{where} has the path {path!r}: no file has a name with a NUL character")
         if isinstance(label, list | dict):
             raise DataError(f"{where} has the label {label!r}: give each image one label, as text or a number")
         yield LabelledImage(_find(source.parent, path), normalize(path_text(str(label))))

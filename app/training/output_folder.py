@@ -43,8 +43,11 @@ def find_previous(spec: TrainingSpec, split: DataSplit) -> Previous | None:
     The images that are there now decide nothing but whether images are gone: which of them validate does not change.
 
     Raises:
-        TrainingError: The folder has other content, a training that differs, or a finished one of at least as many epochs.
+        TrainingError: The folder is part of the data, has other content or not all of a training, or has a training that
+            differs, or a finished one of at least as many epochs.
     """
+    if spec.out.resolve().is_relative_to(spec.data.resolve()):
+        raise TrainingError(f"{spec.out} is inside {spec.data}, whose folders are labels: use another folder for the output")
     state_file, split_file = spec.out / STATE_FILE, spec.out / CHECKPOINTS / SPLIT_FILE
     if not state_file.exists():
         if spec.out.exists() and {path.name for path in spec.out.iterdir()} - {CHECKPOINTS, f"{STATE_FILE}.part"}:
@@ -69,6 +72,9 @@ def find_previous(spec: TrainingSpec, split: DataSplit) -> Previous | None:
     checkpoint = last_complete_checkpoint(spec.out / CHECKPOINTS)
     if not split_file.exists() or (stored["finished"] and checkpoint is None):
         raise TrainingError(f"{spec.out / CHECKPOINTS} is not complete: the training cannot be resumed, use another folder")
+    missing = [name for name in ("config.json", "model.safetensors") if not (spec.out / name).exists()]
+    if checkpoint is not None and missing:
+        raise TrainingError(f"{spec.out} has no {missing[0]} anymore: the training cannot be resumed, use another folder")
     before = _read_split(split_file)
     same, num_missing = _still_there(before, split, spec)
     return Previous(recipe.model_copy(update={"epochs": epochs}), same, num_missing, checkpoint)

@@ -59,7 +59,7 @@ def _key(path: Path, max_pixels: int) -> str | None:
     """Hash what identifies a file's contents, or return None if there is no file."""
     try:
         status = path.stat()
-    except OSError:
+    except (OSError, ValueError):  # a name that no file can have
         return None
     parts = (os.fsencode(path.resolve()), status.st_size, status.st_mtime_ns, max_pixels)
     return hashlib.blake2b(repr(parts).encode(), digest_size=8).hexdigest()

@@ -2,6 +2,7 @@
 
 import errno
 import logging
+import math
 import shutil
 import time
 import warnings
@@ -37,6 +38,9 @@ from dinat.model.checkpoints.transfer import HEAD, transfer
 
 FITTED = 0.9
 """Accuracy on training images, without augmentation, below which a network underfits."""
+
+DIVERGED = 10
+"""Validation loss in units of that of equal scores, from which a training has diverged."""
 
 PROBED = 1000
 """Training images that are classified to detect underfitting."""
@@ -146,7 +150,10 @@ def train(
             write_model_card(spec, result, config, changes)
             _delete_checkpoints(spec.out / CHECKPOINTS)
             write_state(spec, recipe, finished=True)
-    if fitted < FITTED:
+    last = trainer.history.epochs[-1]
+    if not math.isfinite(last.loss) or last.loss > DIVERGED * math.log(len(split.classes)):
+        report(f"the training diverged, its last validation loss is {last.loss:.3g}: try a lower --learning-rate")
+    elif fitted < FITTED:
         report(_underfits(fitted, recipe))
     return result
 

@@ -9,11 +9,13 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
+from zipfile import is_zipfile
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from rich.progress import Progress
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from sklearn.metrics import f1_score
 from torch import nn
@@ -272,9 +274,24 @@ def accuracies(prediction: EvalPrediction) -> dict[str, float]:
 
 
 def last_complete_checkpoint(folder: Path) -> Path | None:
-    """Return the last complete checkpoint. Later checkpoints, which are incomplete after a kill, are deleted."""
+    """Return the last complete checkpoint. Later ones, incomplete after a kill or a power failure, are deleted."""
     for checkpoint in sorted(folder.glob("checkpoint-*"), key=lambda path: int(path.name.rpartition("-")[2]), reverse=True):
-        if (checkpoint / HISTORY_FILE).exists():
+        if (checkpoint / HISTORY_FILE).exists() and all(_is_complete(file) for file in checkpoint.iterdir()):
             return checkpoint
         shutil.rmtree(checkpoint)
     return None
+
+
+def _is_complete(file: Path) -> bool:
+    """Return whether a file is not cut short, as far as its format shows that."""
+    try:
+        if file.suffix == ".json":
+            json.loads(file.read_text())
+        elif file.suffix == ".safetensors":
+            with safe_open(file, framework="pt"):
+                pass
+        elif file.suffix in (".pt", ".pth"):
+            return is_zipfile(file)
+    except (OSError, ValueError, SafetensorError):
+        return False
+    return True

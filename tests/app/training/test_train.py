@@ -20,7 +20,7 @@ from dinat.app.cli import main
 from dinat.app.training.augmentation import OPERATIONS, Augmentation, mix, random_box, soft_labels, trivial_augment
 from dinat.app.training.recipe import Recipe
 from dinat.app.training.spec import TrainingSpec, read_split
-from dinat.app.training.trainer import History
+from dinat.app.training.trainer import Epoch, History, last_complete_checkpoint
 from dinat.model import DinatForImageClassification, DinatImageProcessor
 from tests.app.conftest import DIGITS
 from tests.app.sample_images import noise
@@ -163,8 +163,49 @@ def test_bf16_gradient_checkpointing_kernel_size_and_input_size(
     assert DinatImageProcessor.from_pretrained(tmp_path / "out").output_size == (96, 96)
 
 
+@pytest.mark.slow
+def test_diverged_training_is_reported(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    train(data, tmp_path / "out", "--epochs", 1, "--learning-rate", 1e30)
+    log = capsys.readouterr().err
+    assert "the training diverged, its last validation loss is nan: try a lower --learning-rate" in log
+    assert "underfits" not in log
+
+
+@pytest.mark.slow
+def test_damaged_checkpoint_is_skipped_and_missing_weights_are_named(
+    data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out, add = tmp_path / "out", History.add
+
+    def interrupt_third(history: History, epoch: Epoch) -> bool:
+        if len(history.epochs) == 2:
+            raise KeyboardInterrupt
+        return add(history, epoch)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(History, "add", interrupt_third)
+        assert main(["train", str(data), str(out), *SMALL, "--epochs", "4"]) == 130
+    newest = max((out / "checkpoints").glob("checkpoint-*"), key=lambda path: int(path.name.rpartition("-")[2]))
+    for name in ("optimizer.pt", "model.safetensors", "trainer_state.json"):
+        copy = tmp_path / "copy"
+        shutil.copytree(out / "checkpoints", copy)
+        damaged = copy / newest.name / name
+        damaged.write_bytes(damaged.read_bytes()[: damaged.stat().st_size // 2])
+        checkpoint = last_complete_checkpoint(copy)
+        assert checkpoint is None or checkpoint.name != newest.name
+        assert not (copy / newest.name).exists()
+        shutil.rmtree(copy)
+    (out / "model.safetensors").unlink()
+    assert "has no model.safetensors anymore" in error_of(capsys, data, out, *SMALL, "--epochs", 4)
+
+
 def test_invalid_data_and_flags_are_one_line(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "out"
+    assert "is inside" in error_of(capsys, data, data / "out", *SMALL)
+    (tmp_path / "nul.csv").write_text("path,label\na\0.png,cat\n")
+    assert "line 2, has the path 'a\\x00.png'" in error_of(capsys, tmp_path / "nul.csv", out, *SMALL)
+    (tmp_path / "data.zip").touch()
+    assert "data.zip is neither a folder nor a table" in error_of(capsys, tmp_path / "data.zip", out, *SMALL)
     assert "does not exist" in error_of(capsys, tmp_path / "no", out, *SMALL)
     assert "--epochs '0'" in error_of(capsys, data, out, *SMALL, "--epochs", 0)
     assert "patience" in error_of(capsys, data, out, *SMALL, "--patience", 2, "--keep", "last")
