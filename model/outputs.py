@@ -1,13 +1,22 @@
 """Outputs of the networks, with the names of transformers."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass, fields
+from functools import partial
 from typing import Any
 
 from torch import Tensor
+from torch.utils import _pytree
 
 
 class ModelOutput:
     """Outputs by field, by key, or by index into to_tuple(). Outputs that were not requested are None."""
+
+    def __init_subclass__(cls) -> None:
+        """Make the outputs a pytree, as torch.export requires."""
+        super().__init_subclass__()
+        name = f"{cls.__module__}.{cls.__qualname__}"
+        _pytree.register_pytree_node(cls, _flatten, partial(_unflatten, cls), serialized_type_name=name)
 
     def to_tuple(self) -> tuple[Any, ...]:
         """Return the values that are not None in transformers' order, which does not include reshaped_hidden_states."""
@@ -16,6 +25,16 @@ class ModelOutput:
 
     def __getitem__(self, key: int | str) -> Any:
         return getattr(self, key) if isinstance(key, str) else self.to_tuple()[key]
+
+
+def _flatten(output: ModelOutput) -> tuple[list[Any], list[str]]:
+    named = {field.name: getattr(output, field.name) for field in fields(output)}  # type: ignore[arg-type]
+    names = [name for name, value in named.items() if value is not None]
+    return [named[name] for name in names], names
+
+
+def _unflatten(cls: type[Any], values: Iterable[Any], names: list[str]) -> Any:
+    return cls(**{field.name: None for field in fields(cls)} | dict(zip(names, values, strict=True)))
 
 
 @dataclass

@@ -14,6 +14,7 @@ from torch import Tensor, is_grad_enabled, nn
 from torch.utils.checkpoint import checkpoint
 
 from dinat.model.checkpoints.original import convert_original
+from dinat.model.config import FIELDS as CONFIG_FIELDS
 from dinat.model.config import HUB_IDS, NAT_PRESETS, PRESETS, DinatConfig
 from dinat.model.cpu.fast_layers import LayerNorm
 from dinat.model.dinat import DinatForImageClassification, Downsampler, Embeddings, Layer, Stage
@@ -48,6 +49,9 @@ class TimmDinat(DinatForImageClassification):
         self, preset: str, global_pool: str = "avg", drop_rate: float = 0.0, attention: str = "auto", **fields: Any
     ) -> None:
         changes = {FIELDS.get(name, name): value for name, value in fields.items()}
+        unknown = sorted(changes.keys() - CONFIG_FIELDS - {"image_size"})
+        if unknown:
+            raise TypeError(f"unknown argument {unknown[0]!r} of create_model for this network")
         super().__init__(DinatConfig.preset(preset, **changes), attention)
         self.in_chans = self.config.num_channels
         self.num_features = self.head_hidden_size = self.config.hidden_size

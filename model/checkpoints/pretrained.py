@@ -19,7 +19,7 @@ from dinat.model.checkpoints.checkpoint import (
 )
 from dinat.model.checkpoints.files import one_line
 from dinat.model.config import DinatConfig, warn_if_unknown
-from dinat.model.errors import CheckpointError
+from dinat.model.errors import CheckpointError, ConfigError
 
 
 class PreTrainedModel(nn.Module):
@@ -43,7 +43,7 @@ class PreTrainedModel(nn.Module):
         source: str | Path | Checkpoint,
         attention: str = "auto",
         device: str | torch.device | None = None,
-        dtype: torch.dtype | None = None,
+        dtype: torch.dtype | str | None = None,
         *,
         revision: str | None = None,
         token: str | None = None,
@@ -58,7 +58,7 @@ class PreTrainedModel(nn.Module):
             source: A folder in the Hub's layout, a Hub id, an original .pth or .pth.tar file, "digits", or an open Checkpoint.
             attention: Backend, see neighborhood_attention.
             device: CPU if None.
-            dtype: float32 if None.
+            dtype: A dtype or its name, such as "bfloat16"; float32 if None.
             revision: Branch, tag or commit of a Hub repository.
             token: Access token of the Hub.
             cache_dir: Cache folder of huggingface_hub.
@@ -72,6 +72,8 @@ class PreTrainedModel(nn.Module):
                 wrongly shaped keys.
             ConfigError: The configuration is invalid.
         """
+        if isinstance(dtype, str):
+            dtype = _dtype(dtype)
         checkpoint = source
         if not isinstance(checkpoint, Checkpoint):
             options: dict[str, Any] = {"revision": revision, "token": token, "cache_dir": cache_dir}
@@ -210,3 +212,10 @@ def _merge_qkv(module: nn.Module, state_dict: dict[str, Any], prefix: str, *_: A
         names = [key.replace(".self.query.", f".self.{name}.") for name in QKV]
         if all(name in state_dict for name in names):
             state_dict[key.replace(".self.query.", ".self.qkv.")] = torch.cat([state_dict.pop(name) for name in names])
+
+
+def _dtype(name: str) -> torch.dtype:
+    dtype = getattr(torch, name, None)
+    if not isinstance(dtype, torch.dtype):
+        raise ConfigError(f"unknown dtype {name!r}: use a torch.dtype or its name, such as 'bfloat16'")
+    return dtype

@@ -389,6 +389,9 @@ class Logits(torch.nn.Module):
 pixels = torch.randn(2, 3, 40, 36)
 exported = torch.export.export(Logits(), (pixels,))
 torch.testing.assert_close(exported.module()(pixels), network(pixels).logits, rtol=0, atol=1e-5)
+output = torch.export.export(network, (pixels,)).module()(pixels)
+assert type(output).__name__ == "DinatImageClassifierOutput" and output.hidden_states is None
+torch.testing.assert_close(output.logits, network(pixels).logits, rtol=0, atol=1e-5)
 """
 
 

@@ -203,3 +203,8 @@ def test_evaluate_of_a_trained_model_equals_its_own_accuracy(
     expected = [[int(((labels == i) & (predicted == j)).sum()) for j in range(10)] for i in range(10)]
     assert result["confusion"]["rows"] == expected
     assert len(set(predicted.tolist())) > 1
+
+
+def test_unknown_arguments_are_rejected(timm: ModuleType) -> None:
+    with pytest.raises(TypeError, match="unknown argument 'nonsense'"):
+        create(timm, nonsense=1)

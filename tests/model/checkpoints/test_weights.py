@@ -10,7 +10,7 @@ from huggingface_hub import save_torch_state_dict
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from dinat.model import CheckpointError, DinatForImageClassification
+from dinat.model import CheckpointError, ConfigError, DinatForImageClassification
 from tests.model.checkpoints.originals import random_network
 from tests.model.checkpoints.test_checkpoint import PIXELS, small
 
@@ -152,3 +152,10 @@ def test_nested_brackets_are_one_line(folder: Path) -> None:
     (folder / "config.json").write_text("[" * 200_000)
     with pytest.raises(CheckpointError, match="is not JSON"):
         DinatForImageClassification.from_pretrained(folder)
+
+
+def test_dtype_may_be_a_name() -> None:
+    network = DinatForImageClassification.from_pretrained("digits", dtype="bfloat16")
+    assert {weight.dtype for weight in network.parameters()} == {torch.bfloat16}
+    with pytest.raises(ConfigError, match="unknown dtype 'Tensor'"):
+        DinatForImageClassification.from_pretrained("digits", dtype="Tensor")
