@@ -8,7 +8,7 @@ from dinat.model.cpu.spinning import CONTENDED, thread_times
 STOLEN = 0.05
 """Share of the CPU's time, above which it is worth mentioning that the hypervisor gave it to other virtual machines."""
 
-MIN_COMPUTED = 0.5
+MIN_COMPUTED = 0.1
 """Seconds of computing below which waiting says little."""
 
 STAT = Path("/proc/stat")

@@ -44,7 +44,7 @@ def test_contention_is_described_by_its_causes(monkeypatch: pytest.MonkeyPatch) 
 
     assert describe(12, 1.1, 1200, 12) is None
     assert describe(10, 1, 1000, 10) is None  # no time has passed
-    assert describe(10.1, 3, 1010, 10) is None  # too little to tell
+    assert describe(10.05, 3, 1010, 10) is None  # too little to tell
     assert describe(12, 2, 1200, 10) == (
         "the CPU is shared: threads waited 0.5 s for a CPU in each second of computing (other programs, or a CPU quota)"
     )
