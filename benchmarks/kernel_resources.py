@@ -1,11 +1,12 @@
 """Resources and instruction counts of the Triton kernel, compiled for several GPUs on any machine, without a GPU.
 
-    python -m benchmarks.kernel_resources [80 86 89 90 100 120] [--all-dtypes]
+    python -m benchmarks.kernel_resources [75 80 86 89 90 100 120] [--dtypes bf16 fp32 fp16]
 
-Prints one line of JSON for each compute capability, dtype, cut and layer, at head_dim 32: registers per thread, bytes they
-spill, bytes of shared memory per program, warps resident on a multiprocessor out of its maximum, keys read per query, and
-instructions (of a thread) per query-key pair of the definition, which has kernel_size**2 pairs per query. Instructions are
-counted in the machine code: once outside the loop over blocks of keys, as often as it runs inside.
+Prints one line of JSON for each compute capability, dtype, cut and layer: registers per thread, bytes they spill, bytes of
+shared memory per program, instructions for tensor cores, warps resident on a multiprocessor out of its maximum, keys read per
+query, and instructions (of a thread) per query-key pair of the definition, which has kernel_size**2 pairs per query.
+Instructions are counted in the machine code: once outside the loop over blocks of keys, as often as it runs inside.
+Capability 7.5 is measured only if it is named: Triton uses no tensor cores there, so the kernel is no candidate.
 """
 
 import argparse
@@ -28,7 +29,10 @@ DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp16": torch.float16}
 LAYERS = {"56x56 k7 d1": (56, 7, 1), "56x56 k7 d8": (56, 7, 8), "96x96 k11 d1": (96, 11, 1)}
 """Side of the feature map, kernel size and dilation: the first stage of Mini, without and with dilation, and of Large with
 kernel 11 at 384."""
-HEADS = 2
+LARGER_HEADS = (64, 128)
+"""Values of head_dim besides 32, for the first layer."""
+TENSOR_CORE = re.compile(r"^(@!?U?P\d+ )?(HMMA|HGMMA|UTCHMMA)\b")
+"""Instructions of tensor cores: of a warp, of a warp group (sm_90), and of a multiprocessor (sm_100)."""
 MIN_LOOP = 24
 """Instructions; a shorter loop waits for a barrier."""
 
@@ -46,6 +50,7 @@ class Multiprocessor:
 
 
 MULTIPROCESSORS = {
+    75: Multiprocessor(1024, 16, 64 * 1024),
     80: Multiprocessor(2048, 32, 164 * 1024),
     86: Multiprocessor(1536, 16, 100 * 1024),
     89: Multiprocessor(1536, 24, 100 * 1024),
@@ -77,8 +82,12 @@ def tool(name: str, *arguments: str | Path) -> str:
     return subprocess.run([path, *arguments], capture_output=True, text=True, check=True).stdout
 
 
-def executed(assembly: str, trips: int) -> int:
-    """Count the instructions that a warp executes, from the disassembly of a kernel whose only loop runs `trips` times."""
+def executed(assembly: str, trips: int) -> tuple[int, int]:
+    """Count the instructions that a warp executes, from the disassembly of a kernel whose only loop runs `trips` times.
+
+    Returns:
+        All instructions, and how many instructions for tensor cores the machine code has.
+    """
     labels: dict[str, int] = {}
     instructions: list[str] = []
     for line in assembly.splitlines():
@@ -94,7 +103,8 @@ def executed(assembly: str, trips: int) -> int:
     ]
     loops = [end - start for start, end in back if end - start >= MIN_LOOP]
     assert len(loops) <= 1, f"expected at most one loop, found {len(loops)}"
-    return length + sum(body * (trips - 1) for body in loops)
+    products = sum(bool(TENSOR_CORE.match(text)) for text in instructions[:length])
+    return length + sum(body * (trips - 1) for body in loops), products
 
 
 def resources(capability: int, dtype: str, cut: TileConfig, layer: str, head_dim: int = 32) -> dict[str, object]:
@@ -112,15 +122,18 @@ def resources(capability: int, dtype: str, cut: TileConfig, layer: str, head_dim
     by_registers, by_threads = 65536 // (per_warp * cut.warps), multiprocessor.threads // (32 * cut.warps)
     programs = min(multiprocessor.programs, by_registers, by_threads, multiprocessor.shared // (shared + 1024))
     tiles, keys = table.keys.shape
-    threads = executed(assembly, keys // cut.keys) * 32 * cut.warps * tiles
+    instructions, products = executed(assembly, keys // cut.keys)
+    threads = instructions * 32 * cut.warps * tiles
     return {
         "capability": capability,
         "dtype": dtype,
         "cut": str(cut),
         "layer": layer,
+        "head_dim": head_dim,
         "registers": int(used[1]),
         "spilled": int(used[2]),
         "shared": shared,
+        "tensor core": products,
         "warps": f"{programs * cut.warps}/{multiprocessor.threads // 32}",
         "keys/query": round(tiles * keys / side**2, 2),
         "instructions/pair": round(threads / (side**2 * kernel_size**2), 1),
@@ -133,15 +146,20 @@ def rows(capabilities: list[int], dtypes: list[str], layers: list[str]) -> Itera
             for cut in tile_configs(DTYPES[dtype], 32):
                 for layer in layers:
                     yield resources(capability, dtype, cut, layer)
+            for head_dim in LARGER_HEADS:
+                for cut in tile_configs(DTYPES[dtype], head_dim):
+                    yield resources(capability, dtype, cut, layers[0], head_dim)
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("capabilities", type=int, nargs="*", help=f"of {', '.join(map(str, MULTIPROCESSORS))}; default: all")
-    parser.add_argument("--all-dtypes", action="store_true", help="also fp16, which differs from bf16 only in conversions")
+    parser.add_argument(
+        "capabilities", type=int, nargs="*", help=f"of {', '.join(map(str, MULTIPROCESSORS))}; default: from 80"
+    )
+    parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=["bf16", "fp32"], help="default: bf16 fp32")
     arguments = parser.parse_args()
     if not set(arguments.capabilities) <= set(MULTIPROCESSORS):
         parser.error(f"a capability is one of {', '.join(map(str, MULTIPROCESSORS))}")
-    dtypes = list(DTYPES)[: 3 if arguments.all_dtypes else 2]
-    for row in rows(arguments.capabilities or list(MULTIPROCESSORS), dtypes, list(LAYERS)):
+    capabilities = arguments.capabilities or [capability for capability in MULTIPROCESSORS if capability >= 80]
+    for row in rows(capabilities, arguments.dtypes, list(LAYERS)):
         print(json.dumps(row), flush=True)

@@ -136,7 +136,8 @@ def neighborhood_attention(
         backend = select_backend(layer, names, attend, q, k, v, rpb)
     elif backend == "auto":
         # torch.compile cannot trace find_spec. It generates Triton code for GPUs, so triton is installed.
-        is_supported = q.device.type == "cuda" and q.dtype in autotune.MAX_ERROR and 8 <= q.shape[-1] <= 128
+        is_supported = q.dtype in autotune.MAX_ERROR and 8 <= q.shape[-1] <= 128
+        is_supported = is_supported and q.device.type == "cuda" and autotune.has_kernels(q.device)
         backend = "triton" if is_supported else "tiled"
     return attend(backend, q, k, v, rpb)
 

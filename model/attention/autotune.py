@@ -105,11 +105,19 @@ def candidates(device: torch.device, dtype: torch.dtype, head_dim: int, requeste
         return ["compiled", "tiled"] if compiled.supports_heads(dtype, head_dim) else ["tiled"]
     backends = [requested_backend]
     if requested_backend == "auto":
-        backends = [*_installed_backends(), "tiled"] if dtype in MAX_ERROR else ["tiled"]
+        backends = [*_installed_backends(), "tiled"] if dtype in MAX_ERROR and has_kernels(device) else ["tiled"]
     names = []
     for backend in backends:
         names += _triton_candidates(dtype, head_dim, requested_backend) if backend == "triton" else [backend]
     return names
+
+
+def has_kernels(device: torch.device) -> bool:
+    """Return whether a GPU's tensor cores are used by the kernels: from compute capability 8.0.
+
+    For 7.5, Triton multiplies without them and spills registers (benchmarks/kernel_resources.py).
+    """
+    return torch.cuda.get_device_properties(device).major >= 8  # torch.compile evaluates this, not get_device_capability
 
 
 def _triton_candidates(dtype: torch.dtype, head_dim: int, requested_backend: str) -> list[str]:

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -56,8 +57,13 @@ def test_candidates_of_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     assert candidates(CPU, torch.float64, 32, "tiled") == ["tiled"]
 
 
-def test_candidates_of_a_gpu() -> None:
+def set_capability(monkeypatch: pytest.MonkeyPatch, major: int, minor: int) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(major=major, minor=minor))
+
+
+def test_candidates_of_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("triton")
+    set_capability(monkeypatch, 8, 0)
     names = candidates(torch.device("cuda"), torch.bfloat16, 32)
     assert names[0] == "triton 8x4/32/1/2"
     assert names[-1] == "tiled"
@@ -66,6 +72,12 @@ def test_candidates_of_a_gpu() -> None:
     assert candidates(torch.device("cuda"), torch.float32, 32, "tiled") == ["tiled"]
     assert len(candidates(torch.device("cuda"), torch.bfloat16, 128, "triton")) == 1
     assert not any(name.startswith("triton") for name in candidates(torch.device("cuda"), torch.bfloat16, 4))
+
+
+def test_a_gpu_whose_tensor_cores_no_kernel_uses_has_one_candidate(monkeypatch: pytest.MonkeyPatch) -> None:
+    set_capability(monkeypatch, 7, 5)
+    assert candidates(torch.device("cuda"), torch.float16, 32) == ["tiled"]
+    assert candidates(torch.device("cuda"), torch.float32, 32) == ["tiled"]
 
 
 def test_first_candidate_is_used_without_autotuning() -> None:

@@ -19,7 +19,7 @@ from dinat.model.attention import neighborhood_attention
 pytest.importorskip("triton", reason="triton is not installed")
 
 from dinat.model.attention import triton_kernel
-from dinat.model.attention.triton_kernel import FLOAT_CONFIGS, HALF_CONFIGS, TileConfig, fused_attention, launch
+from dinat.model.attention.triton_kernel import FLOAT_CONFIGS, HALF_CONFIGS, TileConfig, fused_attention, launch, tile_configs
 
 pytestmark = [pytest.mark.interpreter, pytest.mark.skipif(torch.cuda.is_available(), reason="tests/gpu runs the kernel itself")]
 TOLERANCE = {torch.float32: 1e-6, torch.float16: 1e-2, torch.bfloat16: 1e-2}
@@ -140,21 +140,43 @@ LIMITS = {80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 120: 99}
 
 @pytest.mark.slow
 @pytest.mark.parametrize("capability", LIMITS)
-def test_no_config_spills_or_exceeds_the_limits_of_a_gpu(
+def test_every_config_uses_tensor_cores_spills_nothing_and_fits(
     capability: int, record_property: Callable[[str, object], None]
 ) -> None:
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    command = [sys.executable, "-m", "benchmarks.kernel_resources", str(capability)]
-    done = subprocess.run(
-        command, capture_output=True, text=True, timeout=110, env=environment, cwd=Path(__file__).parents[3], check=False
-    )
-    assert done.returncode == 0, done.stderr
-    rows = [json.loads(line) for line in done.stdout.splitlines()]
-    assert {row["cut"] for row in rows} == {str(config) for config in (*HALF_CONFIGS, *FLOAT_CONFIGS)}
+    rows = compiled(str(capability))
+    expected = {(config, head_dim) for head_dim in (32, 64, 128) for config in every_config(head_dim)}
+    assert {(row["cut"], row["head_dim"]) for row in rows} == expected
     for row in rows:
-        record_property(f"sm_{capability} {row['dtype']} {row['cut']} {row['layer']}", json.dumps(row))
+        name = f"sm_{capability} {row['dtype']} {row['head_dim']} {row['cut']} {row['layer']}"
+        record_property(name, json.dumps(row))
+        # float32 is multiplied by tensor cores only if it is split into three TF32 products.
+        assert (row["tensor core"] > 0) == (row["dtype"] == "bf16" or "tf32x3" in row["cut"]), row
         assert row["spilled"] == 0, row
         assert 0 < row["registers"] <= 255, row
         assert 0 < row["shared"] <= LIMITS[capability] * 1024, row
         # An earlier kernel without a tile plan needed 280 (half precision) and 723 (float32) instructions per pair on sm_90.
-        assert row["instructions/pair"] < (100 if row["dtype"] == "bf16" else 300), row
+        if row["head_dim"] == 32:
+            assert row["instructions/pair"] < (100 if row["dtype"] == "bf16" else 300), row
+
+
+@pytest.mark.slow
+def test_no_config_uses_the_tensor_cores_of_sm_75() -> None:
+    """The reason why these GPUs have no Triton candidates."""
+    rows = [row for row in compiled("75", "--dtypes", "fp16") if row["head_dim"] == 32]
+    assert {row["cut"] for row in rows} == {str(config) for config in HALF_CONFIGS}
+    for row in rows:
+        assert row["tensor core"] == 0, row
+        assert row["spilled"] > 0, row
+
+
+def every_config(head_dim: int) -> set[str]:
+    return {str(config) for dtype in (torch.bfloat16, torch.float32) for config in tile_configs(dtype, head_dim)}
+
+
+def compiled(*arguments: str) -> list[dict[str, Any]]:
+    """Run benchmarks.kernel_resources in a process in which Triton compiles, and return its rows."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    command, folder = [sys.executable, "-m", "benchmarks.kernel_resources", *arguments], Path(__file__).parents[3]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=110, env=environment, cwd=folder, check=False)
+    assert done.returncode == 0, done.stderr
+    return [json.loads(line) for line in done.stdout.splitlines()]
