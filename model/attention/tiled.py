@@ -6,7 +6,9 @@ that holds the RPB inside each query's window and -inf outside it. Tiles with eq
 bias and run as one batch.
 """
 
-from contextlib import AbstractContextManager, nullcontext
+import threading
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from itertools import product
 from typing import Any
@@ -137,7 +139,7 @@ def tiled_attention(
 
     q, k, v = (x.flatten(1, 2).flatten(2) for x in (q, k, v))
     chunk_size = _chunk_size(tile_plan, k)
-    with _transformable_attention():
+    with _sdpa_backends(q.device):
         if chunk_size is None:
             output = attend(q, k, v)
         else:
@@ -146,11 +148,27 @@ def tiled_attention(
     return output.view(-1, height, width, heads, head_dim)
 
 
-def _transformable_attention() -> AbstractContextManager[None]:
-    """Select the scaled dot-product attention that forward-mode AD and torch.func can transform, where they are active."""
-    if is_transformed() and not torch.compiler.is_compiling():
-        return sdpa_kernel(SDPBackend.MATH)
-    return nullcontext()
+_sdpa_lock = threading.RLock()
+"""sdpa_kernel sets flags of the process, and restores those that it found."""
+
+
+def _sdpa_backends(device: torch.device) -> AbstractContextManager[None]:
+    """Select implementations of scaled dot-product attention.
+
+    Forward-mode AD and torch.func can transform only one. On a GPU cuDNN's is excluded: it builds a plan for each shape and
+    thread, which takes tens of milliseconds and fails for some shapes (pytorch#140930). FlashAttention accepts no bias.
+    """
+    if torch.compiler.is_compiling():
+        return nullcontext()
+    if is_transformed():
+        return _only(SDPBackend.MATH)
+    return _only(SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH) if device.type == "cuda" else nullcontext()
+
+
+@contextmanager
+def _only(*backends: SDPBackend) -> Iterator[None]:
+    with _sdpa_lock, sdpa_kernel(list(backends)):
+        yield
 
 
 @torch.library.custom_op("dinat::tiled_attention", mutates_args=())

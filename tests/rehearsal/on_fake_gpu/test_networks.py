@@ -3,6 +3,8 @@
 Its forward pass neither copies between host and GPU, nor synchronizes, nor reads a value on the host.
 """
 
+from typing import Any
+
 import pytest
 import torch
 
@@ -76,3 +78,18 @@ def test_backend_is_selected_without_lookup_of_candidates_during_compilation(mon
         x = torch.zeros(1, 7, 7, 1, head_dim, device=CUDA, dtype=dtype)
         attention.neighborhood_attention(x, x, x)
     assert calls == ["triton", "tiled", "tiled"]
+
+
+def test_tiled_attention_excludes_cudnn_and_restores_what_is_enabled(monkeypatch: pytest.MonkeyPatch) -> None:
+    enabled: list[tuple[bool, bool]] = []
+    sdpa = torch.nn.functional.scaled_dot_product_attention
+
+    def recorded(*args: Any, **kwargs: Any) -> torch.Tensor:
+        enabled.append((torch.backends.cuda.cudnn_sdp_enabled(), torch.backends.cuda.mem_efficient_sdp_enabled()))
+        return sdpa(*args, **kwargs)
+
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", recorded)
+    q = torch.randn(1, 9, 9, 1, 8, device=CUDA)
+    attention.neighborhood_attention(q, q, q, backend="tiled")
+    assert set(enabled) == {(False, True)}
+    assert torch.backends.cuda.cudnn_sdp_enabled()
