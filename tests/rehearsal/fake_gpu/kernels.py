@@ -6,6 +6,7 @@ from typing import Any
 import torch
 
 from tests.rehearsal.fake_gpu import devices
+from tests.rehearsal.fake_gpu.counts import count_launch
 from tests.rehearsal.fake_gpu.streams import record_launch
 from tests.rehearsal.fake_gpu.tensors import FakeGpuTensor, is_on_gpu, unwrap
 
@@ -44,6 +45,7 @@ class TritonKernel:
             replay()
             *inputs, out = tensors
             record_launch("the Triton kernel", out.device, [x.memory for x in inputs], [out.memory], replay, [])
+            count_launch(tensors)
 
         return launch
 
@@ -62,12 +64,19 @@ def _attend(
 
 
 def na2d(query: Any, key: Any, value: Any, kernel_size: int, dilation: int = 1, scale: Any = None, backend: Any = None) -> Any:
-    """natten.functional.na2d by the reference implementation, with NATTEN's limit on head_dim."""
+    """natten.functional.na2d by the reference implementation, with NATTEN's own checks of its kernels."""
+    from natten.backends import get_compatible_backends, get_compatible_fmha_backends
+
     from dinat.model.attention.reference import reference_attention
 
-    for x in (query, key, value):
-        if x.shape[-1] % 8:
-            raise ValueError(f"head_dim must be a multiple of 8 for NATTEN's kernels, got {x.shape[-1]}")
+    if query.shape[1:3] == (kernel_size, kernel_size):  # NATTEN ignores `backend` and selects a kernel of dense attention
+        dense = [x.flatten(1, 2) for x in (query, key, value)]
+        compatible = get_compatible_fmha_backends(*dense, is_causal=False, is_varlen=False, torch_compile=False)
+        backend = compatible[0] if compatible else backend
+    else:
+        compatible = get_compatible_backends(query, key, value, torch_compile=False)
+    if backend not in compatible:
+        raise NotImplementedError(f"NATTEN has no {backend} for these tensors, only {compatible}")
     backing = [unwrap(x) for x in (query, key, value)]
 
     def compute() -> torch.Tensor:
@@ -85,4 +94,5 @@ def na2d(query: Any, key: Any, value: Any, kernel_size: int, dilation: int = 1, 
 
     reads = [x.memory for x in (query, key, value)]
     record_launch("NATTEN's kernel", query.device, reads, [result.memory], replay, [result])
+    count_launch([query, key, value, result])
     return result

@@ -12,6 +12,7 @@ from torch.utils._pytree import tree_flatten, tree_map
 from tests.rehearsal.fake_gpu import devices
 from tests.rehearsal.fake_gpu.capture import current_capture, forbid
 from tests.rehearsal.fake_gpu.clocks import Memory, this_thread
+from tests.rehearsal.fake_gpu.counts import count_download, count_launch
 from tests.rehearsal.fake_gpu.devices import CudaError, with_index
 from tests.rehearsal.fake_gpu.streams import current_stream, record_host_accesses, record_launch, synchronize_implicitly
 
@@ -99,7 +100,8 @@ def _dispatch(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     if func is aten._has_compatible_shallow_copy_type.default:
         return False
     if _is_composite(func):
-        return func.decompose(*args, **kwargs)  # in inference mode PyTorch dispatches it undecomposed
+        # In inference mode PyTorch dispatches it undecomposed. Not func.decompose: its dropout in eval mode is a clone.
+        return func._op_dk(torch._C.DispatchKey.CompositeImplicitAutograd, *args, **kwargs)
     tensors = [x for x in tree_flatten((args, kwargs))[0] if isinstance(x, torch.Tensor)]
     operands = [x for x in tensors if isinstance(x, FakeGpuTensor)]
     if func is aten.copy_.default:
@@ -161,6 +163,7 @@ def _run_on_gpu(func: Any, args: Any, kwargs: dict[str, Any], operands: list[Fak
         writes = [*(x.memory for x in written), *(x.memory for x in new)]
         reads = [x.memory for x in operands if x.memory not in writes]
         record_launch(str(func), device, reads, writes, replay, new)
+        count_launch([*operands, *new])
     return wrapped
 
 
@@ -269,6 +272,9 @@ def _copy(target: torch.Tensor, source: torch.Tensor, non_blocking: bool) -> tor
     device = target.device if to_gpu else source.device
     replay()
     record_launch("copy_", device, reads, writes, replay, [])
+    count_launch([x for x in (source, target) if is_on_gpu(x)])
+    if from_gpu and not to_gpu:
+        count_download(source)
     asynchronous = non_blocking and all(isinstance(x, FakeGpuTensor) for x in (target, source))
     if to_gpu != from_gpu and not asynchronous:
         this_thread().merge(current_stream(device).timeline.clock)
