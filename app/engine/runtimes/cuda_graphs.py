@@ -92,8 +92,16 @@ class CapturedComputation:
                 outputs = compute(batch)
         return Graph(graph, outputs, held)
 
-    def run(self, batch: Tensor) -> Outputs:
-        """Compute a batch on the host of a shape that `accepts` allows. Return the outputs on the host."""
+    def run(self, batch: Tensor, columns: int | None = None) -> Outputs:
+        """Compute a batch on the host of a shape that `accepts` allows.
+
+        Args:
+            batch: The batch.
+            columns: How many of the outputs' columns, their second dimension, to copy to the host: the first ones. All if None.
+
+        Returns:
+            The outputs on the host.
+        """
         count = batch.shape[0]
         captured = self._graphs[1 << (count - 1).bit_length()]
         slot = self._slots.get()
@@ -107,12 +115,16 @@ class CapturedComputation:
                 computing.wait_event(uploaded)
                 self._input[:count].copy_(slot.uploaded[:count])
                 captured.graph.replay()
+                downloads = []
                 for output, host in zip(captured.outputs, slot.outputs, strict=True):
-                    host[:count].copy_(output[:count], non_blocking=True)
-                done = computing.record_event()
+                    selected = output[:count, :columns].contiguous()  # a copy on the GPU: downloads are of contiguous memory
+                    downloads.append(host.flatten()[: selected.numel()].view(selected.shape))
+                    downloads[-1].copy_(selected, non_blocking=True)
+                done = torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]  # to sleep, not spin, meanwhile
+                done.record(computing)
             done.synchronize()
-            first, second = slot.outputs
-            return first[:count].clone(), second[:count].clone()
+            first, second = downloads
+            return first.clone(), second.clone()
         finally:
             self._slots.put(slot)
 

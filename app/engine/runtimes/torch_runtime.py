@@ -127,15 +127,15 @@ class TorchRuntime:
         """See Runtime."""
         with self._computing():
             batch = torch.from_numpy(pixels)
+            top_k = max(one.top_k for one in options)
             names: frozenset[str] = frozenset().union(*(one.features for one in options))
             feature_maps: dict[str, Tensor | list[Tensor]] = {}
             if self._captured is not None and not names and self._captured.accepts(batch.shape) and batch.dtype == torch.uint8:
-                scores, classes = self._captured.run(batch)
+                scores, classes = self._captured.run(batch, top_k)
             else:
                 logits, feature_maps = self._network.classify(self._prepare(batch.to(self._device)), names - {LOGITS})
                 feature_maps[LOGITS] = logits
                 scores, classes = rank(logits, self.config)
-            top_k = max(one.top_k for one in options)
             top_scores, top_classes = scores[:, :top_k].cpu().numpy(), classes[:, :top_k].cpu().numpy()
             results = []
             for i, one in enumerate(options):

@@ -11,6 +11,7 @@ from dinat.app.engine.runtimes import cuda_graphs
 from dinat.app.engine.runtimes.cuda_graphs import CapturedComputation
 from dinat.model.attention import bias_cache, neighborhood_attention
 from tests.rehearsal.fake_gpu.clocks import Race, Timeline, TrackedLock, TrackedQueue
+from tests.rehearsal.fake_gpu.counts import counted
 from tests.rehearsal.fake_gpu.streams import Event, Stream, current_stream
 
 CUDA = torch.device("cuda", 0)
@@ -66,6 +67,21 @@ def check_all_batch_sizes() -> None:
 
 def test_replays_of_every_batch_size_are_correct() -> None:
     check_all_batch_sizes()
+
+
+def test_only_the_requested_columns_are_copied_to_the_host(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The host sleeps meanwhile: an event that is not blocking spins."""
+    captured = CapturedComputation(double, example())
+    waits: list[bool] = []
+    synchronize = Event.synchronize
+    monkeypatch.setattr(Event, "synchronize", lambda event: waits.append(event.blocking) or synchronize(event))
+    batch = torch.randn(3, 3)
+    with counted() as counts:
+        first, second = captured.run(batch, columns=2)
+    torch.testing.assert_close(first, batch[:, :2] * 2)
+    torch.testing.assert_close(second, batch[:, :2] + 1)
+    assert waits == [True]
+    assert counts.bytes_to_host == 2 * 3 * 2 * 4
 
 
 def _recorded_early(record: Callable[..., None]) -> Callable[..., None]:
