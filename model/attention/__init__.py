@@ -25,10 +25,10 @@ def _reference(*arguments: Any) -> Tensor:
     return reference_attention(*arguments)[0]
 
 
-def _natten(*arguments: Any) -> Tensor:
+def _natten(*arguments: Any, **options: Any) -> Tensor:
     from dinat.model.attention.natten_backend import natten_attention
 
-    return natten_attention(*arguments)
+    return natten_attention(*arguments, **options)
 
 
 def _triton(*arguments: Any, **options: Any) -> Tensor:
@@ -44,8 +44,10 @@ BACKENDS: dict[str, Backend] = {
     "natten": _natten,
     "triton": _triton,
 }
-"""Backends by name: functions of (q, k, v, rpb, kernel_size, dilation, scale, dropout); triton also accepts `tile_config`.
-"auto" selects the fastest available one (model/attention/autotune.py)."""
+"""Backends by name: functions of (q, k, v, rpb, kernel_size, dilation, scale, dropout), and of the option in VARIANTS. "auto"
+selects the fastest available one (model/attention/autotune.py)."""
+VARIANTS = {"triton": "tile_config", "natten": "natten_backend"}
+"""Option of a backend that has several candidates."""
 
 
 def check_backend(backend: str) -> None:
@@ -71,11 +73,11 @@ def run_candidate(
 ) -> Tensor:
     """Compute neighborhood_attention by one of autotune.candidates.
 
-    name: a backend, or "triton" and the name of a tile configuration, separated by a space. All other arguments
-    and the returned tensor are those of neighborhood_attention.
+    name: a backend, or a backend and the value of its option in VARIANTS, separated by a space. All other arguments and the
+    returned tensor are those of neighborhood_attention.
     """
-    backend, _, tile_config = name.partition(" ")
-    options = {"tile_config": tile_config} if tile_config else {}
+    backend, _, variant = name.partition(" ")
+    options = {VARIANTS[backend]: variant} if variant else {}
     return BACKENDS[backend](q, k, v, rpb, kernel_size, dilation, scale, dropout, **options)
 
 

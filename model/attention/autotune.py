@@ -1,7 +1,8 @@
 """Selection of the attention backend of each layer on a GPU: the fastest correct candidate, determined once per layer shape.
 
-Inside autotuning(), a layer seen for the first time runs every candidate on random input of its shape and compares the output
-with the reference. The correct ones are timed as CUDA graphs, as in serving. A candidate that raises, exceeds the error limit
+Inside autotuning(), a layer seen for the first time runs every candidate on random input of its shape, with its own bias table,
+and compares the output with the reference; a further layer of this shape checks the selected candidate with its table. The
+correct ones are timed as CUDA graphs, as in serving. A candidate that raises, exceeds the error limit
 or cannot be captured is disabled, with the reason. Selections can be stored in a file and reused by later processes.
 """
 
@@ -9,7 +10,7 @@ import json
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import cache
 from importlib import import_module
 from importlib.util import find_spec
@@ -36,11 +37,12 @@ Attend = Callable[[str, Tensor, Tensor, Tensor, Tensor | None], Tensor]
 
 @dataclass(frozen=True)
 class LayerKey:
-    """Properties of a layer that determine the speed and error of a backend, except the batch size.
+    """Properties of a layer that determine the speed of a backend. Of the batch size, only whether it is 1.
 
     Attributes:
         device: Device, as torch names it.
         requested_backend: Backend that the user requested.
+        is_single: Whether the batch has one image, which leaves most of a GPU idle.
     """
 
     device: str
@@ -54,15 +56,16 @@ class LayerKey:
     scale: float
     has_rpb: bool = True
     requested_backend: str = "auto"
+    is_single: bool = False
 
     @classmethod
     def of(
         cls, q: Tensor, kernel_size: int, dilation: int, scale: float, has_rpb: bool = True, requested_backend: str = "auto"
     ) -> "LayerKey":
         """Return the key of a layer with queries q (B, H, W, heads, head_dim)."""
-        height, width, heads, head_dim = q.shape[1:]
-        device = str(q.device)
-        return cls(device, q.dtype, height, width, heads, head_dim, kernel_size, dilation, scale, has_rpb, requested_backend)
+        batch, height, width, heads, head_dim = q.shape
+        layer = height, width, heads, head_dim, kernel_size, dilation, scale, has_rpb, requested_backend
+        return cls(str(q.device), q.dtype, *layer, batch == 1)
 
     def __str__(self) -> str:
         """Describe the layer, such as "56x56 feature map, 2 heads, kernel 7, dilation 8"."""
@@ -99,7 +102,7 @@ selections: dict[LayerKey, Selection] = {}
 def candidates(device: torch.device, dtype: torch.dtype, head_dim: int, requested_backend: str = "auto") -> list[str]:
     """Return the names of the candidates for a layer; the first one is used without autotuning.
 
-    A candidate is a backend, or "triton" and the name of one of its tile configurations.
+    A candidate is a backend, or "triton" and one of its tile configurations, or "natten" and one of NATTEN's backends.
     """
     if requested_backend == "auto" and device.type != "cuda":
         return ["compiled", "tiled"] if compiled.supports_heads(dtype, head_dim) else ["tiled"]
@@ -108,7 +111,12 @@ def candidates(device: torch.device, dtype: torch.dtype, head_dim: int, requeste
         backends = [*_installed_backends(), "tiled"] if dtype in MAX_ERROR and has_kernels(device) else ["tiled"]
     names = []
     for backend in backends:
-        names += _triton_candidates(dtype, head_dim, requested_backend) if backend == "triton" else [backend]
+        if backend == "triton":
+            names += _triton_candidates(dtype, head_dim, requested_backend)
+        elif backend == "natten" and device.type == "cuda":
+            names += _natten_candidates(device, dtype, head_dim, requested_backend)
+        else:
+            names.append(backend)
     return names
 
 
@@ -126,6 +134,13 @@ def _triton_candidates(dtype: torch.dtype, head_dim: int, requested_backend: str
     if head_dim not in HEAD_DIMS and requested_backend != "triton":
         return []
     return [f"triton {config}" for config in tile_configs(dtype, head_dim)]
+
+
+def _natten_candidates(device: torch.device, dtype: torch.dtype, head_dim: int, requested_backend: str) -> list[str]:
+    from dinat.model.attention.natten_backend import compatible_backends
+
+    names = [f"natten {name}".rstrip() for name in compatible_backends(head_dim, dtype, device)]
+    return names or (["natten"] if requested_backend == "natten" else [])
 
 
 @cache
@@ -165,10 +180,16 @@ def autotuning(check: bool = True, file: Path | None = None) -> Iterator[None]:
 
 @dataclass(frozen=True)
 class _Session:
-    """Autotuning in progress. stored: selections from the file, by LayerKey.file_key."""
+    """Autotuning in progress.
+
+    Attributes:
+        stored: Selections from the file, by LayerKey.file_key.
+        errors: Relative error by layer, batch of 1 or not, identifier of its bias table, and candidate.
+    """
 
     check: bool
     stored: dict[str, Selection]
+    errors: dict[tuple[LayerKey, int, str], float] = field(default_factory=dict)
 
 
 _session: _Session | None = None
@@ -194,9 +215,10 @@ def select_backend(
         rpb: Relative positional bias (heads, 2 * kernel_size - 1, 2 * kernel_size - 1), or None.
     """
     selection = selections.get(layer)
-    if selection is None and _session is not None:
-        selection = selections[layer] = _autotune(_session, layer, names, attend, (q, k, v, rpb))
+    if _session is not None:
+        selection = selections[layer] = _autotune(_session, layer, names, attend, (q, k, v, rpb), selection)
         _failed.update((layer.device, name) for name in selection.disabled)
+    selection = selection or selections.get(replace(layer, is_single=not layer.is_single))
     if selection is not None:
         return selection.backend
     enabled = (name for name in (*names, *FALLBACKS) if (layer.device, name) not in _failed)
@@ -209,10 +231,12 @@ def _autotune(
     names: Sequence[str],
     attend: Attend,
     inputs: tuple[Tensor, Tensor, Tensor, Tensor | None],
+    selection: Selection | None,
 ) -> Selection:
+    """Return the selection of a layer. `selection` is that of another layer with this key, which may have another table."""
     errors: dict[str, float] = {}
-    disabled: dict[str, str] = {}
-    check = _ErrorCheck(layer, attend)
+    disabled = dict(selection.disabled) if selection is not None else {}
+    check = _ErrorCheck(session, layer, attend, inputs[3])
 
     def is_correct(name: str) -> bool:
         try:
@@ -229,7 +253,9 @@ def _autotune(
             disabled[name] = reason(error)
         return name not in disabled
 
-    stored = session.stored.get(layer.file_key)
+    if selection is not None and is_correct(selection.backend):
+        return selection
+    stored = session.stored.get(layer.file_key) if selection is None else None
     if stored is not None and stored.backend in (*names, *FALLBACKS) and is_correct(stored.backend):
         return stored
     for group in (names, *([fallback] for fallback in FALLBACKS)):
@@ -261,20 +287,25 @@ def _time_candidates(
 
 
 class _ErrorCheck:
-    """Random input of a layer's shape, with a batch of 2, and the reference output, computed on first use."""
+    """Random input of a layer's shape, with a batch of 2, its bias table, and the reference output, computed on first use."""
 
-    def __init__(self, layer: LayerKey, attend: Attend) -> None:
-        self._layer, self._attend = layer, attend
+    def __init__(self, session: _Session, layer: LayerKey, attend: Attend, rpb: Tensor | None) -> None:
+        self._session, self._layer, self._attend, self._rpb = session, replace(layer, is_single=False), attend, rpb
         self._expected: Tensor | None = None
 
     def relative_error(self, name: str) -> float:
         """Return the norm of a candidate's error over the norm of the reference output; NaN if the candidate returns NaN."""
         layer = self._layer
+        key = layer, id(self._rpb), name
+        if key not in self._session.errors:
+            self._session.errors[key] = self._measure(name)
+        return self._session.errors[key]
+
+    def _measure(self, name: str) -> float:
+        layer = self._layer
         if self._expected is None:
             shape = (2, layer.height, layer.width, 3, layer.heads, layer.head_dim)
-            side = 2 * layer.kernel_size - 1
             self._qkv = torch.randn(shape, device=layer.device).to(layer.dtype)
-            self._rpb = torch.randn(layer.heads, side, side, device=layer.device).to(layer.dtype) if layer.has_rpb else None
             self._expected = float64_reference(self._qkv, self._rpb, layer.kernel_size, layer.dilation, layer.scale)
         q, k, v = self._qkv.unbind(3)
         output = self._attend(name, q, k, v, self._rpb)

@@ -25,9 +25,21 @@ from dinat.model.errors import AttentionError
 
 
 def natten_attention(
-    q: Tensor, k: Tensor, v: Tensor, rpb: Tensor | None, kernel_size: int, dilation: int, scale: float, dropout: float = 0.0
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    rpb: Tensor | None,
+    kernel_size: int,
+    dilation: int,
+    scale: float,
+    dropout: float = 0.0,
+    natten_backend: str = "",
 ) -> Tensor:
     """Compute neighborhood attention (arXiv 2209.15001, section 3) of q, k and v (B, H, W, heads, head_dim).
+
+    natten_backend is one of `compatible_backends`, the first one if empty. If the window is the whole feature map, NATTEN calls
+    a kernel of dense attention that it selects itself. The other arguments are those of neighborhood_attention; dropout must
+    be 0.
 
     Raises:
         AttentionError: NATTEN has no kernel for the dtype and head_dim on the device, or dropout is not 0.
@@ -40,7 +52,7 @@ def natten_attention(
     height, width, _, head_dim = q.shape[1:]
     bias_channels = 0 if rpb is None else kernel_size**2
     requires_grad = torch.is_grad_enabled() and q.requires_grad
-    config = select_config(head_dim + bias_channels, head_dim, q.dtype, q.device, requires_grad)
+    config = select_config(head_dim + bias_channels, head_dim, q.dtype, q.device, requires_grad, natten_backend)
     if rpb is not None:
         key = ("natten", height, width, dilation, scale, q.dtype)
         bias = cached_for_table(rpb, key, lambda: query_channels(rpb, height, width, dilation, scale).to(q))
@@ -110,9 +122,14 @@ class NattenConfig:
 
 @cache
 def select_config(
-    head_dim: int, value_head_dim: int, dtype: torch.dtype, device: torch.device, requires_grad: bool
+    head_dim: int,
+    value_head_dim: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    requires_grad: bool,
+    natten_backend: str = "",
 ) -> NattenConfig:
-    """Return the first compatible NATTEN backend, in its order of preference, with the least padding it requires.
+    """Return a compatible NATTEN backend, the first one in its order of preference, with the least padding it requires.
 
     Args:
         head_dim: Channels of queries and keys.
@@ -120,10 +137,35 @@ def select_config(
         dtype: Of the inputs.
         device: Of the inputs.
         requires_grad: Whether the inputs require gradients.
+        natten_backend: If not empty, only this backend is considered.
 
     Raises:
         AttentionError: No backend is compatible.
     """
+    configs = _compatible_configs(head_dim, value_head_dim, dtype, device, requires_grad)
+    for config in configs:
+        if natten_backend in ("", config.backend):
+            return config
+    raise AttentionError(
+        f"natten has no {natten_backend or 'kernel'} for {dtype} heads of {head_dim} channels (head_dim and bias) on {device}: "
+        "use attention tiled, or install a natten built for this device"
+    )
+
+
+@cache
+def compatible_backends(head_dim: int, dtype: torch.dtype, device: torch.device) -> list[str]:
+    """Return the names of the NATTEN backends for heads without bias; with the channels of a bias, some may be unsupported.
+
+    The only name is "" if NATTEN accepts a bias, as then it has no argument for a backend.
+    """
+    if _accepts_rpb():
+        return [""]
+    return [config.backend for config in _compatible_configs(head_dim, head_dim, dtype, device, requires_grad=False)]
+
+
+def _compatible_configs(
+    head_dim: int, value_head_dim: int, dtype: torch.dtype, device: torch.device, requires_grad: bool
+) -> list[NattenConfig]:
     from natten.backends import get_compatible_backends
 
     power_of_two = 1 << max(head_dim - 1, 31).bit_length()
@@ -135,15 +177,13 @@ def select_config(
     ]
     if device.type != "cuda":  # on a GPU, Flex as NATTEN calls it materializes all scores and is slower than the tiled backend
         configs.append(NattenConfig("flex-fna", power_of_two, power_of_two))
+    compatible = []
     for config in configs:
         q = torch.empty(1, 3, 3, 1, config.head_dim, dtype=dtype, device=device, requires_grad=requires_grad)
         v = torch.empty(1, 3, 3, 1, config.value_head_dim, dtype=dtype, device=device, requires_grad=requires_grad)
         if config.backend in get_compatible_backends(q, q, v, torch_compile=False):
-            return config
-    raise AttentionError(
-        f"natten has no kernel for {dtype} heads of {head_dim} channels (head_dim and bias) on {device}: use attention tiled, "
-        "or install a natten built for this device"
-    )
+            compatible.append(config)
+    return compatible
 
 
 def _na2d() -> Any:

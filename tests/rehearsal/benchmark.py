@@ -30,10 +30,10 @@ def save_digits(folder: Path) -> None:
     DinatImageProcessor.from_pretrained("digits").save_pretrained(folder)
 
 
-def natten_without_float32(*args: Any, natten: Any = attention.BACKENDS["natten"]) -> torch.Tensor:
+def natten_without_float32(*args: Any, natten: Any = attention.BACKENDS["natten"], **options: Any) -> torch.Tensor:
     if args[0].dtype == torch.float32:
         raise AttentionError("natten has no kernel")
-    output: torch.Tensor = natten(*args)
+    output: torch.Tensor = natten(*args, **options)
     return output
 
 

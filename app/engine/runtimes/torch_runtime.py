@@ -221,7 +221,8 @@ class TorchRuntime:
         cache = None if self._cache is None else self._cache / "attention" / f"{_attention_key(self._device)}.json"
         while True:
             with autotuning(self._self_check, cache):
-                self._network.classify(self._prepare(batch.to(self._device)))
+                for images in (batch, batch[:1]):
+                    self._network.classify(self._prepare(images.to(self._device)))
             bias_cache.clear()  # entries of backends that were only tried
             if exact is None:
                 return

@@ -64,6 +64,7 @@ def set_capability(monkeypatch: pytest.MonkeyPatch, major: int, minor: int) -> N
 def test_candidates_of_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("triton")
     set_capability(monkeypatch, 8, 0)
+    monkeypatch.setattr(autotune, "_installed_backends", lambda: ["triton"])  # NATTEN's checks allocate on the GPU
     names = candidates(torch.device("cuda"), torch.bfloat16, 32)
     assert names[0] == "triton 8x4/32/1/2"
     assert names[-1] == "tiled"
@@ -159,3 +160,28 @@ def test_float64_reference_matches_reference() -> None:
     qkv, rpb = torch.randn(2, 9, 8, 3, 3, 4), torch.randn(3, 5, 5)
     expected = BACKENDS["reference"](*(x.double() for x in qkv.unbind(3)), rpb.double(), 3, 2, 0.5, 0.0)
     torch.testing.assert_close(float64_reference(qkv, rpb, 3, 2, 0.5), expected)
+
+
+def attend_with_error(name: str, q: Tensor, k: Tensor, v: Tensor, rpb: Tensor | None) -> Tensor:
+    """Run tiled, or "imprecise", whose error grows with the bias."""
+    assert rpb is not None
+    output = BACKENDS["tiled"](q, k, v, rpb, 7, 1, 1.0, 0.0)
+    return output * (1 + 1e-6 * rpb.abs().max()) if name == "imprecise" else output
+
+
+def test_every_layer_of_a_shape_checks_the_selection_with_its_own_bias_table() -> None:
+    layer, small, large = LayerKey.of(Q, 7, 1, 1.0), torch.ones(1, 13, 13), 100 * torch.ones(1, 13, 13)
+    with autotuning():
+        assert select_backend(layer, ["imprecise"], attend_with_error, Q, K, V, small) == "imprecise"
+        assert select_backend(layer, ["imprecise"], attend_with_error, Q, K, V, large) == "tiled"
+        assert select_backend(layer, ["imprecise"], attend_with_error, Q, K, V, small) == "tiled"
+    assert "relative error 0.0001 exceeds" in autotune.selections[layer].disabled["imprecise"]
+
+
+def test_batches_of_one_have_their_own_selection() -> None:
+    single, several = (LayerKey.of(Q.expand(count, *Q.shape[1:]), 7, 1, 1.0, has_rpb=False) for count in (1, 2))
+    autotune.selections[several] = Selection("tiled")
+    assert select_backend(single, ["reference"], attend, Q, K, V, None) == "tiled"  # better than none
+    with autotuning():
+        assert select_backend(single, ["reference"], attend, Q, K, V, None) == "reference"
+    assert select_backend(several, ["reference"], attend, Q, K, V, None) == "tiled"

@@ -3,6 +3,7 @@
 Its forward pass neither copies between host and GPU, nor synchronizes, nor reads a value on the host.
 """
 
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -11,7 +12,11 @@ import torch
 from dinat.app.engine.runtimes.cuda_graphs import CapturedComputation
 from dinat.app.engine.runtimes.runtime import rank
 from dinat.model import AttentionError, DinatConfig, DinatForImageClassification, DinatImageProcessor, attention
+from dinat.model.attention import autotune, natten_backend
 from dinat.model.config import PRESETS
+from tests.model.reference import assert_matches_reference
+from tests.rehearsal.fake_gpu import devices
+from tests.rehearsal.fake_gpu.counts import counted
 from tests.rehearsal.fake_gpu.tensors import shapes_only
 
 CUDA = torch.device("cuda", 0)
@@ -44,6 +49,31 @@ def test_every_published_network_can_be_captured(preset: str, attention: str, dt
     assert capture(config, attention, dtype, side, side) == (1, config.num_labels)
 
 
+BUDGETS = {"mini": (207, 108), "large": (327, 393)}
+"""Launches of a batch of 64, and megabytes that they read and write per image: bf16, the Triton kernel, pixels to scores."""
+
+
+@pytest.mark.parametrize("preset", BUDGETS)
+def test_a_forward_pass_stays_within_its_budget(preset: str) -> None:
+    config = DinatConfig.preset(preset)
+    with shapes_only(), torch.inference_mode():
+        with torch.device("meta"):
+            network = DinatForImageClassification(config, attention="triton").eval()
+        network = network.to_empty(device=CUDA).to(torch.bfloat16)
+        pixels = torch.zeros(64, 224, 224, 3, dtype=torch.uint8, device=CUDA)
+
+        def compute() -> object:
+            return rank(network.classify(PROCESSOR.normalize(pixels).to(torch.bfloat16))[0], config)
+
+        compute()  # creates tables
+        with counted() as counts:
+            compute()
+    launches, megabytes = BUDGETS[preset]
+    assert 0.5 * launches <= counts.launches <= launches
+    assert 0.5 * megabytes <= counts.bytes / 64e6 <= megabytes
+    assert counts.bytes_to_host == 0
+
+
 @pytest.mark.parametrize("layer_scale", [0.0, 1e-5])
 @pytest.mark.parametrize(("height", "width"), [(224, 224), (160, 200), (96, 256)])
 @pytest.mark.parametrize("attention", ["tiled", "triton", "natten"])
@@ -58,10 +88,65 @@ def test_scores_of_every_problem_type_can_be_captured(problem_type: str) -> None
     assert capture(config, "tiled", torch.float32, 64, 64) == (1, 3)
 
 
+CUTLASS = ["natten cutlass-fna"]
+NATTEN = {
+    (7, 5): [],
+    (8, 0): CUTLASS,
+    (8, 9): CUTLASS,
+    (9, 0): ["natten hopper-fna", *CUTLASS],
+    (10, 0): ["natten blackwell-fna", *CUTLASS],
+    (12, 0): CUTLASS,
+}
+"""NATTEN's candidates in half precision, by compute capability."""
+
+
+@pytest.fixture(params=NATTEN, ids=lambda capability: "sm_{}{}".format(*capability))
+def capability(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[int, int]]:
+    """Make the fake GPU one of this compute capability."""
+    major, minor = request.param
+    monkeypatch.setattr(devices.PROPERTIES, "major", major)
+    monkeypatch.setattr(devices.PROPERTIES, "minor", minor)
+    for cached in (natten_backend.compatible_backends, natten_backend.select_config):
+        cached.cache_clear()
+    yield request.param
+    for cached in (natten_backend.compatible_backends, natten_backend.select_config):
+        cached.cache_clear()
+
+
+def test_each_natten_backend_of_a_gpu_is_a_candidate_and_correct(capability: tuple[int, int]) -> None:
+    names = autotune.candidates(CUDA, torch.float16, 32)
+    assert [name for name in names if name.startswith("natten")] == NATTEN[capability]
+    assert names[-1] == "tiled"
+    assert any(name.startswith("triton") for name in names) == (capability >= (8, 0))
+    assert set(autotune.candidates(CUDA, torch.float32, 32)) & {"natten hopper-fna", "natten blackwell-fna"} == set()
+    for side, kernel_size in ((9, 7), (7, 7)):
+        q, k, v = torch.randn(3, 1, side, side, 2, 32, device=CUDA).half()
+        rpb = torch.randn(2, 2 * kernel_size - 1, 2 * kernel_size - 1, device=CUDA)
+        for name in NATTEN[capability]:
+            assert_matches_reference(
+                attention.run_candidate(name, q, k, v, rpb, kernel_size, 1, 0.2), q, k, v, rpb, kernel_size, 1, 0.2
+            )
+
+
+def test_natten_backend_that_raises_leaves_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    natten = attention.BACKENDS["natten"]
+
+    def broken_hopper(*args: Any, natten_backend: str) -> torch.Tensor:
+        if natten_backend == "hopper-fna":
+            raise RuntimeError("CUTLASS error: an internal error")
+        return natten(*args, natten_backend=natten_backend)
+
+    monkeypatch.setitem(attention.BACKENDS, "natten", broken_hopper)
+    q = torch.randn(2, 9, 9, 1, 32, device=CUDA).bfloat16()
+    with torch.inference_mode(), autotune.autotuning():
+        attention.neighborhood_attention(q, q, q, None, 7, backend="natten")
+    (selection,) = autotune.selections.values()
+    assert selection.backend == "natten cutlass-fna"
+    assert selection.disabled == {"natten hopper-fna": "RuntimeError: CUTLASS error: an internal error"}
+
+
 def test_natten_without_a_kernel_for_the_gpu_is_no_candidate(monkeypatch: pytest.MonkeyPatch) -> None:
     from natten import backends
-
-    from dinat.model.attention import natten_backend
 
     monkeypatch.setattr(backends, "get_compatible_backends", lambda *_, **__: ["flex-fna"])
     with pytest.raises(AttentionError, match=r"natten has no kernel for torch\.bfloat16 heads of 81 channels"):

@@ -12,7 +12,7 @@ import torch
 from structlog.testing import capture_logs
 from torch import Tensor
 
-from dinat.app.engine.runtimes.torch_runtime import TorchRuntime
+from dinat.app.engine.runtimes.torch_runtime import PRECISIONS, TorchRuntime
 from dinat.model import DinatForImageClassification, attention
 from dinat.model.attention import autotune
 from tests.app.conftest import DIGITS, Service, running
@@ -92,7 +92,8 @@ def test_backend_that_raises_or_is_wrong_is_disabled(fault: str, precision: str,
     report = serve(precision=precision)
     reasons = disabled(report)
     head_dim = 32
-    wrong = [name for name in autotune.candidates(torch.device("cuda", 0), torch.bfloat16, head_dim) if name != "tiled"]
+    names = autotune.candidates(torch.device("cuda", 0), PRECISIONS[precision], head_dim)
+    wrong = [name for name in names if name != "tiled"]
     assert len(reasons) == len(wrong)
     assert all(name.startswith(("attention triton", "attention natten")) and message in reasons[name] for name in reasons)
     assert set(report[0]["attention"].values()) == {"tiled"}
