@@ -61,7 +61,7 @@ lint: .venv/test
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-# On a machine with a CUDA GPU: tests, doctor and benchmark, at most 9 minutes each; results go to benchmarks/results.
+# On a machine with a CUDA GPU: first contact, tests, doctor and benchmark, at most 9 minutes each; results go to benchmarks/results.
 gpu: .venv/test
 	PYTHON=$(abspath $(BIN))/python benchmarks/on_gpu.sh
 

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# Run tests/gpu, dinat doctor and benchmarks.gpu on a machine with a CUDA GPU, each for at most 9 minutes.
+# Run benchmarks.first_contact, tests/gpu, dinat doctor and benchmarks.gpu on a machine with a CUDA GPU, each at most 9 minutes.
 #
-#   benchmarks/on_gpu.sh [FOLDER] [natten] [tests] [doctor] [benchmark]
+#   benchmarks/on_gpu.sh [FOLDER] [natten] [first] [tests] [doctor] [benchmark]
 #
 # Output and results are written to FOLDER, benchmarks/results by default. All parts run unless some are named.
 # Requires only a Python (PYTHON, default python3) with torch, triton, pytest and hypothesis; what else is missing is skipped with
@@ -12,7 +12,7 @@ PYTHON=${PYTHON:-python3}
 folder=${1:-benchmarks/results}
 shift || true
 parts=("$@")
-[ ${#parts[@]} -gt 0 ] || parts=(natten tests doctor benchmark)
+[ ${#parts[@]} -gt 0 ] || parts=(natten first tests doctor benchmark)
 mkdir -p "$folder"
 export PYTHONUNBUFFERED=1 PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH}
 failed=0
@@ -55,10 +55,11 @@ build_natten() {
 for name in "${parts[@]}"; do
     case $name in
         natten) build_natten ;;
+        first) run_part first "$PYTHON" -m benchmarks.first_contact --seconds 520 --results "$folder/gpu-$gpu.first.jsonl" ;;
         tests) run_part tests "$PYTHON" -m pytest -ra tests/gpu ;;
         doctor) run_part doctor "$PYTHON" -m dinat doctor --device cuda --json ;;
         benchmark) run_part benchmark "$PYTHON" -m benchmarks.gpu --seconds 480 --json "$folder/gpu-$gpu.json" ;;
-        *) echo "unknown part $name: must be natten, tests, doctor or benchmark" >&2; exit 2 ;;
+        *) echo "unknown part $name: must be natten, first, tests, doctor or benchmark" >&2; exit 2 ;;
     esac
 done
 exit $failed

@@ -52,7 +52,7 @@ def scores(results: list[InferenceResult]) -> np.ndarray:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
-@settings(max_examples=3 if REHEARSED else 60, deadline=None)
+@settings(max_examples=3 if REHEARSED else 20, deadline=None)
 @given(
     kernel_size=st.sampled_from([3, 5, 7] if REHEARSED else [3, 5, 7, 9, 11, 13]),
     dilation=st.integers(1, 2 if REHEARSED else 8),

@@ -33,7 +33,8 @@ def test_every_part_runs_and_its_output_is_stored(tmp_path: Path) -> None:
     assert "natten is not installed, and NATTEN is not set to an sdist or wheel: skipped" in completed.stdout
     assert "== doctor exited with status 1" in completed.stdout
     results = {path.name: path.read_text() for path in (tmp_path / "results").iterdir()}
-    assert results.keys() == {f"gpu-a-gpu.{part}.txt" for part in ("tests", "doctor", "benchmark")}
+    assert results.keys() == {f"gpu-a-gpu.{part}.txt" for part in ("first", "tests", "doctor", "benchmark")}
+    assert results["gpu-a-gpu.first.txt"].startswith("-m benchmarks.first_contact --seconds 520 --results ")
     assert results["gpu-a-gpu.tests.txt"] == "-m pytest -ra tests/gpu\n"
     assert results["gpu-a-gpu.doctor.txt"] == "-m dinat doctor --device cuda --json\n"
     assert results["gpu-a-gpu.benchmark.txt"].startswith("-m benchmarks.gpu --seconds 480 --json ")

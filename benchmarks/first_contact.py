@@ -1,0 +1,239 @@
+"""The first minutes on a GPU on which this project has not run yet: what teaches most runs first, and every result is written.
+
+    python -m benchmarks.first_contact [--results FILE] [--seconds 540] [--parts NAME ...]
+
+Requires torch and Triton, and the last part pytest and hypothesis. Each part runs in a process of its own that is
+killed at its deadline. A result is one line of JSON, appended to FILE (benchmarks/results/first-contact.jsonl by
+default) as it comes: after a crash, a hang or a kill, the results so far are there. The exit status is 1 if a part
+failed.
+"""
+
+import argparse
+import json
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from benchmarks import gpu
+from dinat.app import doctor
+from dinat.app.engine.runtimes.cuda_graphs import CapturedComputation
+from dinat.app.engine.runtimes.runtime import InferenceOptions, examples
+from dinat.app.engine.runtimes.torch_runtime import TorchRuntime
+from dinat.model import DinatConfig, DinatForImageClassification, DinatImageProcessor
+from dinat.model.attention import neighborhood_attention, run_candidate
+from dinat.model.attention.autotune import MAX_ERROR, candidates, float64_reference, reason
+from dinat.model.checkpoints.checkpoint import open_checkpoint
+
+Row = dict[str, Any]
+CUDA = torch.device("cuda", 0)
+NETWORKS = [("mini", 1), ("mini", 64), ("mini", 256), ("large", 64)]
+"""Preset and batch."""
+PROFILED = ("mini", 64)
+TESTS = "logits_of_a_trained or fp32_is_fp32 or two_threads or runtime_on_a_gpu or gradients"
+"""Of tests/gpu. The property test of the candidates compiles hundreds of kernels."""
+
+
+def versions() -> Iterator[Row]:
+    """Driver, packages, and properties of the GPU."""
+    yield dict(gpu.versions())
+    properties = torch.cuda.get_device_properties(CUDA)
+    yield {"capability": [properties.major, properties.minor], "memory": properties.total_memory}
+    smi = shutil.which("nvidia-smi")
+    if smi is not None:
+        yield {"nvidia-smi": subprocess.run([smi], capture_output=True, text=True, timeout=10, check=False).stdout.splitlines()}
+
+
+def kernels() -> Iterator[Row]:
+    """Error of every candidate for each layer, against the definition in float64."""
+    for dtype in (torch.bfloat16, torch.float32):
+        for side, heads, kernel_size, dilation in gpu.LAYERS:
+            qkv = torch.randn(2, side, side, 3, heads, 32, device=CUDA).to(dtype)
+            rpb = torch.randn(heads, 2 * kernel_size - 1, 2 * kernel_size - 1, device=CUDA)
+            expected = float64_reference(qkv, rpb, kernel_size, dilation, 32**-0.5)
+            for name in candidates(CUDA, dtype, 32):
+                row = {"dtype": str(dtype), "layer": [side, heads, kernel_size, dilation], "candidate": name}
+                try:
+                    output = run_candidate(name, *qkv.unbind(3), rpb, kernel_size, dilation, 32**-0.5)
+                    error = float((output.double() - expected).norm() / expected.norm())
+                except Exception as failure:
+                    yield row | {"failed": reason(failure)}
+                else:
+                    yield row | {"error": error} | ({} if error <= MAX_ERROR[dtype] else {"failed": "the error is too large"})
+
+
+def graphs() -> Iterator[Row]:
+    """Capture a layer as CUDA graphs, replay them, and compare."""
+    rpb = torch.randn(2, 13, 13, device=CUDA)
+
+    def compute(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        output = neighborhood_attention(*x.unbind(3), rpb, 7, 1)
+        return output, output.sum((2, 3, 4))
+
+    captured = CapturedComputation(compute, torch.randn(4, 14, 14, 3, 2, 32, device=CUDA))
+    for count in (1, 3, 4):
+        x = torch.randn(count, 14, 14, 3, 2, 32)
+        output, expected = captured.run(x)[0], compute(x.to(CUDA))[0].cpu()
+        difference = float((output - expected).abs().max())
+        yield {"batch": count, "difference": difference} | ({"failed": "replay differs"} if difference > 1e-4 else {})
+
+
+def core() -> Iterator[Row]:
+    """Warm up the runtime of the service, with its self-check, and compare its scores with those of the CPU."""
+    cpu = TorchRuntime(open_checkpoint("digits"), torch.device("cpu"), "fp32", "tiled")
+    for precision in ("bf16", "fp32"):
+        runtime = TorchRuntime(open_checkpoint("digits"), CUDA, precision, "auto")
+        started = time.monotonic()
+        count = runtime.warm(4)
+        disabled = [[entry.name, entry.reason] for entry in runtime.disabled]
+        row: Row = {"precision": runtime.precision, "attention": runtime.attention(), "disabled": disabled}
+        yield row | {"warm s": time.monotonic() - started}
+        pixels, options = examples(runtime.processor, count), [InferenceOptions(10)] * count
+        scores = [
+            np.stack([one.scores[np.argsort(one.class_ids)] for one in each.run(pixels, options)]) for each in (runtime, cpu)
+        ]
+        difference = float(np.abs(scores[0] - scores[1]).max())
+        yield {"precision": precision, "difference": difference} | ({"failed": "scores differ"} if difference > 0.05 else {})
+
+
+def networks() -> Iterator[Row]:
+    """Images per second of whole networks in CUDA graphs."""
+    for preset, batch in NETWORKS:
+        yield gpu.measured({"network": preset}, network(preset), 224, batch)
+
+
+def attention() -> Iterator[Row]:
+    """Time of every candidate for each layer of Mini."""
+    rows, disabled = doctor.attention_rows(DinatConfig.preset("mini"), DinatImageProcessor(), CUDA, torch.bfloat16)
+    yield from rows
+    yield {"disabled": disabled}
+
+
+def profiler() -> Iterator[Row]:
+    """Launches of a forward pass by name, with copies and the implementation of scaled dot-product attention."""
+    preset, batch = PROFILED
+    model, pixels = network(preset), torch.randn(batch, 3, 224, 224, device=CUDA, dtype=torch.bfloat16)
+    for _ in range(3):
+        model(pixels)
+    torch.cuda.synchronize()
+    with torch.profiler.profile(activities=torch.profiler.supported_activities()) as profile:
+        model(pixels)
+        torch.cuda.synchronize()
+    for event in profile.key_averages():
+        yield {"name": event.key, "count": event.count, "us": getattr(event, "device_time_total", None)}
+
+
+def network(preset: str) -> DinatForImageClassification:
+    with CUDA:
+        return DinatForImageClassification(DinatConfig.preset(preset)).eval().to(torch.bfloat16)
+
+
+PYTHON, PYTEST = [sys.executable, "-c"], ["-m", "pytest"]
+LAYER = """
+import torch
+from dinat.model.attention import neighborhood_attention
+q = torch.randn(3, 1, 14, 14, 2, 32, device="cuda").bfloat16()
+neighborhood_attention(*q, torch.randn(2, 13, 13, device="cuda"), 7, 2)
+torch.cuda.synchronize()
+"""
+
+
+def sanitizer() -> Iterator[Row]:
+    """Run one layer in NVIDIA's compute-sanitizer, if it is installed."""
+    command = shutil.which("compute-sanitizer")
+    if command is None:
+        yield {"skipped": "compute-sanitizer is not installed"}
+    else:
+        yield from output_of([command, "--error-exitcode", "9", *PYTHON, LAYER])
+
+
+def tests() -> Iterator[Row]:
+    """Run the tests of tests/gpu that matter most."""
+    yield from output_of([sys.executable, *PYTEST, "-ra", "-x", "tests/gpu", "-k", TESTS])
+
+
+def output_of(command: list[str]) -> Iterator[Row]:
+    """Run a command and return its output line by line; the last row has its exit status."""
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
+        assert process.stdout is not None
+        yield from ({"output": line.rstrip()} for line in process.stdout)
+        status = process.wait()
+    yield {"status": status} | ({"failed": f"exit status {status}"} if status else {})
+
+
+PARTS: dict[str, tuple[Callable[[], Iterator[Row]], float]] = {
+    "versions": (versions, 20),
+    "kernels": (kernels, 120),
+    "graphs": (graphs, 40),
+    "core": (core, 60),
+    "networks": (networks, 90),
+    "attention": (attention, 60),
+    "profiler": (profiler, 30),
+    "sanitizer": (sanitizer, 40),
+    "tests": (tests, 80),
+}
+"""Function and deadline in seconds of each part, in order."""
+
+
+def run_part(name: str, results: Path) -> bool:
+    """Run a part in this process. Return whether nothing failed."""
+    passed = True
+    try:
+        with torch.inference_mode(name not in ("tests", "sanitizer")):
+            for row in PARTS[name][0]():
+                write(results, {"part": name} | row)
+                passed &= "failed" not in row
+    except Exception as failure:
+        write(results, {"part": name, "failed": reason(failure)})
+        return False
+    return passed
+
+
+def run_parts(names: list[str], results: Path, seconds: float) -> bool:
+    """Run each part in a process of its own, until its deadline or that of all. Return whether all passed."""
+    ends_at = time.monotonic() + seconds
+    passed = True
+    for name in names:
+        started = time.monotonic()
+        limit = min(PARTS[name][1], ends_at - started)
+        command = [sys.executable, *sys.orig_argv[1 : -len(sys.argv) + 1 or None], "--part", name, "--results", str(results)]
+        status: int | str = "no time left"
+        if limit > 0:
+            try:
+                status = subprocess.run(command, timeout=limit, check=False).returncode
+            except subprocess.TimeoutExpired:
+                status = f"killed at its deadline of {limit:.0f} s"
+        write(results, {"part": name, "status": status, "seconds": time.monotonic() - started})
+        passed &= status == 0
+    return passed
+
+
+def write(results: Path, row: Row) -> None:
+    line = json.dumps(row, default=str)
+    with results.open("a") as file:
+        file.write(line + "\n")
+    print(line, flush=True)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--results", type=Path, default=Path(__file__).parent / "results" / "first-contact.jsonl")
+    parser.add_argument("--seconds", type=float, default=540, help="deadline of all parts")
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
+    parser.add_argument("--part", choices=PARTS, help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if not torch.cuda.is_available():  # pragma: no cover
+        parser.error("PyTorch finds no CUDA GPU: run this where nvidia-smi lists one")
+    if arguments.part:
+        return 0 if run_part(arguments.part, arguments.results) else 1
+    return 0 if run_parts(arguments.parts, arguments.results, arguments.seconds) else 1
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,96 @@
+"""benchmarks.first_contact on the fake GPU: every line, its deadlines, and what is written when it is killed."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import coverage
+import pytest
+import torch
+
+ROOT = Path(__file__).parents[2]
+
+pytest.importorskip("triton", reason="triton is not installed")
+pytest.importorskip("natten", reason="natten is not installed")
+pytestmark = [
+    pytest.mark.rehearsal,
+    pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU"),
+    pytest.mark.timeout(600),
+]
+
+
+TOOLS = {"nvidia-smi": "#!/bin/sh\necho Fake GPU", "compute-sanitizer": '#!/bin/sh\nshift 2; exec "$@"'}
+BROKEN_TOOLS = {"nvidia-smi": "#!/does/not/exist"}
+
+
+def start(folder: Path, *arguments: str, tools: dict[str, str] = TOOLS) -> subprocess.Popen[str]:
+    """Start benchmarks.first_contact, with fake tools of NVIDIA in PATH."""
+    path = folder / str(len(tools))
+    path.mkdir(exist_ok=True)
+    for name, script in tools.items():
+        (path / name).write_text(script + "\n")
+        (path / name).chmod(0o755)
+    environment = {
+        **os.environ,
+        "PATH": f"{path}:{os.environ['PATH']}",
+        "OMP_NUM_THREADS": "1",
+        "TRITON_INTERPRET": "1",
+        "REHEARSAL_COVERAGE": str(folder / "coverage"),
+    }
+    command = [sys.executable, "-m", "tests.rehearsal.first_contact", "--results", str(folder / "results"), *arguments]
+    return subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True)
+
+
+def run(folder: Path, *arguments: str, tools: dict[str, str] = TOOLS) -> tuple[int, list[dict[str, Any]]]:
+    """Return the exit status, and the results written."""
+    (folder / "results").unlink(missing_ok=True)
+    with start(folder, *arguments, tools=tools) as process:
+        process.communicate()
+    return process.returncode, rows(folder)
+
+
+def rows(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / "results").read_text().splitlines()]
+
+
+def test_every_line_runs_and_failures_are_reported(tmp_path: Path) -> None:
+    """NATTEN raises in float32."""
+    status, written = run(tmp_path, "--seconds", "3600")
+    assert status == 1
+    statuses = {row["part"]: row["status"] for row in written if "seconds" in row}
+    assert list(statuses) == [
+        "versions", "kernels", "graphs", "core", "networks", "attention", "profiler", "sanitizer", "tests"
+    ]  # fmt: skip
+    assert {part for part, status in statuses.items() if status} == {"kernels"}, written
+    assert {row["candidate"] for row in written if "failed" in row} == {"natten cutlass-fna"}
+    status, (*_, last) = run(tmp_path, "--part", "versions", tools=BROKEN_TOOLS)
+    assert (status, last["failed"].partition(":")[0]) == (1, "FileNotFoundError")
+    assert run(tmp_path, "--part", "sanitizer", tools={})[1] == [
+        {"part": "sanitizer", "skipped": "compute-sanitizer is not installed"}
+    ]
+    check_deadlines(tmp_path)
+    data = coverage.Coverage(str(tmp_path / "coverage"), config_file=False)
+    data.combine([str(tmp_path)])
+    assert data.analysis2(str(ROOT / "benchmarks" / "first_contact.py"))[3] == []
+
+
+def check_deadlines(folder: Path) -> None:
+    status, (first, second) = run(folder, "--seconds", "1e-3", "--parts", "versions", "kernels")
+    assert status == 1
+    assert (first["part"], first["status"]) == ("versions", "killed at its deadline of 0 s")
+    assert (second["part"], second["status"]) == ("kernels", "no time left")
+
+
+def test_parts_end_at_their_deadline(tmp_path: Path) -> None:
+    check_deadlines(tmp_path)
+
+
+def test_results_so_far_are_there_after_a_kill(tmp_path: Path) -> None:
+    with start(tmp_path, "--part", "kernels") as process:
+        assert process.stdout is not None
+        process.stdout.readline()
+        process.kill()
+    assert rows(tmp_path)[0]["part"] == "kernels"
