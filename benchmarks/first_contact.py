@@ -235,5 +235,5 @@ def main() -> int:
     return 0 if run_parts(arguments.parts, arguments.results, arguments.seconds) else 1
 
 
-if __name__ == "__main__":
+if __name__ == "__main__":  # pragma: no cover
     raise SystemExit(main())
