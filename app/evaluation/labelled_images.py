@@ -144,8 +144,6 @@ def _read_rows(source: Path) -> Iterator[LabelledImage]:
         path, label = (_value(row, names, where) for names in (PATH_COLUMNS, LABEL_COLUMNS))
         if not isinstance(path, str):
             raise DataError(f"{where} has the path {path!r}: it must be text")
-        if "\0" in path:
-            raise DataError(f"{where} has the path {path!r}: no file has a name with a NUL character")
         if isinstance(label, list | dict):
             raise DataError(f"{where} has the label {label!r}: give each image one label, as text or a number")
         yield LabelledImage(_find(source.parent, path), normalize(path_text(str(label))))

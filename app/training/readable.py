@@ -52,6 +52,8 @@ def _reason(path: Path, max_pixels: int) -> str | None:
         return error.detail
     except OSError as error:
         return error.strerror or str(error)
+    except ValueError as error:  # a name that no file can have, such as one with a NUL character
+        return str(error)
     return None
 
 

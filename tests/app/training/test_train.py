@@ -202,8 +202,9 @@ def test_damaged_checkpoint_is_skipped_and_missing_weights_are_named(
 def test_invalid_data_and_flags_are_one_line(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "out"
     assert "is inside" in error_of(capsys, data, data / "out", *SMALL)
-    (tmp_path / "nul.csv").write_text("path,label\na\0.png,cat\n")
-    assert "line 2, has the path 'a\\x00.png'" in error_of(capsys, tmp_path / "nul.csv", out, *SMALL)
+    rows = [f"{data}/{label}/{label}-{n}.png,{label}" for label in (0, 1) for n in (1, 2)]
+    (tmp_path / "nul.csv").write_text("\n".join(["path,label", *rows, "a\0.png,1", ""]))
+    assert "a\0.png: embedded null byte; replace or remove" in error_of(capsys, tmp_path / "nul.csv", out, *SMALL)
     (tmp_path / "data.zip").touch()
     assert "data.zip is neither a folder nor a table" in error_of(capsys, tmp_path / "data.zip", out, *SMALL)
     assert "does not exist" in error_of(capsys, tmp_path / "no", out, *SMALL)
