@@ -214,9 +214,10 @@ print(library() is not None, unavailable_reason())
 
 
 def run(cache: Path, **environment: str) -> list[str]:
+    folders = {"XDG_CACHE_HOME": str(cache), "TMPDIR": str(cache)}  # both may have the library of another process
     done = subprocess.run(
         [sys.executable, "-c", SCRIPT],
-        env={**os.environ, "XDG_CACHE_HOME": str(cache), **environment},
+        env={**os.environ, **folders, **environment},
         capture_output=True,
         text=True,
         check=True,
