@@ -99,12 +99,13 @@ def _opened(path: Path) -> Iterator[TextIO]:
             yield text
     except UnicodeError:  # UTF-16 with an odd number of bytes is a plain UnicodeError
         with path.open("rb") as file:
-            line = next((number for number, content in enumerate(file, 1) if not _is_utf8(content)), 1)
+            line = next((number for number, content in enumerate(file, 1) if not is_utf8(content)), 1)
         name = encoding.removesuffix("-sig").upper()
         raise TableError(f'{path}, line {line}, is not {name}: save the file as UTF-8 (in Excel: "CSV UTF-8")') from None
 
 
-def _is_utf8(data: bytes) -> bool:
+def is_utf8(data: bytes) -> bool:
+    """Return whether bytes are text in UTF-8."""
     try:
         data.decode()
     except UnicodeDecodeError:

@@ -27,7 +27,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks.serving import CONNECTIONS, closed_loop, command, free_port, running
-from benchmarks.timing import report
+from benchmarks.timing import busy_programs, report
 from dinat.model import DinatConfig, DinatForImageClassification, DinatImageProcessor
 
 BUSY = {"alone": 0, "1 busy program": 1, "2 busy programs": 2, "4 busy programs": 4}
@@ -42,17 +42,6 @@ VARIANTS = {
 RUNTIMES = {"OpenVINO": "openvino", "ONNX Runtime": "onnxruntime"}
 PEERS = ("plain", "lit", "rayserve")
 BATCHES = (1, 8)
-
-
-@contextmanager
-def busy_programs(count: int) -> Iterator[None]:
-    programs = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(count)]
-    try:
-        yield
-    finally:
-        for program in programs:
-            program.kill()
-            program.wait()
 
 
 @contextmanager

@@ -2,8 +2,11 @@
 
 import json
 import platform
+import subprocess
+import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -45,6 +48,18 @@ def matrix_product(dtype: torch.dtype = torch.float32) -> Callable[[], object]:
 def matrix_product_flops(seconds: float) -> float:
     """Return the FLOP/s of a matrix_product that took so many seconds."""
     return 2 * MATRIX**3 / seconds
+
+
+@contextmanager
+def busy_programs(count: int) -> Iterator[None]:
+    """Run programs that compete for the CPU."""
+    programs = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(count)]
+    try:
+        yield
+    finally:
+        for program in programs:
+            program.kill()
+            program.wait()
 
 
 def machine() -> dict[str, Any]:

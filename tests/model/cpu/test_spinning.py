@@ -4,13 +4,12 @@ import ctypes
 import json
 import subprocess
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import psutil
 import pytest
 
+from benchmarks.timing import busy_programs
 from dinat.model.cpu import spinning
 from dinat.model.cpu.spinning import check_spinning, thread_times
 
@@ -34,17 +33,6 @@ print(json.dumps(sorted(seen)))
 """
 
 
-@contextmanager
-def competitors(count: int) -> Iterator[None]:
-    programs = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(count)]
-    try:
-        yield
-    finally:
-        for program in programs:
-            program.kill()
-            program.wait()
-
-
 def states(until: str, seconds: float, **environment: str) -> list[str]:
     """Compute in a process of its own until a state is seen, and return the states that were."""
     command = [sys.executable, "-c", COMPUTE, until, str(seconds)]
@@ -55,7 +43,7 @@ def states(until: str, seconds: float, **environment: str) -> list[str]:
 
 @pytest.mark.slow
 def test_threads_sleep_beside_busy_programs() -> None:
-    with competitors(psutil.cpu_count() or 1):
+    with busy_programs(psutil.cpu_count() or 1):
         assert states("sleeps", 30) == ["sleeps"]
 
 
