@@ -74,26 +74,60 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, rpb: Tensor | None, kernel_size: in
     for x in (q, k, v):
         if not supports(x, kernel_size):
             raise AttentionError(_unsupported_reason(x, kernel_size))
-    batch, height, width, heads, _ = q.shape
     q, k, v = (_with_uniform_stride(x) for x in (q, k, v))
     if not q.stride() == k.stride() == v.stride():
         q, k, v = (x.contiguous() for x in (q, k, v))
     out = torch.empty_like(q, memory_format=torch.contiguous_format)
+    addresses = (q.data_ptr(), k.data_ptr(), v.data_ptr())
+    _run(addresses, out, (q.stride(2), q.stride(0)), rpb, kernel_size, dilation, scale)
+    return out
+
+
+def attend_qkv(qkv: Tensor, rpb: Tensor, kernel_size: int, dilation: int) -> Tensor:
+    """Compute neighborhood attention of the QKV projection of a layer that `supports` has accepted, without checking it again.
+
+    Args:
+        qkv: Query, key and value (B, H, W, 3, heads, 32), contiguous, neither empty nor smaller than the window.
+        rpb: Relative positional bias (heads, 2 * kernel_size - 1, 2 * kernel_size - 1).
+        kernel_size: Window size.
+        dilation: Distance between neighboring keys of a window.
+
+    Returns:
+        Tensor (B, H, W, heads, 32).
+    """
+    batch, height, width, _, heads, _ = qkv.shape
+    out = qkv.new_empty(batch, height, width, heads, HEAD_DIM)
+    position, address = 3 * heads * HEAD_DIM, qkv.data_ptr()
+    q, k, v = (address + i * heads * HEAD_DIM * qkv.itemsize for i in range(3))
+    _run((q, k, v), out, (position, height * width * position), rpb, kernel_size, dilation, HEAD_DIM**-0.5)
+    return out
+
+
+def _run(
+    addresses: tuple[int, int, int],
+    out: Tensor,
+    strides: tuple[int, int],
+    rpb: Tensor | None,
+    kernel_size: int,
+    dilation: int,
+    scale: float,
+) -> None:
+    """Call the kernel. addresses: of q, k and v. strides: elements between two of their positions, and two images."""
     kernels = library()
     assert kernels is not None
     check_spinning()
-    tile_plan = plan(height, width, kernel_size, dilation, TILES[kernels.lanes], q.device)
+    batch, height, width, heads, _ = out.shape
+    tile_plan = plan(height, width, kernel_size, dilation, TILES[kernels.lanes], out.device)
     layout = _layout(tile_plan, heads)
     bias = cached_for_table(rpb, (tile_plan, heads, kernels.lanes), lambda: _bias(tile_plan, rpb, heads, kernels.lanes))
     kernels.attend(
-        DTYPES[q.dtype],
-        *(x.data_ptr() for x in (q, k, v, out)),
-        *(batch, height * width, heads, q.stride(2), q.stride(0)),
+        DTYPES[out.dtype],
+        *(*addresses, out.data_ptr()),
+        *(batch, height * width, heads, *strides),
         *(layout.tiles.data_ptr(), len(layout.tiles)),
         *(layout.queries.data_ptr(), layout.keys.data_ptr(), bias.data_ptr()),
         *(scale * LOG2_E, torch.get_num_threads()),
     )
-    return out
 
 
 @dataclass(frozen=True, eq=False)

@@ -1,4 +1,4 @@
-"""Weight packing for CPU inference, and whole layers by one compiled kernel on CPUs with matrix units (AMX)."""
+"""Weight packing for CPU inference, and whole layers by one compiled kernel on CPUs with AVX-512."""
 
 from typing import Self, TypeVar
 
@@ -6,16 +6,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dinat.model.attention import compiled, neighborhood_attention, neighborhood_attention_with_weights
+from dinat.model.attention import compiled, neighborhood_attention_with_weights
 from dinat.model.cpu.fast_layers import LayerNorm, is_unmodified, pack_module
 from dinat.model.dinat import Attention, AttentionOutput, DropPath, Intermediate, Layer, NeighborhoodSelfAttention, Output
 from dinat.model.fast_path import check_packed_input
 from dinat.model.native import Library, library
+from dinat.model.native.dtypes import DTYPES
 
 Network = TypeVar("Network", bound=nn.Module)
 
-PANEL, TILE = 32, 16
-"""Constants of layer.c: columns of a weight panel, and rows and columns of an AMX tile."""
+PANEL, PART = 32, 16
+"""Constants of products.h: columns of a weight panel, and outputs of one of its parts."""
 
 
 def pack(network: Network) -> Network:
@@ -38,21 +39,27 @@ def pack(network: Network) -> Network:
 
 
 def supports_layer(layer: Layer) -> bool:
-    """Return whether the kernel for whole layers (bfloat16, AMX) is available and supports this layer."""
-    kernels, attention = library(), layer.attention.self
-    if kernels is None or not kernels.has_matrix_units or attention.qkv is None:
+    """Return whether the kernel for whole layers is available and supports this layer."""
+    attention = layer.attention.self
+    if attention.qkv is None or not _has_kernels(*layer.parameters()):
         return False
     if attention.backend not in ("auto", "compiled"):
         return False
     channels, hidden = layer.output.dense.out_features, layer.output.dense.in_features
     return (
         all(is_unmodified(module, *SUPPORTED_MODULES) for module in layer.modules())
-        and all(weight.dtype == torch.bfloat16 and weight.device.type == "cpu" for weight in layer.parameters())
         and layer.intermediate.activation is F.gelu
         and channels % PANEL == hidden % PANEL == 0
         and channels == attention.heads * compiled.HEAD_DIM
         and compiled.supports_kernel_size(attention.kernel_size)
     )
+
+
+def _has_kernels(*parameters: Tensor) -> bool:
+    """Return whether layer.c is available for the dtype of all of these parameters, and they are on the CPU."""
+    kernels, [dtype, *others] = library(), {parameter.dtype for parameter in parameters}
+    is_on_cpu = all(parameter.device.type == "cpu" for parameter in parameters)
+    return kernels is not None and not others and is_on_cpu and dtype in DTYPES and kernels.has_layers[DTYPES[dtype]]
 
 
 SUPPORTED_MODULES: tuple[type[nn.Module], ...] = (
@@ -63,9 +70,9 @@ SUPPORTED_MODULES: tuple[type[nn.Module], ...] = (
 
 
 class PackedLayer(nn.Module):
-    """A bfloat16 layer in three calls: layer norm and QKV projection, attention, and everything after attention.
+    """A layer in three calls: layer norm and QKV projection, attention, and everything after attention.
 
-    Equals Layer in eval mode up to bfloat16 rounding. NHWC.
+    Equals Layer in eval mode up to rounding. NHWC.
     """
 
     def __init__(self, layer: Layer) -> None:
@@ -87,29 +94,33 @@ class PackedLayer(nn.Module):
         x = x.contiguous()
         below, right = max(0, self.window - height), max(0, self.window - width)
         if below or right:  # the padding is zeros after the norm
-            q, k, v = self._project(F.pad(self.before(x), (0, 0, 0, right, 0, below)), is_normalized=True)
+            qkv = self._project(F.pad(self.before(x), (0, 0, 0, right, 0, below)), is_normalized=True)
         else:
-            q, k, v = self._project(x, is_normalized=False)
+            qkv = self._project(x, is_normalized=False)
         weights = None
         if with_weights:
+            q, k, v = qkv.unbind(3)
             attended, weights = neighborhood_attention_with_weights(q, k, v, self.rpb, self.kernel_size, self.dilation)
+        elif x.numel():
+            attended = compiled.attend_qkv(qkv, self.rpb, self.kernel_size, self.dilation)
         else:
-            attended = neighborhood_attention(q, k, v, self.rpb, self.kernel_size, self.dilation, backend="compiled")
+            attended = x
         return self._complete(attended[:, :height, :width].contiguous(), x), weights
 
-    def _project(self, x: Tensor, is_normalized: bool) -> tuple[Tensor, ...]:
-        """Return query, key and value of x (B, H, W, C), each (B, H, W, heads, head_dim)."""
+    def _project(self, x: Tensor, is_normalized: bool) -> Tensor:
+        """Return query, key and value (B, H, W, 3, heads, head_dim) of x (B, H, W, C)."""
         channels = x.shape[-1]
         out = x.new_empty(*x.shape[:-1], 3, self.heads, channels // self.heads)
         if not x.numel():
-            return out.unbind(3)
+            return out
         status = _library().project(
+            DTYPES[x.dtype],
             *(x.data_ptr(), out.data_ptr(), x.numel() // channels, channels, self.qkv.outputs),
             *((None, None, 0.0) if is_normalized else _norm_arguments(self.before)),
             *(*self.qkv.pointers(), torch.get_num_threads()),
         )
         _check_status(status)
-        return out.unbind(3)
+        return out
 
     def _complete(self, attended: Tensor, x: Tensor) -> Tensor:
         """Compute everything after attention from the attention output and the layer's input x, all (B, H, W, C)."""
@@ -118,6 +129,7 @@ class PackedLayer(nn.Module):
             return out
         channels = x.shape[-1]
         status = _library().complete(
+            DTYPES[x.dtype],
             *(attended.data_ptr(), x.data_ptr(), out.data_ptr(), x.numel() // channels, channels, self.up.outputs),
             *(*self.output.pointers(), *_norm_arguments(self.after), *self.up.pointers(), *self.down.pointers()),
             torch.get_num_threads(),
@@ -127,11 +139,10 @@ class PackedLayer(nn.Module):
 
 
 def supports_convolution(convolution: nn.Conv2d) -> bool:
-    """Return whether the kernel for downsampling convolutions (bfloat16, AMX) is available and supports this one."""
-    kernels, c = library(), convolution
+    """Return whether the kernel for downsampling convolutions is available and supports this one."""
+    c = convolution
     return (
-        (kernels is not None and kernels.has_matrix_units)
-        and (is_unmodified(c, nn.Conv2d) and c.weight.dtype == torch.bfloat16 and c.weight.device.type == "cpu")
+        (is_unmodified(c, nn.Conv2d) and _has_kernels(*c.parameters()))
         and (c.kernel_size, c.stride, c.padding, c.dilation, c.groups) == ((3, 3), (2, 2), (1, 1), (1, 1), 1)
         and c.padding_mode == "zeros"
         and c.in_channels % PANEL == c.out_channels % PANEL == 0
@@ -139,7 +150,7 @@ def supports_convolution(convolution: nn.Conv2d) -> bool:
 
 
 class PanelConvolution(nn.Module):
-    """A 3x3 convolution of stride 2 in bfloat16, for inputs with channels last in memory.
+    """A 3x3 convolution of stride 2, for inputs with channels last in memory.
 
     oneDNN is as fast if its weights are packed for the size of the feature map, but up to 25 times slower for other sizes.
     """
@@ -157,6 +168,7 @@ class PanelConvolution(nn.Module):
         if not x.numel():
             return out.permute(0, 3, 1, 2)
         status = _library().convolve(
+            DTYPES[x.dtype],
             *(x.data_ptr(), out.data_ptr(), images, height, width, channels, self.weight.outputs),
             *(*self.weight.pointers(), torch.get_num_threads()),
         )
@@ -165,13 +177,14 @@ class PanelConvolution(nn.Module):
 
 
 class _PackedWeight:
-    """Weight (outputs, inputs) and bias of a linear layer in the format of layer.c: panels of AMX tiles."""
+    """Weight (outputs, inputs) and bias of a linear layer in the format of products.h."""
 
     def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
         outputs, inputs = weight.shape
-        tiles = weight.detach().reshape(outputs // PANEL, PANEL // TILE, TILE, inputs // PANEL, TILE, 2)
+        word = 4 // weight.itemsize  # inputs per 32 bits
+        parts = weight.detach().reshape(outputs // PANEL, PANEL // PART, PART, inputs // PANEL, PANEL // word, word)
         self.outputs = outputs
-        self.weight = tiles.permute(0, 3, 1, 4, 2, 5).contiguous()
+        self.weight = parts.permute(0, 3, 1, 4, 2, 5).contiguous()
         self.bias = torch.zeros(outputs) if bias is None else bias.detach().float()
 
     @classmethod
@@ -180,7 +193,7 @@ class _PackedWeight:
         if scale is None:
             return cls(linear.weight, linear.bias)
         bias = None if linear.bias is None else linear.bias.float() * scale.float()
-        return cls((linear.weight.float() * scale.float()[:, None]).bfloat16(), bias)
+        return cls((linear.weight.float() * scale.float()[:, None]).to(linear.weight.dtype), bias)
 
     def pointers(self) -> tuple[int, int]:
         """Return the addresses of the weight and the bias."""

@@ -53,6 +53,11 @@ TARGETS = {
             frozenset({*_AVX512, "avx512_bf16", "amx_tile", "amx_bf16"}),
             ("-march=x86-64-v4", "-mprefer-vector-width=512", "-mavx512bf16", "-mamx-tile", "-mamx-bf16"),
         ),
+        Target(
+            "avx512bf16",
+            frozenset({*_AVX512, "avx512_bf16"}),
+            ("-march=x86-64-v4", "-mprefer-vector-width=512", "-mavx512bf16"),
+        ),
         Target("avx512", frozenset(_AVX512), ("-march=x86-64-v4", "-mprefer-vector-width=512")),
         Target("avx2", frozenset(_V3), ("-march=x86-64-v3",)),
     ),
@@ -67,7 +72,9 @@ class Library:
     Attributes:
         target: Instruction set that the library is compiled for.
         lanes: float32 values per vector.
-        has_matrix_units: Whether project, complete and convolve are available, the kernels of layer.c, which require AMX.
+        has_matrix_units: Whether bfloat16 products run on AMX.
+        has_layers: Whether project, complete and convolve, the kernels of layer.c, are available for float32 (at index 0) and
+            bfloat16 (1).
         attend, layer_norm, resample, project, complete, convolve: See the functions dinat_* in the C sources.
     """
 
@@ -88,11 +95,13 @@ class Library:
         self.layer_norm.argtypes = [integer, *[pointer] * 2, *[number] * 2, *[pointer] * 2, real, integer]
         self.resample.argtypes = [integer, ctypes.c_char_p, *[number] * 2, *[pointer] * 2, *[number] * 2, *[pointer] * 2]
         self.resample.argtypes += [number, *[pointer] * 3, number]
-        if self.has_matrix_units:
+        dtypes = loaded.dinat_layer_dtypes()
+        self.has_layers = (bool(dtypes & 1), bool(dtypes & 2))
+        if dtypes:
             self.project, self.complete, self.convolve = loaded.dinat_project, loaded.dinat_complete, loaded.dinat_convolve
-            self.project.argtypes = [*[pointer] * 2, *[number] * 3, *[pointer] * 2, real, *[pointer] * 2, integer]
-            self.complete.argtypes = [*[pointer] * 3, *[number] * 3, *[pointer] * 4, real, *[pointer] * 4, integer]
-            self.convolve.argtypes = [*[pointer] * 2, *[number] * 5, *[pointer] * 2, integer]
+            self.project.argtypes = [integer, *[pointer] * 2, *[number] * 3, *[pointer] * 2, real, *[pointer] * 2, integer]
+            self.complete.argtypes = [integer, *[pointer] * 3, *[number] * 3, *[pointer] * 4, real, *[pointer] * 4, integer]
+            self.convolve.argtypes = [integer, *[pointer] * 2, *[number] * 5, *[pointer] * 2, integer]
 
 
 @cache

@@ -31,7 +31,7 @@ typedef struct {
 
 /* 2^x for x <= 0, by its Taylor series. Relative error 2e-7, or 4e-5 with is_rough, which is far below bfloat16's precision.
  * Returns 0 below -126, where floats are denormal and slow. NaN stays NaN. */
-static inline __attribute__((always_inline)) floats power(floats x, const int is_rough) {
+static ALWAYS_INLINE floats power(floats x, const int is_rough) {
     static const float series[] = {1.5403530e-4f, 1.3333558e-3f, 9.6181291e-3f, 5.5504109e-2f, 2.4022651e-1f, 6.9314718e-1f, 1};
 #ifdef __AVX512F__
     floats whole = (floats)_mm512_roundscale_ps((__m512)x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
@@ -56,7 +56,7 @@ static inline floats largest(const floats *some) {
 }
 
 /* Replace s by 2^(s - max) for each key and lane; return the sum over keys of each lane. */
-static inline __attribute__((always_inline)) floats softmax(floats *s, int64_t count, floats most, const int is_rough) {
+static ALWAYS_INLINE floats softmax(floats *s, int64_t count, floats most, const int is_rough) {
     floats sum = {0};
     for (int64_t key = 0; key < count; key++) {
         s[key] = power(s[key] - most, is_rough);
@@ -133,7 +133,7 @@ static inline void write_row(const float *row, void *to, int64_t at, int is_half
     for (int i = 0; i < DIM; i += LANES) store(to, at + i, load(row, i, 0), is_half);
 }
 
-static inline __attribute__((always_inline)) void attend_by_vectors(const tile *t, const int is_half) {
+static ALWAYS_INLINE void attend_by_vectors(const tile *t, const int is_half) {
     floats s[MOST_KEYS], q[DIM], out[DIM];
     float keys[MOST_KEYS][DIM], values[MOST_KEYS][DIM], rows[LANES][DIM] = {{0}};
     const int64_t count = t->key_count, padded = (count + BLOCK - 1) / BLOCK * BLOCK;
@@ -175,28 +175,101 @@ static inline __attribute__((always_inline)) void attend_by_vectors(const tile *
 
 static void attend_float(const tile *t) { attend_by_vectors(t, 0); }
 
-#ifndef __AMX_BF16__
+#if !defined __AMX_BF16__ && !defined __AVX512BF16__
 
 static void attend_bfloat16(const tile *t) { attend_by_vectors(t, 1); }
-
-const char *dinat_units(void) { return "vectors"; }
 
 #else
 
 static inline words bfloats(floats x) { return from_halves((halves)_mm512_cvtneps_pbh((__m512)x)); }
+
+/* Scale the scores of all keys and add the bias. Returns the maximum of each lane. */
+static inline floats add_bias(const tile *t, floats *s) {
+    floats most[BLOCK];
+    for (int j = 0; j < BLOCK; j++) most[j] = splat(-__builtin_inff());
+    for (int64_t key = 0; key < t->key_count; key += BLOCK)
+#pragma GCC unroll 8
+        for (int j = 0; j < BLOCK; j++) {
+            s[key + j] = s[key + j] * t->scale + load(t->bias, (key + j) * LANES, 0);
+            most[j] = larger(s[key + j], most[j]);
+        }
+    return largest(most);
+}
+
+/* Load the queries as words, pairs of channels, and transpose them: (16 lanes, 16 pairs) to (16 pairs, 16 lanes). */
+static inline void queries_to_lanes(const tile *t, __m512i q[16]) {
+    for (int lane = 0; lane < LANES; lane++) {
+        const int64_t query = t->queries[lane < t->query_count ? lane : 0];
+        q[lane] = _mm512_loadu_si512((const uint16_t *)t->q + query * t->stride);
+    }
+    transpose(q);
+}
+
+#endif
+
+#if defined __AVX512BF16__ && !defined __AMX_BF16__
+
+static inline __m512bh broadcast(const uint32_t *word) { return (__m512bh)_mm512_set1_epi32(*word); }
+
+/* Products of pairs: of two channels for the scores, of two keys for the outputs. */
+static void attend_bfloat16(const tile *t) {
+    floats s[MOST_KEYS + 1], out[DIM];
+    float rows[LANES][DIM];
+    __m512i q[16], values[(MOST_KEYS + 1) / 2][2];
+    const uint16_t *k = t->k, *v = t->v;
+    const int64_t count = t->key_count;
+    queries_to_lanes(t, q);
+    for (int64_t key = 0; key < count; key += BLOCK) {
+        const uint32_t *keys[BLOCK];
+        for (int j = 0; j < BLOCK; j++) /* keys that follow the last one have a bias of -inf */
+            keys[j] = (const uint32_t *)(k + t->keys[key + j < count ? key + j : count - 1] * t->stride);
+        floats sums[BLOCK] = {{0}};
+#pragma GCC unroll 16
+        for (int i = 0; i < 16; i++)
+#pragma GCC unroll 8
+            for (int j = 0; j < BLOCK; j++)
+                sums[j] = (floats)_mm512_dpbf16_ps((__m512)sums[j], (__m512bh)q[i], broadcast(keys[j] + i));
+        memcpy(s + key, sums, sizeof sums);
+    }
+    const floats sum = softmax(s, count, add_bias(t, s), 1), share = 1.0f / sum;
+    s[count] = splat(0);
+    for (int64_t key = 0; key < count; key += 2) {
+        const __m512i first = _mm512_loadu_si512(v + t->keys[key] * t->stride);
+        const __m512i second = key + 1 < count ? _mm512_loadu_si512(v + t->keys[key + 1] * t->stride) : _mm512_setzero_si512();
+        values[key / 2][0] = _mm512_unpacklo_epi16(first, second); /* channels 0-3, 8-11, 16-19, 24-27 */
+        values[key / 2][1] = _mm512_unpackhi_epi16(first, second); /* channels 4-7, 12-15, 20-23, 28-31 */
+        s[key / 2] = (floats)(bfloats(s[key]) | bfloats(s[key + 1]) << 16);
+    }
+    for (int half = 0; half < 2; half++) {
+        floats sums[16] = {{0}};
+        for (int64_t pair = 0; pair < (count + 1) / 2; pair++)
+#pragma GCC unroll 16
+            for (int i = 0; i < 16; i++)
+                sums[i] = (floats)_mm512_dpbf16_ps((__m512)sums[i], (__m512bh)s[pair],
+                                                   broadcast((const uint32_t *)&values[pair][half] + i));
+        for (int i = 0; i < 16; i++) out[i / 4 * 8 + half * 4 + i % 4] = sums[i] * share;
+    }
+    to_rows(out, rows);
+    for (int64_t lane = 0; lane < t->query_count; lane++)
+        write_row(rows[lane], t->out, t->queries[lane] * t->out_stride, 1);
+}
+
+#endif
+
+#ifndef __AMX_BF16__
+
+const char *dinat_units(void) { return "vectors"; }
+
+#else
 
 /* Scores are computed as keys x queries, so that softmax needs no operation across lanes. Outputs are computed as queries x
  * channels, the memory layout of `out`. */
 static void attend_bfloat16(const tile *t) {
     floats s[MOST_KEYS];
     __m512i left[16], right[2][16];
-    const uint16_t *q = t->q, *k = t->k, *v = t->v;
+    const uint16_t *k = t->k, *v = t->v;
     const int64_t count = t->key_count;
-    for (int lane = 0; lane < LANES; lane++) {
-        int64_t query = t->queries[lane < t->query_count ? lane : 0];
-        left[lane] = _mm512_loadu_si512(q + query * t->stride);
-    }
-    transpose(left);
+    queries_to_lanes(t, left);
     ORDER_MEMORY();
     _tile_loadd(0, left, 64);
     for (int64_t key = 0; key < count; key += 16) {
@@ -211,15 +284,7 @@ static void attend_bfloat16(const tile *t) {
         _tile_stored(2, s + key, 64);
     }
     ORDER_MEMORY();
-    floats most[BLOCK];
-    for (int j = 0; j < BLOCK; j++) most[j] = splat(-__builtin_inff());
-    for (int64_t key = 0; key < count; key += BLOCK)
-#pragma GCC unroll 8
-        for (int j = 0; j < BLOCK; j++) {
-            s[key + j] = s[key + j] * t->scale + load(t->bias, (key + j) * LANES, 0);
-            most[j] = larger(s[key + j], most[j]);
-        }
-    floats sum = softmax(s, count, largest(most), 1);
+    floats sum = softmax(s, count, add_bias(t, s), 1);
     _tile_zero(2);
     _tile_zero(3);
     for (int64_t key = 0; key < count; key += 32) {

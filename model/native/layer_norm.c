@@ -2,13 +2,12 @@
 
 #include "layer_norm.h"
 
-static inline __attribute__((always_inline)) void normalize_map(const norm *n, const char *x, char *out, int64_t rows,
-                                                                int64_t channels, int threads, const int is_half) {
-    const int64_t size = is_half ? 2 : 4;
+static ALWAYS_INLINE void normalize_map(const norm *n, const void *x, void *out, int64_t rows, int64_t channels, int threads,
+                                        const int is_half) {
 #pragma omp parallel for schedule(static) num_threads(threads)
     for (int64_t row = 0; row < rows; row += LANES) {
-        const matrix to = {out + row * channels * size, channels, PANEL};
-        normalize(n, x + row * channels * size, to, rows - row < LANES ? rows - row : LANES, channels, is_half);
+        const matrix to = {element(out, row * channels, is_half), channels, PANEL};
+        normalize(n, element(x, row * channels, is_half), to, rows - row < LANES ? rows - row : LANES, channels, is_half);
     }
 }
 

@@ -32,8 +32,8 @@ static inline float total(floats x) {
 
 /* x: (rows, channels); channels is a multiple of LANES. Means and variances of LANES rows are computed first, so that one
  * vector square root and one division serve all of them. */
-static inline __attribute__((always_inline)) void normalize(const norm *n, const void *x, matrix out, int64_t rows,
-                                                            int64_t channels, const int is_half) {
+static ALWAYS_INLINE void normalize(const norm *n, const void *x, matrix out, int64_t rows, int64_t channels,
+                                    const int is_half) {
     for (int64_t first = 0; first < rows; first += LANES) {
         const int64_t count = rows - first < LANES ? rows - first : LANES;
         floats mean = {0}, scale = {0};

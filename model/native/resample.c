@@ -30,7 +30,7 @@ static inline pixel rounded(quad sum) {
 /* Resize `rows` rows of `width` pixels of 4 bytes to `out_width` pixels of `channels` bytes. Several rows are processed
  * together, so that weights are read once and the sums are independent. Output pixel x is the sum of steps * TAPS input pixels
  * starting at starts[x], each byte multiplied by its weight. */
-static inline __attribute__((always_inline)) void along_some(const uint8_t *image, const int rows, int64_t width, uint8_t *out,
+static ALWAYS_INLINE void along_some(const uint8_t *image, const int rows, int64_t width, uint8_t *out,
                                                              int64_t out_width, const int channels, const int32_t *starts,
                                                              const int32_t *weights, int64_t steps) {
     for (int64_t x = 0; x < out_width; x++) {
@@ -51,7 +51,7 @@ static inline __attribute__((always_inline)) void along_some(const uint8_t *imag
     }
 }
 
-static inline __attribute__((always_inline)) void along_rows(const uint8_t *image, int64_t height, int64_t width,
+static ALWAYS_INLINE void along_rows(const uint8_t *image, int64_t height, int64_t width,
                                                              uint8_t *out, int64_t out_width, const int channels,
                                                              const int32_t *starts, const int32_t *weights, int64_t steps) {
     int64_t y = 0;
@@ -66,7 +66,7 @@ static inline __attribute__((always_inline)) void along_rows(const uint8_t *imag
 /* Resize rows of `width` pixels of 4 bytes to `out_height` rows of pixels of `channels` bytes. Output row y is the sum of
  * counts[y] input rows starting at starts[y], each multiplied by its weight; `weights` has `most` entries per output row. The
  * width must be at least TAPS. */
-static inline __attribute__((always_inline)) void along_columns(const uint8_t *image, int64_t width, uint8_t *out,
+static ALWAYS_INLINE void along_columns(const uint8_t *image, int64_t width, uint8_t *out,
                                                                 int64_t out_height, const int channels, const int32_t *starts,
                                                                 const int32_t *counts, const int32_t *weights, int64_t most) {
     for (int64_t y = 0; y < out_height; y++) {

@@ -7,6 +7,9 @@
 #include <immintrin.h>
 #endif
 
+/* For functions with a constant parameter such as is_half: the compiler generates one version for each value. */
+#define ALWAYS_INLINE inline __attribute__((always_inline))
+
 /* 32-bit elements per vector. */
 #if defined __AVX512F__
 enum { LANES = 16 };
@@ -20,6 +23,11 @@ typedef float floats __attribute__((vector_size(4 * LANES)));
 typedef int32_t ints __attribute__((vector_size(4 * LANES)));
 typedef uint32_t words __attribute__((vector_size(4 * LANES)));
 typedef uint16_t halves __attribute__((vector_size(2 * LANES)));
+
+/* Bytes of an element: bfloat16 with is_half, else float32. */
+static inline int64_t size_of(int is_half) { return is_half ? 2 : 4; }
+
+static inline void *element(const void *data, int64_t at, int is_half) { return (char *)data + at * size_of(is_half); }
 
 static inline floats splat(float x) { return x - (floats){0}; }
 

@@ -23,11 +23,12 @@ TARGETS = [
 """Targets that can run on this machine, as parameters of the tests of all kernels."""
 
 
+[_AVX512] = [target for target in native.TARGETS["x86_64"] if target.name == "avx512"]
 MATRIX_UNITS = native.Target(
     "amx-in-c",
-    native.TARGETS["x86_64"][1].required_flags,
+    _AVX512.required_flags,
     (
-        *native.TARGETS["x86_64"][1].compiler_flags,
+        *_AVX512.compiler_flags,
         *("-D__AMX_BF16__=1", "-include", str(Path(__file__).with_name("matrix_units.h"))),
     ),
 )

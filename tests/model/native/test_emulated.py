@@ -45,7 +45,7 @@ def matrix_units(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     ],
 )
 def test_layer_on_matrix_units_in_c(shape: tuple[int, ...], channels: int, fields: dict[str, object], count: int) -> None:
-    layer = random_layer(channels, **fields)  # type: ignore[arg-type]
+    layer = random_layer(torch.bfloat16, channels, **fields)  # type: ignore[arg-type]
     x = torch.randn(*shape, channels).bfloat16()
     with threads(count):
         assert relative_error(packed_output(layer, x), float64_output(layer, x)) <= 1e-2
@@ -64,7 +64,7 @@ def test_convolution_on_matrix_units_in_c(shape: tuple[int, ...], channels: int)
 
 @pytest.mark.usefixtures("matrix_units")
 def test_empty_batch_on_matrix_units_in_c() -> None:
-    assert packed_output(random_layer(), torch.empty(0, 9, 8, 64).bfloat16()).shape == (0, 9, 8, 64)
+    assert packed_output(random_layer(torch.bfloat16), torch.empty(0, 9, 8, 64).bfloat16()).shape == (0, 9, 8, 64)
 
 
 @HAS_ARM
