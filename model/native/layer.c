@@ -177,7 +177,8 @@ static int over_rows(by_dtype what, int is_half, const void *of, work all, int64
 /* QKV projection of every row, with the layer norm before it.  x: (rows, channels);  out: (rows, outputs);  norm_weight: null
  * for no norm.  Returns 0, or 1 if memory allocation failed. */
 int dinat_project(int is_half, const void *x, void *out, int64_t rows, int64_t channels, int64_t outputs,
-                  const void *norm_weight, const void *norm_bias, float eps, const void *weight, const float *bias, int threads) {
+                  const void *norm_weight, const void *norm_bias, float eps, const void *weight, const float *bias,
+                  int threads) {
     const layer l = {.before = {norm_weight, norm_bias, eps}, .qkv = {weight, bias, channels, outputs}};
     return over_rows(project_of, is_half, &l, (work){.x = x, .out = out, .rows = rows}, channels, 0, outputs, threads);
 }

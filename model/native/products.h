@@ -12,9 +12,9 @@
  * weights and one input fit the 32 registers.  TOGETHER: rows are computed in whole groups of this size. */
 enum { STEP_ROWS = 32, VECTOR_ROWS = 12, TOGETHER = 4 };
 
-/* weight: panels of PANEL outputs; in each, blocks of PANEL inputs; in each, two parts of 16 outputs. A row of a part, 64 bytes,
- * is a word (32 bits) of each of 16 outputs: one float32, or inputs 2i and 2i + 1 as a pair of bfloat16. With pairs, a part is
- * an AMX tile. */
+/* weight: panels of PANEL outputs; in each, blocks of PANEL inputs; in each, two parts of 16 outputs. A row of a part, 64
+ * bytes, is a word (32 bits) of each of 16 outputs: one float32, or inputs 2i and 2i + 1 as a pair of bfloat16. With pairs, a
+ * part is an AMX tile. */
 typedef struct {
     const void *weight;
     const float *bias;
@@ -86,8 +86,8 @@ static ALWAYS_INLINE void finish(const step *s, int64_t begin, int64_t end, cons
     }
 }
 
-/* Sum the products of `rows` rows and a panel of weights, by vectors. x: the rows in their first panel, as words.  inner: number
- * of panels of x.  lines: cache lines of the next panel of weights to prefetch for each block, from line `line` on. */
+/* Sum the products of `rows` rows and a panel of weights, by vectors. x: the rows in their first panel, as words.  inner:
+ * number of panels of x.  lines: cache lines of the next panel of weights to prefetch for each block, from line `line` on. */
 static ALWAYS_INLINE void sum_products(const uint32_t *x, int64_t panel_words, const uint32_t *weight, int64_t inner,
                                        int64_t line, int64_t lines, floats (*sums)[2], const int rows, const int is_half) {
     const int words_per_row = is_half ? PANEL / 2 : PANEL, part = words_per_row * LANES;
