@@ -1,6 +1,8 @@
 """Two instances behind a real nginx or Envoy with the configurations in deploy/: restart, crash and overload."""
 
 import re
+import shutil
+import ssl
 import subprocess
 import threading
 from collections import Counter
@@ -12,7 +14,7 @@ from pathlib import Path
 import httpx
 import pytest
 
-from tests.e2e.conftest import envoy
+from tests.e2e.conftest import MISSING, envoy
 from tests.e2e.processes import DIGITS, Server, free_port, servers
 
 pytestmark = pytest.mark.proxy
@@ -161,13 +163,45 @@ def test_crash_without_retries_loses_requests(
         assert lost
 
 
+def test_service_sees_the_client_and_its_request_id(kind: str, tmp_path: Path) -> None:
+    """The client's address is in the log and its scheme and port are in redirects, whatever the client's own headers say."""
+    ports = [free_port() for _ in range(3)]
+    client_address = "127.0.0.2"
+    claims = {"X-Request-ID": "mine", "X-Forwarded-For": "203.0.113.9", "X-Forwarded-Proto": "https"}
+    with Server(ports[0]) as server, proxy(kind, ports, tmp_path) as url:
+        with httpx.Client(transport=httpx.HTTPTransport(local_address=client_address)) as client:
+            response = client.get(f"{url}/docs/", headers=claims)
+        assert (response.status_code, response.headers["location"]) == (307, f"{url}/docs")
+        assert response.headers["x-request-id"] == "mine"
+    (event,) = [event for event in server.events if event.get("request_id") == "mine"]
+    assert event["client.address"] == client_address
+
+
+@pytest.mark.skipif(MISSING["nginx"] is not None, reason=str(MISSING["nginx"]))
+@pytest.mark.skipif(shutil.which("openssl") is None, reason="openssl is not installed")
+def test_nginx_terminates_tls_as_documented(tmp_path: Path) -> None:
+    ports = {8001: free_port(), 8002: free_port(), 8080: free_port(), 8443: free_port()}
+    page = (DEPLOY.parent / "docs" / "deploy.md").read_text()
+    (lines,) = re.findall(r"```nginx\n(listen 443 ssl;.*?)```", page, re.DOTALL)
+    lines = lines.replace("443", "127.0.0.1:8443").replace("/etc/ssl/dinat/", f"{tmp_path}/")
+    conf = (DEPLOY / "nginx.conf").read_text().replace("listen 127.0.0.1:8080;", f"listen 127.0.0.1:8080;\n{lines}")
+    command = ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-keyout", "key.pem", "-out", "fullchain.pem"]
+    names = ["-subj", "/CN=dinat.example.org", "-addext", "subjectAltName=IP:127.0.0.1"]
+    subprocess.run([*command, *names], cwd=tmp_path, check=True, capture_output=True)
+    authority = ssl.create_default_context(cafile=str(tmp_path / "fullchain.pem"))
+    url = f"https://127.0.0.1:{ports[8443]}"
+    with Server(ports[8001]), run_proxy("nginx", conf, ports, tmp_path), httpx.Client(verify=authority) as client:
+        response = client.post(f"{url}/classify", content=(DIGITS / "7-1.png").read_bytes())
+        assert response.json()["predictions"][0]["label"] == "7"
+        assert client.get(f"{url}/docs/").headers["location"] == f"{url}/docs"
+
+
 def test_retries_do_not_amplify_overload(kind: str, tmp_path: Path) -> None:
     """If both instances are full, a request gets 503 after at most two attempts; accepted requests are answered."""
     ports = [free_port() for _ in range(3)]
     with ExitStack() as stack:
         full = stack.enter_context(servers(ports[:2], queue_limit=1, max_batch=1))
         url = stack.enter_context(proxy(kind, ports, tmp_path))
-        assert httpx.get(f"{url}/model", headers={"X-Request-ID": "mine"}).headers["x-request-id"] == "mine"
         load = stack.enter_context(Load(url, clients=32))
         load.wait_for(600)
         load.__exit__()
