@@ -191,6 +191,7 @@ def test_torch_compile_full_graph_with_gradients(with_rpb: bool) -> None:
         torch.testing.assert_close(result, expected, rtol=0, atol=1e-4)
 
 
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")  # PyTorch 2.14, for any operator
 def test_tiled_operator_passes_opcheck() -> None:
     q, k, v = (torch.randn(1, 5, 6, 1, 16, requires_grad=True) for _ in range(3))
     torch.library.opcheck(tiled.tiled_operator, (q, k, v, torch.randn(1, 5, 5), 3, 1, 0.25))
