@@ -34,6 +34,12 @@ def render(values: dict[str, Any], name: str = "flowers") -> list[Manifest]:
     return [document for document in documents if document]
 
 
+def notes(values: dict[str, Any]) -> str:
+    """What Helm prints after an installation."""
+    with helm.Chart.load(CHART) as chart:
+        return str(chart.render(values=values, name="flowers", namespace="vision")[f"{CHART.name}/templates/NOTES.txt"])
+
+
 def only(manifests: list[Manifest], kind: str) -> Manifest:
     """The only manifest of a kind."""
     (found,) = [manifest for manifest in manifests if manifest["kind"] == kind]
@@ -208,12 +214,24 @@ def test_values_of_a_platform_team() -> None:
     assert (backend["name"], backend["port"]) == (service["metadata"]["name"], service["spec"]["ports"][0]["port"])
     alerts = yaml.safe_load((DEPLOY / "prometheus" / "alerts.yml").read_text())
     assert only(manifests, "PrometheusRule")["spec"] == alerts
-    assert [port["port"] for rule in only(manifests, "NetworkPolicy")["spec"]["egress"] for port in rule["ports"]] == [
-        53,
-        53,
-        443,
-        4318,
-    ]
+    policy = only(manifests, "NetworkPolicy")["spec"]
+    assert [port["port"] for rule in policy["egress"] for port in rule["ports"]] == [53, 53, 443, 3128, 4318]
+    peers = [peer["namespaceSelector"]["matchLabels"].values() for peer in policy["ingress"][0]["from"]]
+    assert [name for (name,) in peers] == ["ingress-nginx", "gateways"]
+
+
+@pytest.mark.parametrize(
+    ("values", "is_blocked"),
+    [
+        ({}, False),
+        ({"ingress": {"enabled": True}}, True),
+        ({"httpRoute": {"enabled": True}}, True),
+        ({"ingress": {"enabled": True}, "networkPolicy": {"from": [{"namespaceSelector": {}}]}}, False),
+        ({"ingress": {"enabled": True}, "networkPolicy": {"enabled": False}}, False),
+    ],
+)
+def test_notes_warn_of_an_ingress_that_the_network_policy_may_block(values: dict[str, Any], is_blocked: bool) -> None:
+    assert ("add that\nto networkPolicy.from" in notes(values)) is is_blocked
 
 
 @pytest.mark.parametrize(
