@@ -1,17 +1,28 @@
-/** Visualization of feature maps. A feature map is {shape: [channels, height, width], values: Float32Array}. */
+/** Visualization of feature maps. */
+
+import { context2d } from "./dom.js";
+
+/** @typedef {import("./service.js").FeatureMap} FeatureMap */
+/** @typedef {ArrayLike<number> & Iterable<number>} Values one value for each position */
 
 const RAMP = [[13, 8, 60], [84, 20, 125], [170, 45, 110], [235, 105, 60], [250, 180, 50], [252, 252, 190]];
 
 const MAX_POSITIONS = 4096; // the principal components of larger feature maps are computed from a subset of their positions
 
-/** Return the color [red, green, blue] for a value from 0 to 1. */
+/**
+ * Return the color [red, green, blue] for a value from 0 to 1.
+ * @param {number} value
+ */
 export function heat(value) {
   const position = Math.min(Math.max(value, 0), 1) * (RAMP.length - 1);
   const low = Math.min(Math.floor(position), RAMP.length - 2);
   return RAMP[low].map((color, i) => color + (position - low) * (RAMP[low + 1][i] - color));
 }
 
-/** Return the mean magnitude over the channels at each position. The mean itself is zero because of layer norm. */
+/**
+ * Return the mean magnitude over the channels at each position. The mean itself is zero because of layer norm.
+ * @param {FeatureMap} featureMap
+ */
 export function magnitude({ shape: [channels, height, width], values }) {
   const positions = height * width;
   const sums = new Float64Array(positions);
@@ -24,6 +35,7 @@ export function magnitude({ shape: [channels, height, width], values }) {
 /**
  * Return the first `count` principal components of the channel vectors: for each one an array with one value per position.
  * Computed by power iteration; each direction is orthogonal to the previous ones.
+ * @param {FeatureMap} featureMap
  */
 export function principalComponents({ shape: [channels, height, width], values }, count = 3) {
   const positions = height * width;
@@ -33,6 +45,10 @@ export function principalComponents({ shape: [channels, height, width], values }
     for (let p = 0; p < positions; p++) sum += values[c * positions + p];
     for (let p = 0; p < positions; p++) centered[c * positions + p] = values[c * positions + p] - sum / positions;
   }
+  /**
+   * @param {Float64Array} direction
+   * @param {number} step
+   */
   const project = (direction, step) => {
     const projected = new Float64Array(positions);
     for (let c = 0; c < channels; c++) {
@@ -41,6 +57,7 @@ export function principalComponents({ shape: [channels, height, width], values }
     return projected;
   };
   const step = Math.ceil(positions / MAX_POSITIONS);
+  /** @type {Float64Array[]} */
   const directions = [];
   for (let k = 0; k < Math.min(count, channels); k++) {
     let direction = orthonormalized(Float64Array.from({ length: channels }, (_, c) => Math.sin(1 + c * (k + 1))), directions);
@@ -62,7 +79,11 @@ export function principalComponents({ shape: [channels, height, width], values }
   return directions.map((direction) => project(direction, 1));
 }
 
-/** Make a vector orthogonal to others and scale it to length 1. */
+/**
+ * Make a vector orthogonal to others and scale it to length 1.
+ * @param {Float64Array} vector
+ * @param {Float64Array[]} others
+ */
 function orthonormalized(vector, others) {
   for (const other of others) {
     const projection = vector.reduce((sum, value, c) => sum + value * other[c], 0);
@@ -72,7 +93,13 @@ function orthonormalized(vector, others) {
   return vector.map((value) => value / length);
 }
 
-/** Draw values, one for each position, scaled from their minimum to their maximum. Returns [minimum, maximum]. */
+/**
+ * Draw values scaled from their minimum to their maximum. Returns [minimum, maximum].
+ * @param {HTMLCanvasElement} canvas
+ * @param {Values} values
+ * @param {number} height
+ * @param {number} width
+ */
 export function drawHeat(canvas, values, height, width) {
   let [minimum, maximum] = [Infinity, -Infinity];
   for (const value of values) [minimum, maximum] = [Math.min(minimum, value), Math.max(maximum, value)];
@@ -80,16 +107,27 @@ export function drawHeat(canvas, values, height, width) {
   return [minimum, maximum];
 }
 
-/** Draw up to three components as red, green and blue, each clipped to two standard deviations. */
+/**
+ * Draw up to three components as red, green and blue, each clipped to two standard deviations.
+ * @param {HTMLCanvasElement} canvas
+ * @param {Float64Array[]} components
+ * @param {number} height
+ * @param {number} width
+ */
 export function drawComponents(canvas, components, height, width) {
-  const deviation = (values) => Math.sqrt(values.reduce((sum, value) => sum + value * value, 0) / values.length);
-  const ranges = components.map((values) => 4 * deviation(values) || 1);
-  paint(canvas, height, width, (p) => [0, 1, 2].map((i) => 255 * (0.5 + (components[i]?.[p] ?? 0) / (ranges[i] ?? 1))));
+  const ranges = components.map((values) => 4 * Math.sqrt(values.reduce((sum, value) => sum + value * value, 0) / values.length));
+  paint(canvas, height, width, (p) => [0, 1, 2].map((i) => 255 * (0.5 + (components[i]?.[p] ?? 0) / (ranges[i] || 1))));
 }
 
+/**
+ * @param {HTMLCanvasElement} canvas
+ * @param {number} height
+ * @param {number} width
+ * @param {(position: number) => number[]} colorAt
+ */
 function paint(canvas, height, width, colorAt) {
   [canvas.height, canvas.width] = [height, width];
   const pixels = new ImageData(width, height); // clamps its values to 0 to 255
   for (let p = 0; p < height * width; p++) pixels.data.set([...colorAt(p), 255], 4 * p);
-  canvas.getContext("2d").putImageData(pixels, 0, 0);
+  context2d(canvas).putImageData(pixels, 0, 0);
 }

@@ -1,9 +1,18 @@
 /** Sources of images (drop, paste, file, camera and drawing pad), and the part of an image that the network receives. */
 
-const $ = (id) => document.getElementById(id);
-const NO_IMAGE_IN_CLIPBOARD = "The clipboard contains no image: copy one first.";
+import { $, context2d } from "./dom.js";
 
-/** Call onImage(blob, name) for every image that the user provides, and onError(message) if that fails. */
+/** @typedef {(image: Blob, name: string) => void} OnImage */
+/** @typedef {(message: string) => void} OnError */
+
+const NO_IMAGE_IN_CLIPBOARD = "The clipboard contains no image: copy one first.";
+const PEN_STEP = 8; // pixels that an arrow key moves the pen
+
+/**
+ * Call onImage for every image that the user provides, and onError if that fails.
+ * @param {OnImage} onImage
+ * @param {OnError} onError
+ */
 export function listen(onImage, onError) {
   listenToFiles(onImage, onError);
   listenToClipboard(onImage, onError);
@@ -11,11 +20,16 @@ export function listen(onImage, onError) {
   listenToPad(onImage);
 }
 
+/**
+ * @param {OnImage} onImage
+ * @param {OnError} onError
+ */
 function listenToFiles(onImage, onError) {
-  $("file").addEventListener("change", () => {
-    const [file] = $("file").files;
+  const input = $("file", HTMLInputElement);
+  input.addEventListener("change", () => {
+    const file = input.files?.[0];
     if (file) onImage(file, file.name);
-    $("file").value = ""; // so that the same file can be chosen again
+    input.value = ""; // so that the same file can be chosen again
   });
   addEventListener("dragover", (event) => {
     event.preventDefault();
@@ -27,18 +41,22 @@ function listenToFiles(onImage, onError) {
   addEventListener("drop", (event) => {
     event.preventDefault();
     document.body.classList.remove("dragging");
-    const { files } = event.dataTransfer;
+    const files = event.dataTransfer?.files ?? [];
     if (files.length > 1) onError(`${files.length} files were dropped: drop one at a time.`);
     else if (files.length) onImage(files[0], files[0].name);
     else onError("No file was dropped: save the image first, then drop the file.");
   });
 }
 
+/**
+ * @param {OnImage} onImage
+ * @param {OnError} onError
+ */
 function listenToClipboard(onImage, onError) {
   addEventListener("paste", (event) => {
-    const [file] = event.clipboardData.files;
+    const file = event.clipboardData?.files[0];
     if (file) onImage(file, file.name || "pasted.png");
-    else if (event.target.tagName !== "INPUT") onError(NO_IMAGE_IN_CLIPBOARD);
+    else if (!(event.target instanceof HTMLInputElement)) onError(NO_IMAGE_IN_CLIPBOARD);
   });
   $("paste").addEventListener("click", async () => {
     if (!navigator.clipboard?.read) return onError("This browser only pastes by keyboard: press Ctrl+V or ⌘V.");
@@ -54,40 +72,54 @@ function listenToClipboard(onImage, onError) {
   });
 }
 
+/**
+ * @param {OnImage} onImage
+ * @param {OnError} onError
+ */
 function listenToCamera(onImage, onError) {
-  const [dialog, video] = [$("camera-dialog"), $("video")];
+  const dialog = $("camera-dialog", HTMLDialogElement);
+  const video = $("video", HTMLVideoElement);
+  /** @type {MediaStream | null} */
+  let stream = null;
   $("camera").addEventListener("click", async () => {
     if (!navigator.mediaDevices) return onError("Browsers only allow the camera on https:// and localhost.");
     try {
-      video.srcObject = await navigator.mediaDevices.getUserMedia({ video: { facingMode: "environment" } });
+      video.srcObject = stream = await navigator.mediaDevices.getUserMedia({ video: { facingMode: "environment" } });
       dialog.showModal();
     } catch (error) {
-      const denied = error.name === "NotAllowedError";
-      onError(denied ? "Access to the camera was denied." : `The camera is not available: ${error.message}.`);
+      const { name, message } = /** @type {Error} */ (error);
+      onError(name === "NotAllowedError" ? "Access to the camera was denied." : `The camera is not available: ${message}.`);
     }
   });
   $("capture").addEventListener("click", async () => {
-    const canvas = new OffscreenCanvas(video.videoWidth, video.videoHeight);
-    canvas.getContext("2d").drawImage(video, 0, 0);
-    onImage(await canvas.convertToBlob({ type: "image/png" }), "camera.png");
+    const canvas = document.createElement("canvas");
+    [canvas.width, canvas.height] = [video.videoWidth, video.videoHeight];
+    context2d(canvas).drawImage(video, 0, 0);
+    onImage(await pngOf(canvas), "camera.png");
     dialog.close();
   });
   $("close-camera").addEventListener("click", () => dialog.close());
   dialog.addEventListener("close", () => {
-    for (const track of video.srcObject.getTracks()) track.stop();
-    video.srcObject = null;
+    for (const track of stream?.getTracks() ?? []) track.stop();
+    video.srcObject = stream = null;
   });
 }
 
+/** @param {OnImage} onImage */
 function listenToPad(onImage) {
-  const pad = $("pad");
-  const context = pad.getContext("2d");
-  let pen = { x: pad.width / 2, y: pad.height / 4, down: false };
+  const pad = $("pad", HTMLCanvasElement);
+  const context = context2d(pad);
+  const pen = { x: pad.width / 2, y: pad.height / 4, down: false };
   context.fillRect(0, 0, pad.width, pad.height);
   context.strokeStyle = "#fff";
   context.lineWidth = 30;
   context.lineCap = "round";
 
+  /**
+   * @param {number} x
+   * @param {number} y
+   * @param {boolean} draw
+   */
   const movePen = (x, y, draw) => {
     if (draw) {
       context.beginPath();
@@ -95,56 +127,128 @@ function listenToPad(onImage) {
       context.lineTo(x, y);
       context.stroke();
     }
-    pen = { ...pen, x, y };
+    Object.assign(pen, { x, y });
   };
-  const finish = () => pad.toBlob((blob) => onImage(blob, "drawing.png"));
-  const position = (event) => [event.offsetX * pad.width / pad.clientWidth, event.offsetY * pad.height / pad.clientHeight];
+  const finish = async () => onImage(await pngOf(pad), "drawing.png");
+  /** @param {PointerEvent} event */
+  const moveToPointer = ({ offsetX, offsetY }, draw = true) =>
+    movePen(offsetX * pad.width / pad.clientWidth, offsetY * pad.height / pad.clientHeight, draw);
+  /** @param {boolean} down */
+  const setPen = (down) => {
+    pen.down = down;
+    $("pen").classList.toggle("down", down);
+    $("pen-state").textContent = `The pen is ${down ? "lowered" : "lifted"}.`;
+  };
+  /** @param {boolean} visible the marker of the pen, for drawing with the keyboard */
+  const showPen = (visible) => {
+    $("pen").hidden = !visible;
+    $("pen").style.translate = `${pen.x / pad.width * pad.clientWidth}px ${pen.y / pad.height * pad.clientHeight}px`;
+  };
 
   pad.addEventListener("pointerdown", (event) => {
     pad.setPointerCapture(event.pointerId);
-    movePen(...position(event), false);
-    movePen(...position(event), true);
+    showPen(false);
+    moveToPointer(event, false);
+    moveToPointer(event);
   });
   pad.addEventListener("pointermove", (event) => {
-    if (event.buttons & 1) movePen(...position(event), true);
+    if (event.buttons & 1) moveToPointer(event);
   });
   pad.addEventListener("pointerup", finish);
   pad.addEventListener("keydown", (event) => {
-    const step = { ArrowUp: [0, -8], ArrowDown: [0, 8], ArrowLeft: [-8, 0], ArrowRight: [8, 0] }[event.key];
-    if (!step && event.key !== " ") return;
+    const direction = ARROWS[event.key];
+    if (!direction && event.key !== " ") return;
     event.preventDefault();
-    if (step) return movePen(pen.x + step[0], pen.y + step[1], pen.down);
-    pen.down = !pen.down;
-    if (!pen.down) finish();
+    if (direction) {
+      /**
+       * @param {number} value
+       * @param {number} size
+       */
+      const clamp = (value, size) => Math.min(Math.max(value, 0), size);
+      movePen(clamp(pen.x + PEN_STEP * direction[1], pad.width), clamp(pen.y + PEN_STEP * direction[0], pad.height), pen.down);
+    } else {
+      setPen(!pen.down);
+      if (pen.down) movePen(pen.x, pen.y, true);
+      else finish();
+    }
+    showPen(true);
   });
-  $("draw").addEventListener("click", () => {
+  pad.addEventListener("blur", () => showPen(false));
+  $("draw").addEventListener("click", (event) => {
     const open = $("pad-panel").hidden;
     $("pad-panel").hidden = !open;
     $("draw").setAttribute("aria-expanded", String(open));
-    if (open) pad.focus();
+    if (!open) return;
+    pad.focus();
+    showPen(event.detail === 0); // opened by keyboard
   });
   $("clear").addEventListener("click", () => {
     context.fillRect(0, 0, pad.width, pad.height);
-    pen = { ...pen, down: false };
+    setPen(false);
   });
 }
 
-/** Return the region of an image that the network receives under these settings, {x, y, width, height} in pixels. */
+/**
+ * [down, across] of each arrow key.
+ * @type {Record<string, number[] | undefined>}
+ */
+export const ARROWS = { ArrowUp: [-1, 0], ArrowDown: [1, 0], ArrowLeft: [0, -1], ArrowRight: [0, 1] };
+
+/**
+ * Encode a canvas as PNG.
+ * @param {HTMLCanvasElement} canvas
+ * @returns {Promise<Blob>}
+ */
+export function pngOf(canvas) {
+  return new Promise((resolve, reject) => {
+    canvas.toBlob((blob) => (blob ? resolve(blob) : reject(new Error("The browser cannot encode the image as PNG"))));
+  });
+}
+
+/**
+ * Return the size of the center crop, [height, width], or null if the image is not cropped.
+ * @param {import("./service.js").ImageProcessor} processor
+ */
+export function cropOf(processor) {
+  if (processor.crop_pct) return sides(processor.size);
+  return processor.do_center_crop ? sides(processor.crop_size) : null;
+}
+
+/**
+ * Return the size to which an image is resized before it is cropped, [height, width].
+ * @param {import("./service.js").ImageProcessor} processor
+ * @param {number} height
+ * @param {number} width
+ */
+export function resizedSize(processor, height, width) {
+  if (processor.crop_pct) return withShortEdge(Math.floor(sides(processor.size)[0] / processor.crop_pct), height, width);
+  if (!processor.do_resize) return [height, width];
+  const { shortest_edge: edge } = processor.size;
+  return edge ? withShortEdge(edge, height, width) : sides(processor.size);
+}
+
+/**
+ * Return the region of an image that the network receives, in pixels.
+ * @param {import("./service.js").ImageProcessor} processor
+ * @param {number} width
+ * @param {number} height
+ */
 export function visibleRegion(processor, width, height) {
-  const sides = (size) => (typeof size === "number" ? [size, size] : [size.height, size.width]);
-  let crop = null; // [height, width] of the center crop after the resize to `resized`
-  let resized = [height, width];
-  if (processor.crop_pct) {
-    crop = sides(processor.size);
-    resized = resizedTo(Math.floor(crop[0] / processor.crop_pct), height, width);
-  } else {
-    const { shortest_edge: edge } = processor.size;
-    if (processor.do_resize) resized = edge ? resizedTo(edge, height, width) : sides(processor.size);
-    if (processor.do_center_crop) crop = sides(processor.crop_size);
-  }
-  const [down, across] = crop ? [crop[0] / resized[0], crop[1] / resized[1]] : [1, 1];
+  const resized = resizedSize(processor, height, width);
+  const crop = cropOf(processor) ?? resized;
+  const [down, across] = [crop[0] / resized[0], crop[1] / resized[1]];
   return { x: width * (1 - across) / 2, y: height * (1 - down) / 2, width: width * across, height: height * down };
 }
 
-const resizedTo = (shortEdge, height, width) =>
-  [shortEdge * height / Math.min(height, width), shortEdge * width / Math.min(height, width)];
+/**
+ * @param {number | {height: number, width: number}} size
+ * @returns {number[]}
+ */
+const sides = (size) => (typeof size === "number" ? [size, size] : [size.height, size.width]);
+
+/**
+ * @param {number} edge
+ * @param {number} height
+ * @param {number} width
+ */
+const withShortEdge = (edge, height, width) => [edge * height / Math.min(height, width), edge * width / Math.min(height, width)];

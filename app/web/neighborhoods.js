@@ -1,17 +1,29 @@
-/** Drawing of the neighborhood of a query over the image. A layer is an element of the response of POST /attention. */
+/** Drawing of the neighborhood of a query over the image. */
 
+import { context2d } from "./dom.js";
 import { heat } from "./feature_maps.js";
 
-/** Return the attention weights of one head, or their mean over all heads if `head` is null, as a list of rows. */
+/** @typedef {import("./service.js").Layer} Layer */
+
+/**
+ * Return the attention weights of one head, or their mean over all heads if `head` is null, as a list of rows.
+ * @param {Layer} layer
+ * @param {number | null} head
+ */
 export function weightsOf(layer, head) {
   if (head !== null && head < layer.weights.length) return layer.weights[head];
   return layer.rows.map((_, i) =>
     layer.columns.map((_, j) => layer.weights.reduce((sum, weights) => sum + weights[i][j], 0) / layer.weights.length));
 }
 
-/** Draw the keys of the query, colored by their weights relative to the largest one. Padding is not drawn. */
+/**
+ * Draw the keys of the query, colored by their weights relative to the largest one. Padding is not drawn.
+ * @param {HTMLCanvasElement} canvas
+ * @param {Layer} layer
+ * @param {number | null} head
+ */
 export function drawNeighborhood(canvas, layer, head) {
-  const context = canvas.getContext("2d");
+  const context = context2d(canvas);
   const [height, width] = layer.size;
   const [down, across] = [canvas.height / height, canvas.width / width];
   const weights = weightsOf(layer, head);
@@ -29,7 +41,10 @@ export function drawNeighborhood(canvas, layer, head) {
   context.strokeRect(layer.query[1] * across, layer.query[0] * down, across, down);
 }
 
-/** Describe a layer in text, for assistive technology. */
+/**
+ * Describe a layer in text, for assistive technology.
+ * @param {Layer} layer
+ */
 export function describe(layer) {
   const [height, width] = layer.size;
   const inside = layer.rows.filter((row) => row < height).length * layer.columns.filter((column) => column < width).length;

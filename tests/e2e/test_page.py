@@ -7,33 +7,20 @@ import re
 import shutil
 import subprocess
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
 
 import httpx
 import numpy as np
 import pytest
 from PIL import Image
 
-from tests.e2e.processes import DIGITS, Server, free_port
+from tests.e2e.browser import MARKS, SEVEN, chromium, playwright, visiting
+from tests.e2e.processes import Server, free_port
 
-playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
-CHROMIUM = shutil.which("chromium")
-pytestmark = [
-    pytest.mark.browser,
-    pytest.mark.skipif(CHROMIUM is None, reason="chromium is not installed (Debian's package of that name)"),
-]
+pytestmark = MARKS
 
 WEB = Path(__file__).parents[2] / "app" / "web"
-SEVEN = (DIGITS / "7-1.png").read_bytes()
-FLAGS = [
-    "--no-sandbox",
-    "--host-resolver-rules=MAP * ~NOTFOUND , EXCLUDE 127.0.0.1",
-    "--use-fake-device-for-media-stream",
-    "--use-fake-ui-for-media-stream",
-]
 
 
 @pytest.fixture(scope="module")
@@ -44,56 +31,8 @@ def server() -> Iterator[Server]:
 
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Any]:
-    with playwright.sync_playwright() as started:
-        running = started.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
+    with chromium() as running:
         yield running
-        running.close()
-
-
-class Visit:
-    """The open page, with the URLs of its requests and the messages of its errors and warnings."""
-
-    def __init__(self, page: Any, url: str) -> None:
-        self.page = page
-        self.errors: list[str] = []
-        self.requests: list[str] = []
-        page.on("console", lambda message: self.errors.append(message.text) if message.type in ("error", "warning") else None)
-        page.on("pageerror", lambda error: self.errors.append(str(error)))
-        page.on("request", lambda request: self.requests.append(request.url))
-        page.goto(url + "/")
-
-    def wait_until_ready(self) -> "Visit":
-        playwright.expect(self.page.locator("#status")).to_have_text("ready")
-        return self
-
-    def choose(self, name: str, data: bytes) -> None:
-        self.page.set_input_files("#file", {"name": name, "mimeType": "application/octet-stream", "buffer": data})
-
-    def wait_for_results(self) -> None:
-        """Wait until all results of an image are shown, which may be an earlier one."""
-        playwright.expect(self.page.locator("#layers button").first).to_be_visible()
-
-    def wait_for_image(self, name: str) -> None:
-        """Wait until the caption contains the name and all results are shown."""
-        playwright.expect(self.page.locator("#caption")).to_contain_text(name)
-        self.wait_for_results()
-
-    def best_label(self) -> str:
-        return str(self.page.locator("#labels li > span").first.inner_text())
-
-
-@contextmanager
-def visiting(browser: Any, url: str, expect_errors: bool = False, **settings: Any) -> Iterator[Visit]:
-    """Open the page; at the end, assert that it had no errors, unless expected, and sent no request to another host."""
-    context = browser.new_context(**settings)
-    try:
-        visit = Visit(context.new_page(), url)
-        yield visit
-        assert expect_errors or not visit.errors
-        hosts = {urlsplit(request).netloc for request in visit.requests if not request.startswith("blob:")}
-        assert hosts == {urlsplit(url).netloc}
-    finally:
-        context.close()
 
 
 def test_chosen_image_is_classified(server: Server, browser: Any) -> None:
@@ -108,6 +47,65 @@ def test_chosen_image_is_classified(server: Server, browser: Any) -> None:
         np.testing.assert_allclose(widths, [100 * prediction["score"] for prediction in predictions], rtol=1e-4)
         entries = visit.page.locator("#times dt").all_inner_texts()
         assert entries == ["decode", "queue", "compute", "encode", "other", "total in the service", "round trip"]
+
+
+def test_first_visit_describes_the_model_and_offers_samples_of_its_labels(server: Server, browser: Any) -> None:
+    with visiting(browser, server.url) as visit:
+        page = visit.wait_until_ready().page
+        names, facts = (page.locator(f"#model-facts {tag}").all_inner_texts() for tag in ("dt", "dd"))
+        described = httpx.get(f"{server.url}/model").json()
+        assert dict(zip(names, facts, strict=True)) == {
+            "Labels": "10: 0, 1, 2, 3, 4, 5, 6, 7, 8, 9",
+            "Input": "64\u00d764 pixels",
+            "Network": "6 layers in 3 stages",
+            "Neighborhood": "3\u00d73 keys, dilation 1 to 4",
+            "Runtime": f"{described['runtime']} on cpu, {described['precision']}",
+            "Attention": described["attention"]["stage1"],
+        }
+        assert page.locator("#result-section").is_hidden()
+        samples = page.locator("#samples button")
+        assert samples.count() >= 3
+        for i in range(samples.count()):
+            samples.nth(i).click()
+            label = samples.nth(i).get_attribute("title")
+            visit.wait_for_image(f"{label}.png")
+            playwright.expect(page.locator("#labels li > span").first).to_have_text(str(label))
+
+
+@pytest.mark.slow
+def test_samples_of_other_models_are_drawings_of_their_labels(server: Server, browser: Any) -> None:
+    described = httpx.get(f"{server.url}/model").json()
+    labels = [f"tench, {i}" for i in range(990)] + [
+        "daisy",
+        "analog clock",
+        "traffic light, traffic signal",
+        "crossword puzzle",
+    ]
+    processor = {"do_resize": True, "size": {"shortest_edge": 256}, "do_center_crop": True, "crop_size": 224}
+    with visiting(browser, server.url) as visit:
+        page = visit.wait_until_ready().page
+        page.route("**/model", lambda route: route.fulfill(json=described | {"labels": labels, "input_size": processor}))
+        page.reload()
+        samples = page.locator("#samples button")
+        playwright.expect(samples).to_have_count(4)
+        assert page.locator("#model-facts dd").all_inner_texts()[:2] == [
+            "994: tench, tench, tench, tench, tench and 989 more",
+            "224\u00d7224 pixels from the center of the image",
+        ]
+        for i, name in enumerate(["daisy", "clock", "traffic-light", "crossword"]):
+            samples.nth(i).click()
+            visit.wait_for_image(f"{name}.png")
+
+
+@pytest.mark.slow
+def test_no_samples_are_offered_if_none_has_a_label_of_the_model(server: Server, browser: Any) -> None:
+    described = httpx.get(f"{server.url}/model").json()
+    with visiting(browser, server.url) as visit:
+        page = visit.wait_until_ready().page
+        page.route("**/model", lambda route: route.fulfill(json=described | {"labels": ["cat", "dog"]}))
+        page.reload()
+        playwright.expect(page.locator("#model-facts")).to_contain_text("2: cat, dog")
+        assert page.locator("#samples-panel").is_hidden()
 
 
 def test_dropped_and_pasted_images_are_classified(server: Server, browser: Any) -> None:
@@ -179,9 +177,13 @@ def test_digit_drawn_by_keyboard_is_classified(server: Server, browser: Any) -> 
         page.focus("#draw")
         page.keyboard.press("Enter")
         page.keyboard.press("Space")
+        playwright.expect(page.locator("#pen-state")).to_have_text("The pen is lowered.")
         for _ in range(16):
             page.keyboard.press("ArrowDown")
+        pad, pen = page.locator("#pad").bounding_box(), page.locator("#pen").bounding_box()
+        assert pen["y"] + pen["height"] / 2 - pad["y"] == pytest.approx(64 + 16 * 8)
         page.keyboard.press("Space")
+        playwright.expect(page.locator("#pen-state")).to_have_text("The pen is lifted.")
         visit.wait_for_image("drawing.png")
         assert visit.best_label() == "1"
 
@@ -238,7 +240,7 @@ def test_neighborhoods_follow_the_pointer(server: Server, browser: Any) -> None:
         assert page.evaluate("document.getElementById('view').toDataURL()") != before
         page.click("#layers button >> nth=1")  # dilation 4: nine keys, four positions apart
         assert page.locator("#layers button >> nth=1").get_attribute("aria-pressed") == "true"
-        playwright.expect(page.locator("#view")).to_have_attribute("aria-label", re.compile("dilation 4: 9 keys"))
+        playwright.expect(page.locator("#view")).to_have_attribute("aria-valuetext", re.compile("dilation 4: 9 keys"))
         mean = page.evaluate("document.getElementById('view').toDataURL()")
         page.select_option("#head", "0")  # stage 1 has one head
         assert page.evaluate("document.getElementById('view').toDataURL()") == mean
@@ -266,8 +268,12 @@ def test_arrow_keys_move_the_point(server: Server, browser: Any) -> None:
         visit.choose("7-1.png", SEVEN)
         visit.wait_for_results()
         page.focus("#view")
-        page.keyboard.press("ArrowLeft")  # from column 8 of 16 to the center of column 7
+        page.keyboard.press("ArrowLeft")  # from column 9 of 16 to the center of column 8
         playwright.expect(page.locator("#commands")).to_contain_text("x=0.4688")
+        playwright.expect(page.locator("#view")).to_have_attribute("aria-valuetext", re.compile("row 9, column 8;"))
+        for key, number in [("End", 256), ("ArrowUp", 240), ("Home", 1), ("ArrowUp", 1)]:
+            page.keyboard.press(key)
+            playwright.expect(page.locator("#view")).to_have_attribute("aria-valuenow", str(number))
 
 
 def test_curl_commands_work(server: Server, browser: Any, tmp_path: Path) -> None:
@@ -293,8 +299,8 @@ def test_error_is_shown_without_earlier_results(server: Server, browser: Any) ->
         visit.wait_for_results()
         visit.choose("paper.pdf", b"%PDF-1.7\n1 0 obj\n<<>>\nendobj\n")
         playwright.expect(visit.page.locator("#error")).to_contain_text("PDF")
-        assert visit.page.locator("#labels li").count() == 0
-        assert visit.page.locator("#layers-section").is_hidden()
+        for result in ("#labels", "#view", "#feature-maps-section", "#layers-section"):
+            assert visit.page.locator(result).is_hidden()
         visit.choose("7-1.png", SEVEN)
         visit.wait_for_results()
         assert visit.page.locator("#error").is_hidden()
@@ -414,15 +420,17 @@ def test_screenshots_for_the_documentation(server: Server, browser: Any) -> None
         pytest.skip("set DINAT_SCREENSHOTS to a folder")
     for scheme, width, layer in [("light", 1200, 3), ("dark", 420, 1)]:
         with visiting(browser, server.url, color_scheme=scheme, viewport={"width": width, "height": 800}) as visit:
-            visit.wait_until_ready().choose("7-1.png", SEVEN)
-            visit.wait_for_results()
+            visit.wait_until_ready()
+            for _ in range(5):  # the first image takes longer
+                with visit.page.expect_response("**/attention?*"):
+                    visit.choose("7-1.png", SEVEN)
             visit.page.click(f"#layers button >> nth={layer}")
             visit.page.evaluate("scrollTo(0, 0)")
             visit.page.screenshot(path=f"{folder}/page-{scheme}.png", full_page=True)
 
 
 def test_page_is_small_and_links_to_no_other_host() -> None:
-    files = [path.read_text() for path in WEB.iterdir()]
+    files = [path.read_text() for path in WEB.rglob("*") if path.is_file()]
     assert sum(len(text.encode()) for text in files) < 80_000
     links = {link for text in files for link in re.findall(r"(?:src|href|import|from|url)\W{0,3}(https?://[^\"')\s]+)", text)}
     assert not links
