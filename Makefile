@@ -17,6 +17,14 @@ SERVE_EXTRAS := $(shell { $(HAS_KERNELS); } >/dev/null 2>&1 || echo '[cpu]')
 
 install: .venv/serve
 
+# What checks the page in app/web, with Node.js.
+ifneq ($(shell command -v npm 2>/dev/null),)
+WEB_TOOLS := .venv/web/node_modules/.package-lock.json
+CHECK_WEB := .venv/web/node_modules/.bin/tsc --project tests/web
+else
+CHECK_WEB := @echo "SKIPPED: tsc, which checks app/web, requires npm"
+endif
+
 # What serving on this machine requires.
 .venv/serve: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
@@ -33,15 +41,22 @@ install: .venv/serve
 	$(PIP) --no-deps --upgrade --target .venv/timm timm torchvision
 	touch $@
 
+# tsc and axe-core.
+.venv/web/node_modules/.package-lock.json: tests/web/package-lock.json
+	mkdir -p .venv/web
+	cp tests/web/package.json tests/web/package-lock.json .venv/web
+	npm ci --prefix .venv/web --ignore-scripts --no-audit --no-fund --loglevel error
+	touch $@
+
 serve: install
 	$(BIN)/dinat serve
 
 # The fast tests, and at least one of each slower kind: up to five minutes on two cores.
-test: .venv/test
+test: .venv/test $(WEB_TOOLS)
 	$(PARALLEL)
 
 # The rest of what every change must pass, but for the rehearsal.
-test-slow: .venv/test
+test-slow: .venv/test $(WEB_TOOLS)
 	$(PARALLEL) -m "slow and not nightly"
 
 # The GPU code on a fake GPU: tests/gpu, every published network, the benchmark.
@@ -55,11 +70,14 @@ nightly: fuzz soak chaos sanitize api-test image-test
 docs: .venv/test
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
-lint: .venv/test
+lint: .venv/test $(WEB_TOOLS)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+	$(BIN)/python -m tests.test_terms
+	$(BIN)/codespell
+	$(CHECK_WEB)
 
 # On a machine with a CUDA GPU: first contact, tests, doctor and benchmark, at most 9 minutes each; results go to benchmarks/results.
 gpu: .venv/test
