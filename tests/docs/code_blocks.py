@@ -26,7 +26,6 @@ ADDRESS = "localhost:8000"
 TESTED_ELSEWHERE = {
     "nginx": "tests/test_deploy.py, tests/e2e/test_traffic.py",
     "yaml": "tests/test_deploy.py, tests/kubernetes, tests/e2e/test_traffic.py",
-    "mermaid": "no code",
     "deploy.md": "tests/image, tests/test_deploy.py",
     "scale.md": "tests/kubernetes, tests/e2e/test_ray.py, tests/e2e/test_proxies.py",
 }

@@ -1,5 +1,6 @@
 """README.md and docs/: every example runs, the reference is current, and the site has no broken link."""
 
+import re
 import shutil
 import subprocess
 import sys
@@ -17,6 +18,10 @@ BLOCKS = [block for page in PAGES for block in code_blocks.code_blocks(page)]
 TO_RUN = [
     block for block in BLOCKS if block.reason is None and not {block.language, block.page} & set(code_blocks.TESTED_ELSEWHERE)
 ]
+FROM_OTHER_HOSTS = re.compile(
+    r"""<(?:script|img|iframe)\b[^>]* src="?(?:https?:)?//[^>]*|<link\b[^>]* rel="?(?:stylesheet|preconnect)[^>]*//[^>]*"""
+    r"""|url\(["']?(?:https?:)?//[^)]*"""
+)
 TOOLS = {"javascript": "node", "java": "java"}
 
 
@@ -72,3 +77,10 @@ def test_site_is_built_without_warnings(tmp_path: Path) -> None:
     page = (tmp_path / "site" / "python" / "index.html").read_text()
     for name in ("DinatConfig", "DinatForImageClassification", "neighborhood_attention", "DinatClient"):
         assert f'id="dinat.{name}' in page or f'id="dinat.attention.{name}' in page
+    for path in (tmp_path / "site").rglob("*"):
+        if path.suffix in (".html", ".css"):
+            text = path.read_text()
+            assert not FROM_OTHER_HOSTS.findall(text), path
+            assert path.suffix == ".css" or "mermaid" not in text, (
+                f"{path} has a diagram that requires a script of another host"
+            )
