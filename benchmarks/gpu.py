@@ -217,7 +217,10 @@ def main() -> None:
             "networks": network_rows(NETWORKS[:1] if arguments.quick else NETWORKS, [1, 64] if arguments.quick else BATCHES),
         }
     result["served"] = served_rows() if is_time_left() else [{"failed": NO_TIME}]
-    result["selected"] = [asdict(layer) | asdict(choice) for layer, choice in autotune.selections.items()]
+    result["selected"] = [
+        {"kind": key.kind} | asdict(key) | asdict(choice)  # type: ignore[call-overload]
+        for key, choice in autotune.selections.items()
+    ]
     name = re.sub(r"\W+", "-", torch.cuda.get_device_name(CUDA)).strip("-").lower()
     path = arguments.json or Path(__file__).parent / "results" / f"gpu-{name}.json"
     path.write_text(json.dumps(result, indent=2, default=str) + "\n")

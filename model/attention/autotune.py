@@ -1,14 +1,15 @@
-"""Selection of the attention backend of each layer on a GPU: the fastest correct candidate, determined once per layer shape.
+"""Selection of the implementation of each step of a network on a GPU: the fastest correct candidate, once per shape.
 
-Inside autotuning(), a layer seen for the first time runs every candidate on random input of its shape, with its own bias table,
-and compares the output with the reference; a further layer of this shape checks the selected candidate with its table. The
-correct ones are timed as CUDA graphs, as in serving. A candidate that raises, exceeds the error limit
-or cannot be captured is disabled, with the reason. Selections can be stored in a file and reused by later processes.
+A step is the attention of a layer (`select_backend`), or what model/gpu fuses into one kernel. Inside autotuning(), a step seen
+for the first time runs every candidate on random input of its shape, with its own weights, and compares the output with the
+reference; a further step of this shape checks the selected candidate with its weights. The correct ones are timed as CUDA
+graphs, as in serving. A candidate that raises, exceeds the error limit or cannot be captured is disabled, with the reason.
+Selections can be stored in a file and reused by later processes.
 """
 
 import json
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, replace
 from functools import cache
@@ -16,6 +17,7 @@ from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 from statistics import median
+from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor
@@ -29,7 +31,53 @@ ROUNDS, REPEATS = 7, 4
 MAX_ERROR = {torch.float32: 1e-5, torch.float16: 1e-2, torch.bfloat16: 1e-2}
 """Largest allowed error of a candidate by dtype, relative to the norm of the reference output."""
 FALLBACKS = ("tiled", "reference")
-"""Backends used when all candidates are disabled; the last one is not checked, because it is the reference itself."""
+"""See Step.fallbacks."""
+
+
+class Key(Protocol):
+    """Properties of a step that determine the speed of its candidates, for example LayerKey. A frozen dataclass."""
+
+    @property
+    def kind(self) -> str:
+        """What the step computes, such as "attention"."""
+
+    @property
+    def device(self) -> str:
+        """Device, as torch names it."""
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Dtype of the step's input and output."""
+
+    @property
+    def requested_backend(self) -> str:
+        """Implementation that the user requested, or "auto"."""
+
+    @property
+    def is_single(self) -> bool:
+        """Whether the batch has one image, which leaves most of a GPU idle."""
+
+
+@dataclass(frozen=True)
+class Step:
+    """A step of a network, and its implementations.
+
+    Attributes:
+        key: What its speed depends on.
+        names: Candidates; the first one is used without autotuning.
+        fallbacks: Candidates used when all others are disabled; the last one is not checked, because it is the reference.
+        run: Computes the step by a candidate's name, on the input that the candidates are timed with.
+        relative_error: Returns a candidate's error against the reference.
+        weights: Identifies the weights that the error depends on.
+    """
+
+    key: Key
+    names: Sequence[str]
+    fallbacks: Sequence[str]
+    run: Callable[[str], Tensor]
+    relative_error: Callable[[str], float]
+    weights: Hashable
+
 
 Attend = Callable[[str, Tensor, Tensor, Tensor, Tensor | None], Tensor]
 """Attention of a layer by a candidate's name: (name, q, k, v, rpb) to the output; q, k, v (B, H, W, heads, head_dim)."""
@@ -44,6 +92,8 @@ class LayerKey:
         requested_backend: Backend that the user requested.
         is_single: Whether the batch has one image, which leaves most of a GPU idle.
     """
+
+    kind: ClassVar[str] = "attention"
 
     device: str
     dtype: torch.dtype
@@ -72,15 +122,15 @@ class LayerKey:
         size = f"{self.height}x{self.width} feature map"
         return f"{size}, {self.heads} heads, kernel {self.kernel_size}, dilation {self.dilation}"
 
-    @property
-    def file_key(self) -> str:
-        """Key in a file of selections. It omits the device, because each GPU model has its own file."""
-        return repr((*(value for name, value in asdict(self).items() if name != "device"),))
+
+def file_key(key: Any) -> str:
+    """Return the key in a file of selections. It omits the device, because each GPU model has its own file."""
+    return repr((key.kind, *(value for name, value in asdict(key).items() if name != "device")))
 
 
 @dataclass(frozen=True)
 class Selection:
-    """The backend of a layer, and the measurements that led to it.
+    """The implementation of a step, and the measurements that led to it.
 
     Attributes:
         backend: Name of the selected candidate.
@@ -95,7 +145,7 @@ class Selection:
     disabled: dict[str, str] = field(default_factory=dict)
 
 
-selections: dict[LayerKey, Selection] = {}
+selections: dict[Key, Selection] = {}
 """Selections made in this process."""
 
 
@@ -108,7 +158,7 @@ def candidates(device: torch.device, dtype: torch.dtype, head_dim: int, requeste
         return ["compiled", "tiled"] if compiled.supports_heads(dtype, head_dim) else ["tiled"]
     backends = [requested_backend]
     if requested_backend == "auto":
-        backends = [*_installed_backends(), "tiled"] if dtype in MAX_ERROR and has_kernels(device) else ["tiled"]
+        backends = [*installed_backends(), "tiled"] if dtype in MAX_ERROR and has_kernels(device) else ["tiled"]
     names = []
     for backend in backends:
         if backend == "triton":
@@ -144,7 +194,7 @@ def _natten_candidates(device: torch.device, dtype: torch.dtype, head_dim: int, 
 
 
 @cache
-def _installed_backends() -> list[str]:
+def installed_backends() -> list[str]:
     """Return the backends whose package is installed and can be imported."""
     modules = {"triton": "dinat.model.attention.triton_kernel", "natten": "natten"}
     return [name for name, module in modules.items() if find_spec(name) is not None and _is_importable(module)]
@@ -183,18 +233,25 @@ class _Session:
     """Autotuning in progress.
 
     Attributes:
-        stored: Selections from the file, by LayerKey.file_key.
-        errors: Relative error by layer, batch of 1 or not, identifier of its bias table, and candidate.
+        stored: Selections from the file, by file_key.
+        errors: Relative error by step (of a batch larger than 1), identifier of its weights, and candidate.
     """
 
     check: bool
     stored: dict[str, Selection]
-    errors: dict[tuple[LayerKey, int, str], float] = field(default_factory=dict)
+    errors: dict[tuple[Key, Hashable, str], float] = field(default_factory=dict)
+
+    def relative_error(self, step: Step, name: str) -> float:
+        """Return the error of a step's candidate, measured once."""
+        key = with_batch(step.key, is_single=False), step.weights, name
+        if key not in self.errors:
+            self.errors[key] = step.relative_error(name)
+        return self.errors[key]
 
 
 _session: _Session | None = None
-_failed: set[tuple[str, str]] = set()
-"""Device and name of candidates that were disabled for some layer."""
+_failed: set[tuple[str, str, str]] = set()
+"""Device, kind of step, and name of candidates that were disabled for some step."""
 
 
 def select_backend(
@@ -214,39 +271,57 @@ def select_backend(
         v: Values, of the same shape.
         rpb: Relative positional bias (heads, 2 * kernel_size - 1, 2 * kernel_size - 1), or None.
     """
-    selection = selections.get(layer)
+    check = _ErrorCheck(layer, attend, rpb)
+
+    def run(name: str) -> Tensor:
+        return attend(name, q, k, v, rpb)
+
+    return select(Step(layer, names, FALLBACKS, run, check.relative_error, id(rpb)))
+
+
+def is_autotuning() -> bool:
+    """Return whether this is inside autotuning()."""
+    return _session is not None
+
+
+def select(step: Step) -> str:
+    """Return the candidate for a step.
+
+    This is the step's existing selection; inside autotuning() the fastest correct candidate; otherwise the first of its names
+    that was not disabled for another step of this kind.
+    """
+    key = step.key
+    selection = selections.get(key)
     if _session is not None:
-        selection = selections[layer] = _autotune(_session, layer, names, attend, (q, k, v, rpb), selection)
-        _failed.update((layer.device, name) for name in selection.disabled)
-    selection = selection or selections.get(replace(layer, is_single=not layer.is_single))
+        selection = selections[key] = _autotune(_session, step, selection)
+        _failed.update((key.device, key.kind, name) for name in selection.disabled)
+    selection = selection or selections.get(with_batch(key, not key.is_single))
     if selection is not None:
         return selection.backend
-    enabled = (name for name in (*names, *FALLBACKS) if (layer.device, name) not in _failed)
-    return next(enabled, FALLBACKS[-1])
+    enabled = (name for name in (*step.names, *step.fallbacks) if (key.device, key.kind, name) not in _failed)
+    return next(enabled, step.fallbacks[-1])
 
 
-def _autotune(
-    session: _Session,
-    layer: LayerKey,
-    names: Sequence[str],
-    attend: Attend,
-    inputs: tuple[Tensor, Tensor, Tensor, Tensor | None],
-    selection: Selection | None,
-) -> Selection:
-    """Return the selection of a layer. `selection` is that of another layer with this key, which may have another table."""
+def with_batch(key: Any, is_single: bool) -> Key:
+    """Return the key of the same step for a batch of one image, or of several."""
+    changed: Key = replace(key, is_single=is_single)
+    return changed
+
+
+def _autotune(session: _Session, step: Step, selection: Selection | None) -> Selection:
+    """Return the selection of a step. `selection` is that of another one with this key, which may have other weights."""
     errors: dict[str, float] = {}
     disabled = dict(selection.disabled) if selection is not None else {}
-    check = _ErrorCheck(session, layer, attend, inputs[3])
 
     def is_correct(name: str) -> bool:
         try:
-            if session.check and name != "reference":
-                errors[name] = check.relative_error(name)
-                limit = MAX_ERROR[layer.dtype]
+            if session.check and name != step.fallbacks[-1]:
+                errors[name] = session.relative_error(step, name)
+                limit = MAX_ERROR[step.key.dtype]
                 if not errors[name] <= limit:
                     disabled[name] = f"relative error {errors[name]:.2g} exceeds the limit of {limit:g}"
         except AttentionError as error:  # the backend does not support this layer
-            if layer.requested_backend == "auto":
+            if step.key.requested_backend == "auto":
                 return False
             disabled[name] = reason(error)
         except Exception as error:
@@ -255,30 +330,28 @@ def _autotune(
 
     if selection is not None and is_correct(selection.backend):
         return selection
-    stored = session.stored.get(layer.file_key) if selection is None else None
-    if stored is not None and stored.backend in (*names, *FALLBACKS) and is_correct(stored.backend):
+    stored = session.stored.get(file_key(step.key)) if selection is None else None
+    if stored is not None and stored.backend in (*step.names, *step.fallbacks) and is_correct(stored.backend):
         return stored
-    for group in (names, *([fallback] for fallback in FALLBACKS)):
+    for group in (step.names, *([fallback] for fallback in step.fallbacks)):
         correct = [name for name in group if name not in disabled and is_correct(name)]
-        times, failed = _time_candidates(correct, attend, inputs)
+        times, failed = _time_candidates(correct, step)
         if times:
             return Selection(min(times, key=lambda name: times[name]), times, errors, disabled | failed)
         disabled |= failed
-    return Selection(FALLBACKS[-1], {}, errors, disabled)
+    return Selection(step.fallbacks[-1], {}, errors, disabled)
 
 
-def _time_candidates(
-    names: Sequence[str], attend: Attend, inputs: tuple[Tensor, Tensor, Tensor, Tensor | None]
-) -> tuple[dict[str, float], dict[str, str]]:
+def _time_candidates(names: Sequence[str], step: Step) -> tuple[dict[str, float], dict[str, str]]:
     """Return the seconds of each candidate, and the reason for each that failed. If no CUDA graph works, time plain calls."""
-    q, k, v, rpb = inputs
+    device = torch.device(step.key.device)
     failed: dict[str, str] = {}
     timers: list[Callable[[Callable[[], object], torch.device], float]] = [seconds]
-    for timer in [seconds_on_gpu, *timers] if q.device.type == "cuda" else timers:
+    for timer in [seconds_on_gpu, *timers] if device.type == "cuda" else timers:
         times: dict[str, float] = {}
         for name in names:
             try:
-                times[name] = timer(lambda: attend(name, q, k, v, rpb), q.device)  # noqa: B023
+                times[name] = timer(lambda: step.run(name), device)  # noqa: B023
             except Exception as error:
                 failed[name] = reason(error)
         if times:
@@ -289,19 +362,12 @@ def _time_candidates(
 class _ErrorCheck:
     """Random input of a layer's shape, with a batch of 2, its bias table, and the reference output, computed on first use."""
 
-    def __init__(self, session: _Session, layer: LayerKey, attend: Attend, rpb: Tensor | None) -> None:
-        self._session, self._layer, self._attend, self._rpb = session, replace(layer, is_single=False), attend, rpb
+    def __init__(self, layer: LayerKey, attend: Attend, rpb: Tensor | None) -> None:
+        self._layer, self._attend, self._rpb = layer, attend, rpb
         self._expected: Tensor | None = None
 
     def relative_error(self, name: str) -> float:
         """Return the norm of a candidate's error over the norm of the reference output; NaN if the candidate returns NaN."""
-        layer = self._layer
-        key = layer, id(self._rpb), name
-        if key not in self._session.errors:
-            self._session.errors[key] = self._measure(name)
-        return self._session.errors[key]
-
-    def _measure(self, name: str) -> float:
         layer = self._layer
         if self._expected is None:
             shape = (2, layer.height, layer.width, 3, layer.heads, layer.head_dim)
@@ -378,7 +444,7 @@ def seconds_on_gpu(run: Callable[[], object], device: torch.device) -> float:
 
 
 def _read(file: Path | None) -> dict[str, Selection]:
-    """Return the stored selections by LayerKey.file_key; none if the file does not exist or cannot be read."""
+    """Return the stored selections by file_key; none if the file does not exist or cannot be read."""
     try:
         rows = json.loads(file.read_text()) if file is not None else {}
         return {str(key): Selection(**row) for key, row in rows.items()}
@@ -388,7 +454,7 @@ def _read(file: Path | None) -> dict[str, Selection]:
 
 def _write(file: Path) -> None:
     """Add the selections to a file atomically. Those with disabled candidates are not stored: the cause may be temporary."""
-    rows = _read(file) | {layer.file_key: selection for layer, selection in selections.items() if not selection.disabled}
+    rows = _read(file) | {file_key(key): selection for key, selection in selections.items() if not selection.disabled}
     file.parent.mkdir(parents=True, exist_ok=True)
     temporary = file.with_suffix(f".{time.monotonic_ns()}")
     temporary.write_text(json.dumps({key: asdict(selection) for key, selection in rows.items()}, indent=1))

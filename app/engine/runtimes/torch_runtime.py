@@ -28,7 +28,7 @@ from dinat.app.engine.runtimes.runtime import (
 )
 from dinat.model import ConfigError, DinatForImageClassification, DinatImageProcessor, attention
 from dinat.model.attention import bias_cache
-from dinat.model.attention.autotune import autotuning, candidates, reason, selections
+from dinat.model.attention.autotune import LayerKey, autotuning, candidates, reason, selections
 from dinat.model.checkpoints.checkpoint import Checkpoint
 from dinat.model.cpu.features import has_bf16
 from dinat.model.cpu.packing import pack
@@ -204,7 +204,7 @@ class TorchRuntime:
                     torch.cuda.empty_cache()
         if size < max_batch:
             self.disabled.append(Disabled(f"batches over {size}", f"out of memory on {self.device}"))
-        self.disabled += self._disabled_attention()
+        self.disabled += self._disabled_candidates()
         return min(size, max_batch)
 
     def _select_precision(self, batch: Tensor) -> None:
@@ -268,17 +268,15 @@ class TorchRuntime:
             size //= 2
         return None
 
-    def _disabled_attention(self) -> list[Disabled]:
-        layers = defaultdict(list)
-        for layer, choice in selections.items():
-            if (layer.device, layer.dtype) == (self.device, self._dtype):
+    def _disabled_candidates(self) -> list[Disabled]:
+        steps = defaultdict(list)
+        for key, choice in selections.items():
+            if (key.device, key.dtype) == (self.device, self._dtype):
                 for name, why in choice.disabled.items():
-                    layers[name].append(f"{layer}: {why}")
+                    steps[f"{key.kind} {name}"].append(f"{key}: {why}")
         return [
-            Disabled(
-                f"attention {name}", reasons[0] if len(reasons) == 1 else f"{reasons[0]}; and {len(reasons) - 1} more layers"
-            )
-            for name, reasons in layers.items()
+            Disabled(name, reasons[0] if len(reasons) == 1 else f"{reasons[0]}; and {len(reasons) - 1} more layers")
+            for name, reasons in steps.items()
         ]
 
     def attention(self) -> dict[str, str]:
@@ -286,7 +284,8 @@ class TorchRuntime:
         selected = [
             (layer.heads, choice.backend)
             for layer, choice in selections.items()
-            if (layer.device, layer.dtype, layer.requested_backend) == (self.device, self._dtype, self._attention)
+            if isinstance(layer, LayerKey)
+            and (layer.device, layer.dtype, layer.requested_backend) == (self.device, self._dtype, self._attention)
         ]
         used = {heads: sorted({name for key, name in selected if key == heads}) for heads in self.config.num_heads}
         head_dim = self.config.embed_dim // self.config.num_heads[0]

@@ -64,7 +64,7 @@ def set_capability(monkeypatch: pytest.MonkeyPatch, major: int, minor: int) -> N
 def test_candidates_of_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("triton")
     set_capability(monkeypatch, 8, 0)
-    monkeypatch.setattr(autotune, "_installed_backends", lambda: ["triton"])  # NATTEN's checks allocate on the GPU
+    monkeypatch.setattr(autotune, "installed_backends", lambda: ["triton"])  # NATTEN's checks allocate on the GPU
     names = candidates(torch.device("cuda"), torch.bfloat16, 32)
     assert names[0] == "triton 8x4/32/1/2"
     assert names[-1] == "tiled"
@@ -142,7 +142,7 @@ def test_unreadable_file_is_ignored_and_replaced(content: str, tmp_path: Path) -
     file = tmp_path / "selections.json"
     file.write_text(content)
     assert tune("tiled", file=file).backend == "tiled"
-    assert autotune._read(file).keys() == {LAYER.file_key}
+    assert autotune._read(file).keys() == {autotune.file_key(LAYER)}
 
 
 def test_file_that_cannot_be_written_is_ignored(tmp_path: Path) -> None:
