@@ -91,7 +91,7 @@ def attend(
         row_sum = row_sum * rescale + tl.sum(weights, 1)
         accumulator = tl.dot(weights.to(v_block.dtype), v_block, accumulator * rescale[:, None], input_precision=PRECISION)
         row_max = new_max
-    output = accumulator / row_sum[:, None]
+    output = accumulator * (1 / row_sum)[:, None]
     tl.store(
         out + batch * out_batch + (q_index * heads + head)[:, None] * HEAD_DIM + channel[None, :],
         output.to(out.dtype.element_ty),
@@ -130,6 +130,8 @@ HALF_CONFIGS = (
     TileConfig(8, 8, 64, 2, 1),
     TileConfig(8, 8, 64, 4, 2),
     TileConfig(4, 4, 64, 1, 1),
+    TileConfig(8, 4, 32, 2, 2),
+    TileConfig(8, 8, 32, 4, 2),
 )
 FLOAT_CONFIGS = (
     TileConfig(8, 4, 16, 1, 2),
@@ -138,7 +140,7 @@ FLOAT_CONFIGS = (
     TileConfig(8, 8, 32, 4, 1, "tf32x3"),
 )
 """Candidates for autotuning; the first one is used without it. Each is best for some layer by a measure of
-`python -m benchmarks.kernel_resources`: instructions per query-key pair, or keys read per query."""
+`python -m benchmarks.kernel_resources`: instructions per query-key pair, keys read per query, or resident warps."""
 
 
 def tile_configs(dtype: torch.dtype, head_dim: int) -> tuple[TileConfig, ...]:
