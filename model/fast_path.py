@@ -41,6 +41,17 @@ def is_plain(*tensors: Tensor | None) -> bool:
     return True
 
 
+def is_plain_on_gpu(*tensors: Tensor) -> bool:
+    """Return whether all tensors have one dtype, and their numbers in the memory of one CUDA device; see is_plain."""
+    first = tensors[0]
+    return first.is_cuda and all(
+        type(x) in PLAIN_TYPES
+        and (x.device == first.device and x.layout is torch.strided and x.dtype is first.dtype)
+        and not (x.is_neg() or x.is_conj())
+        for x in tensors
+    )
+
+
 def is_transformed() -> bool:
     """Return whether operations are recorded or transformed: torch.func, forward-mode AD, tracing, export, dispatch modes."""
     return torch.compiler.is_compiling() or _is_transformed()

@@ -22,6 +22,7 @@ from dinat.model.errors import ImageError
 from dinat.model.field_rules import Rule, check_fields, flag, number, optional, sequence, shown
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
 
     from dinat.model.checkpoints.checkpoint import Checkpoint
@@ -227,14 +228,17 @@ class DinatImageProcessor:
         first = round(margin / 2) if self.crop_pct is not None else margin // 2
         return _Crop(before, first, min(size, first + crop_size))
 
-    def normalize(self, pixels: "Tensor") -> "Tensor":
-        """Rescale and normalize: (B, H, W, 3) uint8 -> (B, 3, H, W) float32, with channels last in memory."""
+    def normalize(self, pixels: "Tensor", dtype: "torch.dtype | None" = None) -> "Tensor":
+        """Rescale and normalize: (B, H, W, 3) uint8 -> (B, 3, H, W), with channels last in memory; float32 if dtype is None."""
+        import torch
+
         from dinat.model.normalization import normalize
 
         return normalize(
             pixels,
             self.rescale_factor if self.do_rescale else None,
             (tuple(self.image_mean), tuple(self.image_std)) if self.do_normalize else None,
+            dtype or torch.float32,
         )
 
 

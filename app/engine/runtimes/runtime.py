@@ -150,9 +150,9 @@ def examples(processor: DinatImageProcessor, count: int) -> Pixels:
     return random.integers(0, 256, (count, height, width, channels), dtype=np.uint8)
 
 
-def to_pixel_values(processor: DinatImageProcessor, pixels: Tensor) -> Tensor:
-    """Convert pixels as Runtime.run takes them, (B, H, W, 3), to the network's input, (B, 3, H, W) float32, normalized."""
-    return processor.normalize(pixels) if pixels.dtype == torch.uint8 else pixels.permute(0, 3, 1, 2)
+def to_pixel_values(processor: DinatImageProcessor, pixels: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Convert pixels as Runtime.run takes them, (B, H, W, 3), to the network's input, (B, 3, H, W), normalized."""
+    return processor.normalize(pixels, dtype) if pixels.dtype == torch.uint8 else pixels.permute(0, 3, 1, 2).to(dtype)
 
 
 def device_names(runtimes: Sequence[Runtime]) -> str:

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+import dinat.model.gpu as gpu_kernels
 from dinat.app.engine.runtimes import nvidia_driver
 from dinat.app.engine.runtimes.artifacts import digest
 from dinat.app.engine.runtimes.cuda_graphs import LANES, CapturedComputation
@@ -33,6 +34,7 @@ from dinat.model.checkpoints.checkpoint import Checkpoint
 from dinat.model.cpu.features import has_bf16
 from dinat.model.cpu.packing import pack
 from dinat.model.cpu.resize import Pixels
+from dinat.model.gpu.fusing import fuse
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 TOLERANCES = {"fp32": 1e-4, "bf16": 5e-2, "fp16": 5e-2}
@@ -122,6 +124,8 @@ class TorchRuntime:
         )
         if self._device.type == "cpu":
             pack(self._network.dinat)  # the head stays in float32
+        else:
+            fuse(self._network)
 
     def run(self, pixels: Pixels | Array, options: Sequence[InferenceOptions]) -> list[InferenceResult]:
         """See Runtime."""
@@ -166,14 +170,14 @@ class TorchRuntime:
 
     def _prepare(self, pixels: Tensor) -> Tensor:
         """Convert pixels on the device, (B, H, W, 3) as for run, to the network's input."""
-        return to_pixel_values(self.processor, pixels).to(self._dtype)
+        return to_pixel_values(self.processor, pixels, self._dtype)
 
     def _compute(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
         """Scores and classes, as from `rank`, of (B, H, W, 3) uint8 on the device. This is captured as CUDA graphs."""
         return rank(self._network.classify(self._prepare(pixels))[0], self.config)
 
     def warm(self, max_batch: int) -> int:
-        """See Runtime. On a GPU: select attention for each layer, check precision, capture CUDA graphs and check them.
+        """See Runtime. On a GPU: select the implementation of each step, check precision, capture and check CUDA graphs.
 
         What fails is disabled, and a slower, exact alternative is used.
 
@@ -191,7 +195,7 @@ class TorchRuntime:
         """Configure the GPU for the largest batch, up to max_batch, that fits into its memory. Return that batch size."""
         size = 1 << (max_batch - 1).bit_length()
         batch = torch.from_numpy(examples(self.processor, size))
-        with self._computing():
+        with self._computing(), _cudnn_benchmark():
             while True:
                 try:
                     self._select_precision(batch[:size])
@@ -208,7 +212,7 @@ class TorchRuntime:
         return min(size, max_batch)
 
     def _select_precision(self, batch: Tensor) -> None:
-        """Select attention for each layer, and fall back to float32 if the precision fails its check.
+        """Select the implementation of each step, and fall back to float32 if the precision fails its check.
 
         Args:
             batch: uint8, on the host.
@@ -329,6 +333,17 @@ def _disable_tf32() -> None:
         torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
 
 
+@contextmanager
+def _cudnn_benchmark() -> Iterator[None]:
+    """Let cuDNN measure its algorithms for each convolution that runs for the first time, and use the fastest from then on."""
+    before = torch.backends.cudnn.benchmark
+    torch.backends.cudnn.benchmark = True
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.benchmark = before
+
+
 def _fault(actual: Tensor, expected: Tensor, tolerance: float, reference: str) -> str | None:
     """Compare two tensors on the host, of one shape. Return what is wrong, or None if their relative error is tolerable."""
     error = float((actual.double() - expected.double()).norm() / expected.double().norm())
@@ -341,14 +356,15 @@ def _by_class(scores: Tensor, classes: Tensor) -> Tensor:
 
 
 def _attention_key(device: torch.device) -> str:
-    """A digest of what the speed of attention depends on: the GPU, the packages, and this project's kernels."""
+    """A digest of what the speed of candidates depends on: the GPU, the packages, and this project's kernels."""
     versions = []
     for package in ("torch", "triton", "natten"):
         try:
             versions.append(f"{package} {version(package)}")
         except PackageNotFoundError:
             versions.append(f"no {package}")
-    code = [path.read_bytes() for path in sorted(Path(attention.__file__).parent.glob("*.py"))]
+    folders = [Path(package.__path__[0]) for package in (attention, gpu_kernels)]
+    code = [path.read_bytes() for folder in folders for path in sorted(folder.glob("*.py"))]
     gpu = torch.cuda.get_device_name(device), torch.cuda.get_device_capability(device), str(torch.version.cuda)
     return digest(*gpu, *versions, *code)
 

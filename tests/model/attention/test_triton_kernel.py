@@ -145,7 +145,7 @@ LIMITS = {80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 120: 99}
 def test_every_config_uses_tensor_cores_spills_nothing_and_fits(
     capability: int, record_property: Callable[[str, object], None]
 ) -> None:
-    rows = compiled(str(capability))
+    rows = compiled(str(capability), "--kernels", "attention")
     expected = {(config, head_dim) for head_dim in (32, 64, 128) for config in every_config(head_dim)}
     assert {(row["cut"], row["head_dim"]) for row in rows} == expected
     for row in rows:
@@ -165,7 +165,7 @@ def test_every_config_uses_tensor_cores_spills_nothing_and_fits(
 @pytest.mark.timeout(420)
 def test_no_config_uses_the_tensor_cores_of_sm_75() -> None:
     """The reason why these GPUs have no Triton candidates."""
-    rows = [row for row in compiled("75", "--dtypes", "fp16") if row["head_dim"] == 32]
+    rows = [row for row in compiled("75", "--dtypes", "fp16", "--kernels", "attention") if row["head_dim"] == 32]
     assert {row["cut"] for row in rows} == {str(config) for config in HALF_CONFIGS}
     for row in rows:
         assert row["tensor core"] == 0, row

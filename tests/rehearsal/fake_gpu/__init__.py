@@ -11,9 +11,9 @@ on a GPU raises here:
 - data races: two accesses of the same memory that no stream, event, lock or queue orders (clocks.py);
 - Triton launches while another device than that of the tensors is current.
 
-float32 operands of convolutions and matrix products are rounded to TF32 where PyTorch's flags allow TF32. The Triton kernel
-runs in Triton's interpreter. NATTEN's na2d is replaced by the reference implementation, after NATTEN's own checks of compute
-capability, dtype and head_dim. counts.counted() counts launches and bytes. Not shown: what kernels compile to, which
-implementation PyTorch, cuBLAS and cuDNN select, fragmentation of memory pools, and noise of timings. install() cannot be
-undone: use a separate process.
+float32 operands of convolutions and matrix products are rounded to TF32 where PyTorch's flags allow TF32. Triton kernels run
+in Triton's interpreter, except large launches and those of graphs. NATTEN's na2d is replaced by the reference implementation,
+after NATTEN's own checks of compute capability, dtype and head_dim. counts.counted() counts launches and bytes. Not shown:
+what kernels compile to, which implementation PyTorch, cuBLAS and cuDNN select, fragmentation of memory pools, and noise of
+timings. install() cannot be undone: use a separate process.
 """

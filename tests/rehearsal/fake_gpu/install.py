@@ -94,12 +94,16 @@ def _patch_torch() -> None:
 
 
 def _patch_kernels() -> None:
-    """Track locks and queues of the CUDA graph runtime, and replace the Triton kernel and NATTEN."""
+    """Track locks and queues of the CUDA graph runtime, and replace the Triton kernels and NATTEN."""
     from dinat.app.engine.runtimes import cuda_graphs
+    from dinat.model import fast_path
     from dinat.model.attention import triton_kernel
+    from dinat.model.gpu import linear_kernel, mlp_kernel, pixels_kernel
 
     cuda_graphs.SimpleQueue, cuda_graphs.threading = TrackedQueue, SimpleNamespace(Lock=TrackedLock)  # type: ignore
-    triton_kernel.attend = kernels.TritonKernel(triton_kernel.attend)
+    fast_path.PLAIN_TYPES += (tensors.FakeGpuTensor,)  # type: ignore
+    for module, name in ((triton_kernel, "attend"), (linear_kernel, "linear"), (mlp_kernel, "mlp"), (pixels_kernel, "look_up")):
+        setattr(module, name, kernels.TritonKernel(getattr(module, name), getattr(kernels, name)))
     import natten.functional
     from natten.backends.configs import checks
 

@@ -15,6 +15,7 @@ from torch import Tensor
 from dinat.app.engine.runtimes.torch_runtime import PRECISIONS, TorchRuntime
 from dinat.model import DinatForImageClassification, attention
 from dinat.model.attention import autotune
+from dinat.model.gpu import linear_kernel, mlp_kernel, pixels_kernel, steps
 from tests.app.conftest import DIGITS, Service, running
 from tests.rehearsal.fake_gpu import clocks
 from tests.rehearsal.fake_gpu.devices import CudaError
@@ -97,6 +98,24 @@ def test_backend_that_raises_or_is_wrong_is_disabled(fault: str, precision: str,
     assert len(reasons) == len(wrong)
     assert all(name.startswith(("attention triton", "attention natten")) and message in reasons[name] for name in reasons)
     assert set(report[0]["attention"].values()) == {"tiled"}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_kernel_that_raises_or_is_wrong_is_disabled(fault: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    corrupt, message = FAULTS[fault]
+    for kernel in (linear_kernel, mlp_kernel, pixels_kernel):
+        launch = kernel.launch
+        monkeypatch.setattr(kernel, "launch", lambda *args, launch=launch: corrupt(launch(*args)))
+    reasons = disabled(serve(precision="bf16", attention="tiled"))
+    assert {name.rpartition(" ")[0] for name in reasons} == {
+        steps.NORM_AND_LINEAR,
+        steps.LINEAR_AND_SUM,
+        steps.MLP,
+        steps.PIXELS,
+    }
+    assert all(message in why for why in reasons.values())
+    selected = {choice.backend for key, choice in autotune.selections.items() if isinstance(key, steps.StepKey)}
+    assert selected == {steps.DEFINITION, steps.TWO_STEPS}
 
 
 @pytest.mark.parametrize("backend", ["triton", "natten"])
