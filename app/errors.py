@@ -89,6 +89,10 @@ class DeadlinePassed(ServiceError):
     status = HTTPStatus.GATEWAY_TIMEOUT
 
 
+class BrokenModel(ServiceError):
+    """The network returned scores that are not finite."""
+
+
 class Unavailable(ServiceError):
     """The service cannot accept work now."""
 

@@ -107,7 +107,7 @@ def export(
 
     Raises:
         ExportError: The format, a feature or the opset is unknown, a package is missing, the input has no size, or the outputs
-            differ from PyTorch's.
+            are not finite or differ from PyTorch's.
     """
     path = Path(path)
     if file_format not in FORMATS:
@@ -132,8 +132,9 @@ def export(
         temporary = Path(folder) / path.name
         shape = (batch, network.config.num_channels, *((None, None) if size == "dynamic" else size))
         options = {} if opset is None else {"opset": opset}
+        references = _references(graph, names, shape)
         write(trace(graph, shape), temporary, names, metadata(network, processor, features), shape, **options)
-        difference = _compare(load(temporary), graph, names, shape)
+        difference = _compare(load(temporary), references, names)
         for file in sorted(Path(folder).iterdir(), reverse=True):  # OpenVINO: .xml first, then .bin
             os.replace(file, path.with_name(file.name))
     return difference
@@ -321,12 +322,23 @@ def format_of(path: Path) -> str:
     raise ExportError(f"{path.name} has no known suffix: use {', '.join(suffix for suffix, _, _ in FORMATS.values())}")
 
 
-def _compare(run: Run, graph: Graph, names: Sequence[str], shape: Shape) -> float:
-    """Return the largest difference of an output, relative to its largest value. Raises ExportError if above TOLERANCE."""
-    largest = 0.0
+def _references(graph: Graph, names: Sequence[str], shape: Shape) -> list[tuple[Tensor, Sequence[Tensor]]]:
+    """Return random inputs and PyTorch's outputs for them. Raises ExportError if an output is not finite."""
+    references = []
     for pixels in _examples(graph, shape):
         with torch.inference_mode():
-            expected = graph(pixels)
+            outputs = graph(pixels)
+        for name, output in zip(names, outputs, strict=True):
+            if not bool(output.isfinite().all()):
+                raise ExportError(f"{name} of the network is not finite (NaN or infinite): the checkpoint is broken")
+        references.append((pixels, outputs))
+    return references
+
+
+def _compare(run: Run, references: Sequence[tuple[Tensor, Sequence[Tensor]]], names: Sequence[str]) -> float:
+    """Return the largest difference of an output, relative to its largest value. Raises ExportError if above TOLERANCE."""
+    largest = 0.0
+    for pixels, expected in references:
         for name, output, reference in zip(names, run(pixels.numpy()), expected, strict=True):
             difference = float((torch.from_numpy(output) - reference).abs().max() / reference.abs().max())
             if not difference <= TOLERANCE:

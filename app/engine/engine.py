@@ -17,8 +17,8 @@ from dinat.app.engine.backend import Backend, State
 from dinat.app.engine.events import BackendEvents
 from dinat.app.engine.job import Job
 from dinat.app.engine.local_backend import LocalBackend, in_own_thread
-from dinat.app.engine.runtimes.runtime import Array, InferenceOptions, InferenceResult, LoadedModel
-from dinat.app.errors import DeadlinePassed, ServiceError, TooLarge, Unavailable, Unprocessable
+from dinat.app.engine.runtimes.runtime import Array, InferenceOptions, InferenceResult, LoadedModel, describe_not_finite
+from dinat.app.errors import BrokenModel, DeadlinePassed, ServiceError, TooLarge, Unavailable, Unprocessable
 from dinat.app.image_file import CHEAP_SIDE, ImageFile
 from dinat.app.images import decode, inspect, read_file, resize_within
 from dinat.app.metrics import Metrics
@@ -248,7 +248,7 @@ class Engine(BackendEvents):
             jobs[0].deadline - time.monotonic(), _set_results, jobs, [_deadline_passed()] * len(jobs)
         )
         try:
-            results = [_public_result(await job.result, job) for job in jobs]
+            results = [self._public_result(await job.result, job) for job in jobs]
         finally:
             timer.cancel()
             for job, future in zip(jobs, decoding, strict=True):
@@ -259,6 +259,19 @@ class Engine(BackendEvents):
         for result in results:
             self.metrics.count_image(result)
         return results
+
+    def _public_result(self, result: InferenceResult | Exception, job: ImageJob) -> InferenceResult | ServiceError:
+        """A result with its times, or an error without internal details, which are logged instead."""
+        if isinstance(result, InferenceResult):
+            if not result.is_finite:
+                assert self.backend.loaded is not None
+                return BrokenModel(describe_not_finite(self.settings.served_name, self.backend.loaded.precision))
+            queue, compute = job.started - job.decoded, job.computed - job.started
+            return replace(result, seconds={"decode": job.decode_seconds, "queue": queue, "compute": compute})
+        if isinstance(result, ServiceError):
+            return result
+        log.error("inference failed", exc_info=result)
+        return ServiceError("internal error: see the log of the service for this request_id")
 
     def _decode(self, job: ImageJob) -> None:
         """Decode and resize an image, and put its job; runs in a decoding thread. Images that may cost much go to a process."""
@@ -351,14 +364,3 @@ def _set_results(jobs: Sequence[Job], results: Sequence[InferenceResult | Except
 
 def _deadline_passed() -> DeadlinePassed:
     return DeadlinePassed("no result within the deadline: send fewer images per request, or set a longer deadline")
-
-
-def _public_result(result: InferenceResult | Exception, job: ImageJob) -> InferenceResult | ServiceError:
-    """A result with its times, or an error without internal details, which are logged instead."""
-    if isinstance(result, Exception) and not isinstance(result, ServiceError):
-        log.error("inference failed", exc_info=result)
-        return ServiceError("internal error: see the log of the service for this request_id")
-    if isinstance(result, InferenceResult):
-        queue, compute = job.started - job.decoded, job.computed - job.started
-        return replace(result, seconds={"decode": job.decode_seconds, "queue": queue, "compute": compute})
-    return result

@@ -14,8 +14,8 @@ from dinat.app.engine.runtimes.runtime import (
     Disabled,
     InferenceOptions,
     InferenceResult,
-    examples,
     rank,
+    run_examples,
     to_pixel_values,
 )
 from dinat.model import ConfigError, DinatForImageClassification, DinatImageProcessor
@@ -50,7 +50,7 @@ class ExportedRuntime:
 
     def __init__(self, checkpoint: Checkpoint, cache: Path) -> None:
         """Load the graph from the cache, or export it. Raises CheckpointError, ConfigError, ExportError."""
-        self.config = checkpoint.config
+        self._source, self.config = checkpoint.source, checkpoint.config
         if self.config.num_labels == 0:
             raise ConfigError(f"{checkpoint.source} has no classifier: it cannot be served")
         self.processor = DinatImageProcessor.from_pretrained(checkpoint)
@@ -114,7 +114,7 @@ class ExportedRuntime:
     def warm(self, max_batch: int) -> int:
         """See Runtime."""
         for count in sorted({1, max_batch}):
-            self.run(examples(self.processor, count), [InferenceOptions(top_k=1)] * count)
+            run_examples(self, self._source, count)
         return max_batch
 
     def memory(self) -> int | None:

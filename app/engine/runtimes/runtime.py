@@ -1,5 +1,6 @@
 """The interface between the engine and its runtimes: options, results, and the Runtime protocol."""
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
@@ -11,6 +12,7 @@ from torch import Tensor
 
 from dinat.model.config import DinatConfig
 from dinat.model.cpu.resize import Pixels
+from dinat.model.errors import CheckpointError
 from dinat.model.image_processor import DinatImageProcessor
 from dinat.model.neighborhoods import Neighborhood
 
@@ -54,6 +56,11 @@ class InferenceResult:
     features: dict[str, Array | list[Array]]
     neighborhoods: Sequence[Neighborhood] = ()
     seconds: Mapping[str, float] = field(default_factory=dict)
+
+    @property
+    def is_finite(self) -> bool:
+        """Whether no score and no weight of a neighborhood is NaN or infinite."""
+        return bool(np.isfinite(self.scores).all()) and all(bool(one.weights.isfinite().all()) for one in self.neighborhoods)
 
 
 @dataclass(frozen=True)
@@ -134,6 +141,7 @@ class Runtime(Protocol):
 
         Raises:
             DeviceUnusable: The device failed its self-check.
+            CheckpointError: The checkpoint returns scores that are not finite.
         """
 
     def memory(self) -> int | None:
@@ -155,6 +163,22 @@ def to_pixel_values(processor: DinatImageProcessor, pixels: Tensor, dtype: torch
     return processor.normalize(pixels, dtype) if pixels.dtype == torch.uint8 else pixels.permute(0, 3, 1, 2).to(dtype)
 
 
+def run_examples(runtime: Runtime, source: str, count: int) -> None:
+    """Run a batch of `examples` on a runtime. Raises CheckpointError if the scores are not finite; it names `source`."""
+    results = runtime.run(examples(runtime.processor, count), [InferenceOptions(top_k=1)] * count)
+    if not all(result.is_finite for result in results):
+        raise CheckpointError(describe_not_finite(source, runtime.precision))
+
+
+def describe_not_finite(source: str, precision: str) -> str:
+    """Return a sentence about scores that are not finite, from a checkpoint in a precision."""
+    overflow = ", or its values exceed the range of fp16: set precision fp32" if precision == "fp16" else ""
+    return (
+        f"the network returned scores that are not finite (NaN or infinite): the checkpoint {source} is broken, as after a "
+        f"training that diverged{overflow}"
+    )
+
+
 def device_names(runtimes: Sequence[Runtime]) -> str:
     """The devices of runtimes, such as "cuda:0, cuda:1"."""
     return ", ".join(runtime.device for runtime in runtimes)
@@ -163,7 +187,8 @@ def device_names(runtimes: Sequence[Runtime]) -> str:
 def rank(logits: Tensor, config: DinatConfig) -> tuple[Tensor, Tensor]:
     """Compute scores and sort them, best first; equal scores in the order of the classes.
 
-    Scores follow the image-classification pipeline of transformers: softmax, sigmoid, or the logits for regression.
+    Scores follow the image-classification pipeline of transformers: softmax, sigmoid, or the logits for regression. Those of an
+    infinite logit are NaN; NaN is sorted first.
 
     Args:
         logits: (B, num_labels).
@@ -176,7 +201,7 @@ def rank(logits: Tensor, config: DinatConfig) -> tuple[Tensor, Tensor]:
     if config.problem_type == "regression":
         scores = logits
     elif config.problem_type == "multi_label_classification" or config.num_labels == 1:
-        scores = logits.sigmoid()
+        scores = logits.sigmoid().masked_fill(logits == math.inf, math.nan)
     else:
         scores = logits.softmax(dim=-1)
     values, classes = scores.sort(descending=True, stable=True)

@@ -23,8 +23,10 @@ from dinat.app.engine.runtimes.runtime import (
     Disabled,
     InferenceOptions,
     InferenceResult,
+    describe_not_finite,
     examples,
     rank,
+    run_examples,
     to_pixel_values,
 )
 from dinat.model import ConfigError, DinatForImageClassification, DinatImageProcessor, attention
@@ -34,6 +36,7 @@ from dinat.model.checkpoints.checkpoint import Checkpoint
 from dinat.model.cpu.features import has_bf16
 from dinat.model.cpu.packing import pack
 from dinat.model.cpu.resize import Pixels
+from dinat.model.errors import CheckpointError
 from dinat.model.gpu.fusing import fuse
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -183,12 +186,13 @@ class TorchRuntime:
 
         Raises:
             DeviceUnusable: The device returns wrong numbers in float32.
+            CheckpointError: The checkpoint returns scores that are not finite.
         """
         if self._device.type == "cuda" and not self._largest:
             self._largest = self._configure(max_batch)
         largest = self._largest or max_batch
         for count in sorted({1, largest}):
-            self.run(examples(self.processor, count), [InferenceOptions(top_k=1)] * count)
+            run_examples(self, self._checkpoint.source, count)
         return largest
 
     def _configure(self, max_batch: int) -> int:
@@ -222,6 +226,8 @@ class TorchRuntime:
         if self._self_check:
             reference = DinatForImageClassification.from_pretrained(self._checkpoint, "tiled")
             exact = reference.classify(self.processor.normalize(few))[0]
+            if not exact.isfinite().all():
+                raise CheckpointError(describe_not_finite(self._checkpoint.source, "fp32"))
         cache = None if self._cache is None else self._cache / "attention" / f"{_attention_key(self._device)}.json"
         while True:
             with autotuning(self._self_check, cache):
