@@ -9,7 +9,7 @@ from typing import Any
 
 from timm.layers import Format, SelectAdaptivePool2d
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model, register_notrace_module
-from timm.models._features import feature_take_indices
+from timm.models._features import FeatureGetterNet, feature_take_indices
 from torch import Tensor, is_grad_enabled, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -28,6 +28,10 @@ FIELDS = {
     "attn_drop_rate": "attention_probs_dropout_prob",
 }
 """timm's names of configuration fields."""
+
+
+FORMATS = ("NCHW", "NHWC")
+"""Formats of feature maps."""
 
 
 class TimmDinat(DinatForImageClassification):
@@ -106,11 +110,12 @@ class TimmDinat(DinatForImageClassification):
             output_fmt: NCHW or NHWC.
             intermediates_only: Whether to return the feature maps alone.
         """
+        _check_format(output_fmt)
         last = len(self.dinat.encoder.levels) - 1
         selected, deepest = feature_take_indices(last + 1, indices)
         stages = self._stages(x, deepest + 1 if stop_early else None)
         maps = [self.dinat.layernorm(stages[i]) if norm and i == last else stages[i] for i in selected]
-        if Format(output_fmt) == Format.NCHW:
+        if output_fmt == Format.NCHW:
             maps = [value.permute(0, 3, 1, 2).contiguous() for value in maps]
         if intermediates_only:
             return maps
@@ -217,14 +222,43 @@ def _hub_state_dict(state_dict: dict[str, Tensor], model: nn.Module) -> dict[str
 
 def _create(name: str, preset: str, pretrained: bool = False, **kwargs: Any) -> Any:
     indices = tuple(range(len(DinatConfig.preset(preset).depths)))
+    feature_cfg = {"out_indices": indices, "feature_cls": FeatureGetterNet}
+    if kwargs.get("features_only"):
+        _check_feature_arguments(kwargs)
+        feature_cfg |= {key: kwargs.pop(key) for key in FEATURE_ARGUMENTS if key in kwargs}
     return build_model_with_cfg(
         partial(TimmDinat, preset),
         name,
         pretrained,
         pretrained_filter_fn=_hub_state_dict,
-        feature_cfg={"out_indices": indices, "feature_cls": "getter"},
+        feature_cfg=feature_cfg,
         **kwargs,
     )
+
+
+FEATURE_ARGUMENTS = ("output_fmt", "norm")
+"""Arguments of create_model(features_only=True) that timm does not pass on to FeatureGetterNet."""
+
+
+def _check_format(output_fmt: str) -> None:
+    if output_fmt not in FORMATS:
+        raise ValueError(f"output_fmt {output_fmt!r} is not supported by this network: use {' or '.join(FORMATS)}")
+
+
+def _check_feature_arguments(kwargs: dict[str, Any]) -> None:
+    """Remove arguments of features_only that change nothing here. Raises ValueError for those that cannot be honoured."""
+    stride = kwargs.pop("output_stride", 32)
+    if stride != 32:
+        raise ValueError(
+            f"output_stride {stride!r} is not supported: the strides of this network's stages are 4, 8, 16 and 32; select "
+            "stages by out_indices"
+        )
+    extractor = kwargs.pop("feature_cls", "getter")
+    if extractor not in ("getter", FeatureGetterNet):
+        raise ValueError(f"feature_cls {extractor!r} is not supported by this network: omit it, or use 'getter'")
+    _check_format(kwargs.get("output_fmt", "NCHW"))
+    if kwargs.get("out_indices", 1) in ((), []):
+        raise ValueError("out_indices is empty: select at least one stage, from 0")
 
 
 MODELS = {f"dinat_{preset.replace('-', '_')}": (preset, hub_id) for preset, hub_id in HUB_IDS.items()} | {

@@ -106,6 +106,37 @@ def test_features_only_has_no_unused_weights(timm: ModuleType) -> None:
     assert all(value.grad is not None for value in backbone.parameters())
 
 
+def test_arguments_of_features_only(timm: ModuleType) -> None:
+    pixels = torch.randn(1, 3, 64, 64)
+    plain = create(timm, features_only=True, out_indices=(1, 3))(pixels)
+    last = create(timm, features_only=True, out_indices=(1, 3), output_fmt="NHWC", output_stride=32, feature_cls="getter")
+    for one, other in zip(plain, last(pixels), strict=True):
+        assert torch.equal(one.permute(0, 2, 3, 1), other)
+    _, normalized = create(timm, features_only=True, out_indices=(1, 3), norm=True)(pixels)
+    expected = torch.nn.functional.layer_norm(plain[1].permute(0, 2, 3, 1), (256,)).permute(0, 3, 1, 2)
+    assert torch.allclose(normalized, expected, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("argument", "message"),
+    [
+        ({"output_stride": 8}, "output_stride 8 is not supported: the strides of this network's stages are 4, 8, 16 and 32"),
+        ({"feature_cls": "hook"}, "feature_cls 'hook' is not supported"),
+        ({"feature_cls": "list"}, "feature_cls 'list' is not supported"),
+        ({"out_indices": ()}, "out_indices is empty"),
+        ({"output_fmt": "NLC"}, "output_fmt 'NLC' is not supported by this network: use NCHW or NHWC"),
+    ],
+)
+def test_arguments_of_features_only_that_cannot_be_honoured(timm: ModuleType, argument: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        create(timm, features_only=True, **argument)
+
+
+def test_unknown_format_of_feature_maps_is_rejected(timm: ModuleType) -> None:
+    with pytest.raises(ValueError, match="output_fmt 'NLC' is not supported"):
+        create(timm).forward_intermediates(torch.randn(1, 3, 64, 64), output_fmt="NLC")
+
+
 def test_classifier_channels_and_pooling(timm: ModuleType) -> None:
     model, pixels = create(timm, num_classes=7, in_chans=1, global_pool="max"), torch.randn(1, 1, 64, 64)
     assert model(pixels).shape == (1, 7)
