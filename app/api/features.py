@@ -11,6 +11,7 @@ from safetensors.numpy import save
 
 from dinat.app.api.bodies import OPENAPI_BODY, read_one
 from dinat.app.api.inference import infer_one
+from dinat.app.api.negotiation import negotiate
 from dinat.app.api.parameters import DEADLINE_PARAMETER, FeatureParameters, openapi_parameters
 from dinat.app.api.quoting import shorten
 from dinat.app.api.response_size import Encoding, estimate, measure, reserve_response
@@ -106,11 +107,10 @@ def flatten_features(result: InferenceResult, dtype: str) -> FeatureMaps:
 
 
 def _accepted_type(request: Request) -> str:
-    """Return the first supported media type of the Accept header; JSON without the header. Raises NotAcceptable."""
-    accepted = [part.partition(";")[0].strip().lower() for part in request.headers.get("accept", "*/*").split(",")]
-    for media_type in accepted:
-        if media_type in WRITERS or media_type == JSON:
-            return media_type
-        if media_type in ("", "*/*", "application/*"):
-            return JSON
-    raise NotAcceptable(f"Accept is {shorten(', '.join(accepted))}: supported are {', '.join([JSON, *WRITERS])}")
+    """Return the media type that the Accept headers prefer; JSON without one. Raises NotAcceptable."""
+    accept = ", ".join(request.headers.getlist("accept"))
+    supported = [JSON, *WRITERS]
+    media_type = negotiate(accept, supported)
+    if media_type is None:
+        raise NotAcceptable(f"Accept is {shorten(accept)}: supported are {', '.join(supported)}")
+    return media_type
