@@ -5,7 +5,7 @@ import json
 import logging
 import sys
 import time
-from collections.abc import Awaitable, Callable
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Literal
@@ -22,14 +22,17 @@ from dinat.app.cli.progress import progress_bar
 from dinat.app.engine.engine import Engine, ImageSource
 from dinat.app.engine.runtimes.runtime import InferenceOptions
 from dinat.app.engine.stream import NO_DEADLINE_MS, running_engine, stream_results
-from dinat.app.evaluation.labelled_images import LabelledImages, class_ids, read_labelled_images
+from dinat.app.evaluation.duplicates import describe_duplicates, digest
+from dinat.app.evaluation.labelled_images import DataError, LabelledImages, class_ids, read_labelled_images
 from dinat.app.evaluation.scores import MAX_CLASSES_SHOWN, Evaluation
 from dinat.app.image_paths import path_text
 from dinat.app.images import decode, read_file, resize_within
 from dinat.app.logs import configure_logs
 from dinat.app.settings import Settings
 from dinat.app.tables import read_lines
+from dinat.app.training.layout import find_parts
 from dinat.model import DinatImageProcessor
+from dinat.model.cpu.resize import Pixels
 
 Preprocessing = Literal["checkpoint", "original", "both"]
 
@@ -61,9 +64,22 @@ def evaluate(
     for label in dataset.empty_labels:
         print(f"dinat: {path_text(data / label)} has no image: the class is skipped", file=sys.stderr)
     report_skipped(dataset.skipped)
+    if len(dataset.splits) > 1:
+        splits = ", ".join(f"{len(images)} of {name!r}" for name, images in dataset.splits.items())
+        print(f"dinat: the images of all splits are evaluated: {splits}", file=sys.stderr)
     class_names = read_lines(classes) if classes else None
     settings = settings.model_copy(update={"model": source})
-    evaluations = asyncio.run(_evaluate(dataset, class_names, preprocessing, settings))
+    digests: dict[Path, str] = {}
+    try:
+        evaluations = asyncio.run(_evaluate(dataset, class_names, preprocessing, settings, digests))
+    except DataError as no_match:
+        parts = find_parts(data, None)
+        if parts.train == data:
+            raise
+        part = path_text(parts.validation or parts.train)
+        raise DataError(f"{no_match}; {path_text(data)} has parts, such as {part}: evaluate one of them") from None
+    for line in describe_duplicates(dataset.images, digests):
+        print(f"dinat: {line}", file=sys.stderr)
     if as_json:
         results = [evaluation.to_dict() for evaluation in evaluations]
         print(json.dumps({"source": source, "data": str(data), "results": results}, indent=2))
@@ -81,21 +97,41 @@ def evaluate(
 
 
 async def _evaluate(
-    dataset: LabelledImages, class_names: list[str] | None, preprocessing: Preprocessing, settings: Settings
+    dataset: LabelledImages,
+    class_names: list[str] | None,
+    preprocessing: Preprocessing,
+    settings: Settings,
+    digests: dict[Path, str],
 ) -> list[Evaluation]:
+    """Evaluate with each kind of preprocessing, and add the hash of each file to `digests`."""
     kinds = ["checkpoint", "original"] if preprocessing == "both" else [preprocessing]
     async with running_engine(settings) as engine:
         class_of = class_ids(dataset.labels, engine.loaded.config, class_names)
-        return [await _evaluate_one(engine, dataset, class_of, kind, settings) for kind in kinds]
+        return [await _evaluate_one(engine, dataset, class_of, kind, settings, digests) for kind in kinds]
 
 
 async def _evaluate_one(
-    engine: Engine, dataset: LabelledImages, class_of: dict[str, int], preprocessing: str, settings: Settings
+    engine: Engine,
+    dataset: LabelledImages,
+    class_of: dict[str, int],
+    preprocessing: str,
+    settings: Settings,
+    digests: dict[Path, str],
 ) -> Evaluation:
-    """Evaluate with one kind of preprocessing."""
+    """Evaluate with one kind of preprocessing, and add the hash of each file to `digests`."""
     loaded = engine.loaded
     config = loaded.config
-    read = _read if preprocessing == "checkpoint" else _original_preprocessing(loaded.processor, settings.max_pixels)
+    original = None if preprocessing == "checkpoint" else _original_preprocessing(loaded.processor)
+    max_pixels = settings.max_pixels
+
+    def load(path: Path) -> bytes | Pixels:
+        data = read_file(path)
+        digests[path] = digest(data)
+        return data if original is None else resize_within(original, decode(data, max_pixels), max_pixels)
+
+    async def read(path: str) -> ImageSource:
+        return partial(load, Path(path))
+
     truth, best, in_top5, scores = [], [], [], []
     unreadable: dict[str, str] = {}
     options = InferenceOptions(top_k=min(5, config.num_labels))
@@ -133,21 +169,12 @@ async def _evaluate_one(
     )
 
 
-async def _read(path: str) -> ImageSource:
-    return Path(path)
-
-
-def _original_preprocessing(processor: DinatImageProcessor, max_pixels: int) -> Callable[[str], Awaitable[ImageSource]]:
-    """Return a reader that resizes and crops as the original evaluation did. Normalization is the checkpoint's."""
+def _original_preprocessing(processor: DinatImageProcessor) -> DinatImageProcessor:
+    """Return an image processor that resizes and crops as the original evaluation did. Normalization is the checkpoint's."""
     size = processor.output_size
     if size is None or size[0] != size[1]:
         raise CommandError("--preprocessing original requires a network with square input; this one keeps the aspect ratio")
-    original = DinatImageProcessor.original(size[0])
-
-    async def read(path: str) -> ImageSource:
-        return await asyncio.to_thread(lambda: resize_within(original, decode(read_file(Path(path)), max_pixels), max_pixels))
-
-    return read
+    return DinatImageProcessor.original(size[0])
 
 
 def _print_tables(evaluations: list[Evaluation]) -> None:

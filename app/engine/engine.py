@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 log = structlog.get_logger("dinat")
 
-ImageSource = bytes | Path | Pixels | Array
+ImageSource = bytes | Path | Pixels | Array | Callable[[], bytes | Pixels]
 
 BackendFactory = Callable[[Settings, Metrics, BackendEvents], Backend]
 
@@ -198,6 +198,7 @@ class Engine(BackendEvents):
 
         Args:
             images: Each the bytes of a file, its path, or (H, W, 3): uint8 of any size, or float32, resized and normalized.
+                Or a function that returns bytes or uint8, called when the image is decoded.
             options: What to compute, for all images.
             deadline_ms: How long the caller waits; DEADLINE_MS if None, and at most.
             arrived: Start of the deadline, in seconds of time.monotonic; now if None.
@@ -350,9 +351,11 @@ def _decode_processes(settings: Settings) -> "DecodeProcesses | None":
 
 
 def _read(source: ImageSource | ImageFile) -> ImageFile | Pixels | Array:
-    """Read a file, and check the structure of an image file. Arrays are returned unchanged."""
+    """Read an image, and check the structure of an image file. Arrays are returned unchanged."""
     if isinstance(source, Path):
         source = read_file(source)
+    elif callable(source):
+        source = source()
     return inspect(source) if isinstance(source, bytes) else source
 
 

@@ -3,12 +3,12 @@
 import re
 import unicodedata
 from collections import Counter
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from dinat.app.image_paths import SUFFIXES, list_files, path_text, subfolders
+from dinat.app.image_paths import SUFFIXES, is_image, list_files, path_text, subfolders
 from dinat.app.tables import TABLE_SUFFIXES, Row, find_column, normalize, read_table
 from dinat.model import DinatConfig, DinatError
 
@@ -18,6 +18,12 @@ SYNSET = re.compile(r"n\d{8}")
 PATH_COLUMNS = ("path", "file_name", "filename", "file", "filepath", "file_path", "image", "image_path")
 LABEL_COLUMNS = ("label", "class", "class_name", "category", "target")
 """Names of the columns of a table, in order of preference."""
+
+SPLIT_COLUMNS = ("split", "subset")
+"""Names of the column that says which images are for training."""
+
+METADATA = ("metadata.csv", "metadata.jsonl")
+"""Names of the table of a folder, as in Hugging Face's ImageFolder."""
 
 
 class DataError(DinatError):
@@ -40,11 +46,13 @@ class LabelledImages:
         images: All images.
         empty_labels: Labels without images.
         skipped: Number of files that are no images of a label, by kind, see Files.
+        splits: The images by the value of the column that divides a table (SPLIT_COLUMNS), in lower case; empty without one.
     """
 
     images: Sequence[LabelledImage]
     empty_labels: Sequence[str] = ()
     skipped: Counter[str] = field(default_factory=Counter)
+    splits: Mapping[str, Sequence[LabelledImage]] = field(default_factory=dict)
 
     @property
     def labels(self) -> list[str]:
@@ -59,16 +67,17 @@ def read_labelled_images(source: Path) -> LabelledImages:
 
     Args:
         source: A folder with one subfolder per label, named for the label; or a table (.csv, .tsv, .jsonl) with a column of
-            PATH_COLUMNS, relative to its folder, and one of LABEL_COLUMNS.
+            PATH_COLUMNS, relative to its folder, and one of LABEL_COLUMNS; or a folder with such a table named as in METADATA.
 
     Raises:
         DataError: The source does not exist, is invalid, or has no image.
         TableError: The table is malformed.
     """
-    if source.is_dir():
+    table = find_table(source)
+    if table is not None:
+        dataset = _read_table(table)
+    elif source.is_dir():
         dataset = _read_folder(source)
-    elif source.suffix.lower() in TABLE_SUFFIXES and source.is_file():
-        dataset = LabelledImages(list(_read_rows(source)))
     else:
         problem = "is neither a folder nor a table" if source.exists() else "does not exist"
         raise DataError(
@@ -77,6 +86,13 @@ def read_labelled_images(source: Path) -> LabelledImages:
     if not dataset.images:
         raise DataError(f"{source} has no image: supported are {', '.join(SUFFIXES)}")
     return dataset
+
+
+def find_table(source: Path) -> Path | None:
+    """Return the table of labelled images: the source itself, or the metadata file of a folder; None if there is none."""
+    if source.is_dir():
+        return next((source / name for name in METADATA if (source / name).is_file()), None)
+    return source if source.suffix.lower() in TABLE_SUFFIXES and source.is_file() else None
 
 
 def _read_folder(source: Path) -> LabelledImages:
@@ -138,24 +154,32 @@ def class_ids(labels: Collection[str], config: DinatConfig, classes: Sequence[st
     return {label: class_of[normalize(label)] for label in labels}
 
 
-def _read_rows(source: Path) -> Iterator[LabelledImage]:
-    for row in read_table(source):
-        where = f"{source}, line {row.line},"
+def _read_table(table: Path) -> LabelledImages:
+    images: list[LabelledImage] = []
+    splits: dict[str, list[LabelledImage]] = {}
+    for row in read_table(table):
+        where = f"{table}, line {row.line},"
         path, label = (_value(row, names, where) for names in (PATH_COLUMNS, LABEL_COLUMNS))
         if not isinstance(path, str):
             raise DataError(f"{where} has the path {path!r}: it must be text")
         if isinstance(label, list | dict):
             raise DataError(f"{where} has the label {label!r}: give each image one label, as text or a number")
-        yield LabelledImage(_find(source.parent, path), normalize(path_text(str(label))))
+        images.append(LabelledImage(_find(table.parent, path), normalize(path_text(str(label)))))
+        column = find_column(list(row.values), SPLIT_COLUMNS)
+        if column is not None:
+            splits.setdefault(normalize(path_text(str(row.values[column]))).lower(), []).append(images[-1])
+    return LabelledImages(images, splits=splits)
 
 
 def _value(row: Row, names: Sequence[str], where: str) -> Any:
     """Return the value of the first column with one of these names. Raises DataError if it is missing or empty."""
-    column = find_column(list(row.values), names)
+    columns = list(row.values)
+    column = find_column(columns, names)
     value = None if column is None else row.values[column]
     if value is None or value == "":
-        found = ", ".join(row.values) if column is None else f"nothing as {column}"
-        raise DataError(f"{where} must have a path and a label, it has {found}")
+        found = ", ".join(columns) if column is None else f"nothing as {column}"
+        header = "; the first line must name the columns, such as path,label" if any(map(is_image, columns)) else ""
+        raise DataError(f"{where} must have a path and a label, it has {found}{header}")
     return value
 
 

@@ -3,11 +3,13 @@
 from dataclasses import dataclass
 from pathlib import Path
 
+from dinat.app.evaluation.labelled_images import find_table
+from dinat.app.image_paths import subfolders
+
 TRAIN = "train"
 VALIDATION = ("val", "valid", "validation", "test")
-"""Folders of validation data. The first that exists is used."""
-
-METADATA = ("metadata.csv", "metadata.jsonl")
+"""Folders of training and of validation data, or values of the column that divides a table. Of VALIDATION the first that exists
+is used."""
 
 
 @dataclass(frozen=True)
@@ -31,27 +33,19 @@ def find_parts(data: Path, validate_on: Path | None) -> Parts:
     A folder with the subfolders `train` and one of VALIDATION is a data set in two parts, unless `train` contains the images
     themselves: then these are labels.
     """
-    folders = {path.name: path for path in _subfolders(data)}
+    folders = {name: data / name for name in _subfolders(data)}
     found = [name for name in VALIDATION if name in folders]
     is_divided = TRAIN in folders and (found or set(folders) == {TRAIN}) and _contains_labels(folders[TRAIN])
     if not is_divided:
-        return Parts(_source(data), None if validate_on is None else _source(validate_on))
+        return Parts(data, validate_on)
     validation = validate_on or (folders[found[0]] if found else None)
     used = (folders[TRAIN], validation)
-    unused = tuple(path for _, path in sorted(folders.items()) if path not in used)
-    return Parts(_source(folders[TRAIN]), None if validation is None else _source(validation), unused)
-
-
-def _source(path: Path) -> Path:
-    """Return the metadata file of a folder if it has one."""
-    return next((path / name for name in METADATA if (path / name).is_file()), path)
+    return Parts(folders[TRAIN], validation, tuple(path for _, path in sorted(folders.items()) if path not in used))
 
 
 def _contains_labels(folder: Path) -> bool:
-    return bool(_subfolders(folder)) or _source(folder) != folder
+    return bool(_subfolders(folder)) or find_table(folder) is not None
 
 
-def _subfolders(folder: Path) -> list[Path]:
-    if not folder.is_dir():
-        return []
-    return [path for path in folder.iterdir() if path.is_dir() and not path.name.startswith((".", "__"))]
+def _subfolders(folder: Path) -> list[str]:
+    return subfolders(str(folder)) if folder.is_dir() else []

@@ -6,7 +6,6 @@ from collections.abc import Sequence
 import torch
 from matplotlib.figure import Figure
 
-from dinat.app.training.layout import find_parts
 from dinat.app.training.spec import TrainingResult, TrainingSpec
 from dinat.app.training.trainer import History
 from dinat.model import DinatConfig
@@ -56,8 +55,7 @@ def _model_card(spec: TrainingSpec, result: TrainingResult, config: DinatConfig,
     num_hidden = len(split.classes) - MAX_CLASSES_SHOWN
     more = f"\n\n{num_hidden} more classes are not shown." if num_hidden > 0 else ""
     settings = "\n".join(f"| {name} | {value} |" for name, value in recipe.model_dump().items())
-    held_out = spec.validate_on is None and find_parts(spec.data, None).validation is None
-    validation = f"held out, {recipe.validation:.0%} of each class" if held_out else f"{spec.validate_on or spec.data}"
+    validation = f"held out, {recipe.validation:.0%} of each class" if split.is_held_out else f"{spec.validate_on or spec.data}"
     return f"""---
 license: other
 pipeline_tag: image-classification

@@ -75,7 +75,7 @@ def find_previous(spec: TrainingSpec, split: DataSplit) -> Previous | None:
     missing = [name for name in ("config.json", "model.safetensors") if not (spec.out / name).exists()]
     if checkpoint is not None and missing:
         raise TrainingError(f"{spec.out} has no {missing[0]} anymore: the training cannot be resumed, use another folder")
-    before = _read_split(split_file)
+    before = _read_split(split_file, split)
     same, num_missing = _still_there(before, split, spec)
     return Previous(recipe.model_copy(update={"epochs": epochs}), same, num_missing, checkpoint)
 
@@ -111,10 +111,11 @@ def _source(spec: TrainingSpec) -> dict[str, Any]:
     return {"source": spec.source, "data": str(spec.data), "validate_on": validate_on}
 
 
-def _read_split(file: Path) -> DataSplit:
+def _read_split(file: Path, now: DataSplit) -> DataSplit:
+    """Return the split of a training that has begun. What is not stored is that of the data now."""
     values = json.loads(file.read_text())
     train, validation = ([LabelledImage(Path(path), label) for path, label in values[name]] for name in ("train", "validation"))
-    return DataSplit(train, validation, values["classes"], empty_folders=[])
+    return replace(now, train=train, validation=validation, classes=values["classes"])
 
 
 def _still_there(before: DataSplit, now: DataSplit, spec: TrainingSpec) -> tuple[DataSplit, int]:

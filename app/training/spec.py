@@ -1,14 +1,15 @@
 """Specification, data and result of a training."""
 
 from collections import Counter
-from collections.abc import Collection
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from dinat.app.evaluation.labelled_images import DataError, LabelledImage, LabelledImages, read_labelled_images
+from dinat.app.plurals import plural
 from dinat.app.training.dataset import stratified_split
 from dinat.app.training.labels import check_labels
-from dinat.app.training.layout import find_parts
+from dinat.app.training.layout import TRAIN, VALIDATION, find_parts
 from dinat.app.training.recipe import Recipe
 from dinat.app.training.trainer import Epoch, History
 
@@ -44,16 +45,20 @@ class DataSplit:
         train: Training images.
         validation: Validation images.
         classes: Labels in the order of the network's classes.
+        is_held_out: Whether the validation images are a fraction of the training data.
         empty_folders: Folders of labels without images.
         unused_folders: Folders of data that are neither training nor validation data.
+        notes: Sentences about rows of a table that are neither.
         skipped: Number of files that are not used, by kind.
     """
 
     train: list[LabelledImage]
     validation: list[LabelledImage]
     classes: list[str]
+    is_held_out: bool
     empty_folders: list[Path]
     unused_folders: tuple[Path, ...] = ()
+    notes: tuple[str, ...] = ()
     skipped: Counter[str] = field(default_factory=Counter)
 
     @property
@@ -110,18 +115,56 @@ def read_split(spec: TrainingSpec) -> DataSplit:
     """
     parts = find_parts(spec.data, spec.validate_on)
     dataset = _read(parts.train)
-    if len(dataset.labels) < 2:
-        raise DataError(f"{spec.data} has images of only one class, {dataset.labels[0]}: at least two are required")
-    empty_folders = [parts.train / label for label in dataset.empty_labels]
-    classes = _class_order(dataset)
-    if parts.validation is None:
-        train, validation = stratified_split(dataset, spec.recipe.validation, spec.recipe.seed)
-        return DataSplit(train, validation, classes, empty_folders, parts.unused, dataset.skipped)
-    other = _read(parts.validation)
-    unknown = sorted(set(other.labels) - set(dataset.labels))
+    train, validation, notes = _by_column(dataset, parts.validation is not None)
+    labels = {image.label for image in train}
+    if len(labels) < 2:
+        raise DataError(f"{spec.data} has images of only one class, {min(labels)}: at least two are required")
+    is_held_out = parts.validation is None and not validation
+    if parts.validation is not None:
+        validation = _read(parts.validation).images
+    elif is_held_out:
+        train, validation = stratified_split(LabelledImages(train), spec.recipe.validation, spec.recipe.seed)
+    unknown = sorted({image.label for image in validation} - labels)
     if unknown:
-        raise DataError(f"{parts.validation} has labels that {parts.train} does not have: {', '.join(unknown[:10])}")
-    return DataSplit(list(dataset.images), list(other.images), classes, empty_folders, parts.unused, dataset.skipped)
+        raise DataError(
+            f"{parts.validation or f'the validation data of {spec.data}'} has labels that {parts.train} does not have: "
+            f"{', '.join(unknown[:10])}"
+        )
+    return DataSplit(
+        list(train),
+        list(validation),
+        _class_order(labels),
+        is_held_out,
+        [parts.train / label for label in dataset.empty_labels],
+        parts.unused,
+        notes,
+        dataset.skipped,
+    )
+
+
+def _by_column(
+    dataset: LabelledImages, has_validation: bool
+) -> tuple[Sequence[LabelledImage], Sequence[LabelledImage], tuple[str, ...]]:
+    """Divide a table by its column of splits, if one of them is TRAIN.
+
+    Args:
+        dataset: The images.
+        has_validation: Whether there are other validation data.
+
+    Returns:
+        Training images, validation images, and sentences about the images of other splits.
+    """
+    splits = dataset.splits
+    if TRAIN not in splits:
+        note = f"the splits {', '.join(sorted(splits)[:5])} are not used, none of them is {TRAIN}"
+        return dataset.images, (), (note,) if len(splits) > 1 else ()
+    used = [TRAIN, *([] if has_validation else [name for name in VALIDATION if name in splits][:1])]
+    notes = tuple(
+        f"{plural(len(images), 'image')} of the split {name!r} {'is' if len(images) == 1 else 'are'} not used"
+        for name, images in splits.items()
+        if name not in used
+    )
+    return splits[TRAIN], splits[used[1]] if used[1:] else (), notes
 
 
 def _read(source: Path) -> LabelledImages:
@@ -131,6 +174,6 @@ def _read(source: Path) -> LabelledImages:
     return dataset
 
 
-def _class_order(dataset: LabelledImages) -> list[str]:
+def _class_order(labels: Iterable[str]) -> list[str]:
     """Sort labels, numbers by value: 2 before 10."""
-    return sorted(dataset.labels, key=lambda label: (0, int(label), label) if label.isdecimal() else (1, 0, label))
+    return sorted(labels, key=lambda label: (0, int(label), label) if label.isdecimal() else (1, 0, label))

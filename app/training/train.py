@@ -6,7 +6,7 @@ import math
 import shutil
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -18,6 +18,7 @@ from transformers import TrainingArguments
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from transformers.utils.logging import disable_progress_bar
 
+from dinat.app.evaluation.duplicates import describe_duplicates, describe_overlap
 from dinat.app.evaluation.labelled_images import DataError, LabelledImage
 from dinat.app.host import cores
 from dinat.app.image_paths import describe_skipped
@@ -28,7 +29,7 @@ from dinat.app.training.labels import balanced_weights, imbalance
 from dinat.app.training.layers import freeze
 from dinat.app.training.model_card import write_model_card
 from dinat.app.training.output_folder import CHECKPOINTS, Previous, TrainingError, create, find_previous, write_state
-from dinat.app.training.readable import cache_file, unreadable_images
+from dinat.app.training.readable import cache_file, check_images
 from dinat.app.training.recipe import Recipe
 from dinat.app.training.spec import DataSplit, TrainingResult, TrainingSpec, read_split
 from dinat.app.training.trainer import DinatTrainer, Epoch, History, ProgressBarCallback, last_complete_checkpoint
@@ -82,9 +83,10 @@ def train(
     previous = find_previous(spec, split)
     if previous is not None:
         split = previous.split
-    broken = unreadable_images([*split.train, *split.validation], spec.max_pixels, cache_file(cache_dir, spec.data))
-    if broken:
-        split = _without(split, broken, skip_broken, report)
+    checked = check_images([*split.train, *split.validation], spec.max_pixels, cache_file(cache_dir, spec.data))
+    if checked.failed:
+        split = _without(split, checked.failed, skip_broken, report)
+    _report_duplicates(report, split, checked.digests)
     checkpoint = open_checkpoint(spec.source, revision=spec.revision)
     arguments = _training_arguments(spec, device, workers, report_to)
     recipe = spec.recipe
@@ -300,8 +302,18 @@ def _report_folders(report: Callable[[str], None], split: DataSplit) -> None:
         report(f"{folder} has no image: the class is skipped")
     for folder in split.unused_folders:
         report(f"{folder} is not used")
+    for note in split.notes:
+        report(note)
     if split.skipped:
         report(describe_skipped(split.skipped))
+
+
+def _report_duplicates(report: Callable[[str], None], split: DataSplit, digests: Mapping[Path, str]) -> None:
+    for line in describe_duplicates([*split.train, *split.validation], digests):
+        report(line)
+    overlap = describe_overlap(split.train, split.validation, digests)
+    if overlap is not None:
+        report(overlap)
 
 
 def _report_start(

@@ -226,3 +226,39 @@ def test_missing_files_are_named(tmp_path: Path, capsys: pytest.CaptureFixture[s
     (tmp_path / "x.jsonl").write_text(f'{{"path": "gone.png", "label": "1"}}\n{{"path": "{ALL[2]}", "label": "1"}}\n')
     assert main(["evaluate", "digits", str(tmp_path / "x.jsonl"), *EXACT]) == 1
     assert "gone.png" in capsys.readouterr().err
+
+
+def test_table_of_a_folder_is_read(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rows = [f"{path.relative_to(folder)},{path.name[0]}" for path in sorted(folder.rglob("*.png"))]
+    (folder / "metadata.csv").write_text("\n".join(["file_name,label", *rows]))
+    (result,) = evaluate(capsys, folder)
+    assert (result["images"], result["top1"]) == (len(ALL), 1)
+
+
+def test_parts_of_training_data_are_named(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    data = folder.parent / "parts"
+    shutil.copytree(folder, data / "train")
+    shutil.copytree(folder, data / "val")
+    assert main(["evaluate", "digits", str(data), *EXACT]) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "2 labels of the data are not classes of the network: 'train', 'val'" in line
+    assert f"{data} has parts, such as {data}/val: evaluate one of them" in line
+
+
+def test_duplicate_images_and_splits_are_reported(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    shutil.copy(folder / "0" / "0-1.png", folder / "1" / "same.png")
+    assert main(["evaluate", "digits", str(folder), *EXACT]) == 0
+    name = "1 image has several labels, such as {0}/0/0-1.png (0) and {0}/1/same.png (1)"
+    assert name.format(folder) in capsys.readouterr().err
+    (tmp_path / "x.csv").write_text(f"path,label,split\n{ALL[0]},0,train\n{ALL[0]},0,test\n")
+    for preprocessing in ("checkpoint", "original"):
+        assert main(["evaluate", "digits", str(tmp_path / "x.csv"), "--preprocessing", preprocessing, *EXACT]) == 0
+        err = capsys.readouterr().err
+        assert f"1 image occurs more than once, such as {ALL[0]} and itself" in err
+        assert "the images of all splits are evaluated: 1 of 'train', 1 of 'test'" in err
+
+
+def test_missing_header_is_named(tmp_path: Path) -> None:
+    (tmp_path / "x.csv").write_text("a.png,1\nb.png,2\n")
+    with pytest.raises(DataError, match=r"it has a\.png, 1; the first line must name the columns, such as path,label"):
+        read_labelled_images(tmp_path / "x.csv")

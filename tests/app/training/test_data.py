@@ -8,10 +8,11 @@ import pytest
 from safetensors.torch import load_file
 
 from dinat.app.cli import main
+from dinat.app.evaluation.duplicates import describe_duplicates, describe_overlap
 from dinat.app.evaluation.labelled_images import DataError
 from dinat.app.training.labels import balanced_weights, check_labels, imbalance
 from dinat.app.training.layout import Parts, find_parts
-from dinat.app.training.readable import unreadable_images
+from dinat.app.training.readable import check_images
 from dinat.app.training.recipe import Recipe
 from dinat.app.training.spec import TrainingSpec, read_split
 from tests.app.conftest import DIGITS
@@ -109,13 +110,14 @@ def test_readable_images_are_checked_once(data: Path, tmp_path: Path) -> None:
     damaged, good = images[0].path, images[1].path
     whole = damaged.read_bytes()
     damaged.write_bytes(whole[: len(whole) // 2])
-    failed = unreadable_images(images, 10**8, file)
-    assert list(failed) == [damaged]
-    assert len(file.read_text().split()) == len(images) - 1
-    assert unreadable_images(images, 10**8, file).keys() == {damaged}
+    checked = check_images(images, 10**8, file)
+    assert list(checked.failed) == [damaged]
+    assert len(file.read_text().splitlines()) == len(images) - 1
+    again = check_images(images, 10**8, file)
+    assert (list(again.failed), again.digests) == ([damaged], checked.digests)
     good.write_bytes(b"no image")
-    assert unreadable_images(images, 10**8, file).keys() == {damaged, good}
-    assert unreadable_images(images[2:], 1, file).keys() == {image.path for image in images[2:]}  # another limit of pixels
+    assert check_images(images, 10**8, file).failed.keys() == {damaged, good}
+    assert check_images(images[2:], 1, file).failed.keys() == {image.path for image in images[2:]}  # another limit of pixels
 
 
 @pytest.mark.slow
@@ -168,3 +170,63 @@ def test_training_resumes_without_an_image_that_was_damaged_meanwhile(
     assert f"{len(before.train) - 1} for training, {len(before.validation)} for validation" in log
     assert "resuming after epoch 3" in log
     assert load_file(out / "model.safetensors")
+
+
+def duplicated(folder: Path) -> Path:
+    """A table in which images have two labels, occur twice, and are both training and validation images."""
+    folder.mkdir()
+    for name in ("0-1", "0-2", "1-1", "1-2"):
+        shutil.copy(DIGITS / f"{name}.png", folder)
+    shutil.copy(folder / "0-1.png", folder / "copy.png")
+    rows = [
+        ("0-1.png", "0", "train"),
+        ("copy.png", "1", "Train"),  # the bytes of 0-1.png
+        ("1-1.png", "1", "train"),
+        ("1-1.png", "1", "train"),
+        ("0-2.png", "0", "validation"),
+        ("1-1.png", "1", "validation"),
+        ("1-2.png", "1", "test"),
+    ]
+    table = folder / "labels.csv"
+    table.write_text("file_name,label,Split\n" + "".join(",".join(row) + "\n" for row in rows))
+    return table
+
+
+def test_column_of_splits_divides_a_table(tmp_path: Path) -> None:
+    table = duplicated(tmp_path / "data")
+    split = read_split(spec(table))
+    assert [image.path.name for image in split.train] == ["0-1.png", "copy.png", "1-1.png", "1-1.png"]
+    assert [image.path.name for image in split.validation] == ["0-2.png", "1-1.png"]
+    assert (split.notes, split.is_held_out) == (("1 image of the split 'test' is not used",), False)
+    split = read_split(spec(table, table))  # --validate-on comes before the column
+    assert (len(split.train), len(split.validation)) == (4, 7)
+    assert split.notes == ("2 images of the split 'validation' are not used", "1 image of the split 'test' is not used")
+    table.write_text(table.read_text().replace("train", "1").replace("Train", "2"))
+    split = read_split(spec(table))
+    assert split.notes == ("the splits 1, 2, test, validation are not used, none of them is train",)
+    assert (len(split.train) + len(split.validation), split.is_held_out) == (7, True)
+
+
+def test_duplicate_images_are_described(tmp_path: Path) -> None:
+    table = duplicated(tmp_path / "data")
+    split = read_split(spec(table))
+    digests = check_images([*split.train, *split.validation], 10**8, tmp_path / "checked.txt").digests
+    name = f"{tmp_path}/data"
+    assert describe_duplicates([*split.train, *split.validation], digests) == [
+        f"1 image has several labels, such as {name}/0-1.png (0) and {name}/copy.png (1)",
+        f"1 image occurs more than once, such as {name}/1-1.png and itself",
+    ]
+    assert describe_overlap(split.train, split.validation, digests) == (
+        f"1 validation image is also a training image, such as {name}/1-1.png and itself: the validation accuracy is too high"
+    )
+    assert describe_duplicates(split.validation, digests) == []
+    assert describe_overlap(split.train[:1], split.validation, digests) is None
+
+
+def test_training_reports_duplicate_images_and_unused_splits(
+    data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copy(data / "0" / "0-1.png", data / "1" / "other.png")
+    capsys.readouterr()
+    train(data, tmp_path / "out", "--epochs", 1)
+    assert f"1 image has several labels, such as {data}/" in capsys.readouterr().err

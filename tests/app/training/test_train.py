@@ -204,7 +204,8 @@ def test_invalid_data_and_flags_are_one_line(data: Path, tmp_path: Path, capsys:
     assert "is inside" in error_of(capsys, data, data / "out", *SMALL)
     rows = [f"{data}/{label}/{label}-{n}.png,{label}" for label in (0, 1) for n in (1, 2)]
     (tmp_path / "nul.csv").write_text("\n".join(["path,label", *rows, "a\0.png,1", ""]))
-    assert "a\0.png: embedded null byte; replace or remove" in error_of(capsys, tmp_path / "nul.csv", out, *SMALL)
+    message = error_of(capsys, tmp_path / "nul.csv", out, *SMALL)
+    assert "a\0.png: the file cannot be read: embedded null byte; replace or remove" in message
     (tmp_path / "data.zip").touch()
     assert "data.zip is neither a folder nor a table" in error_of(capsys, tmp_path / "data.zip", out, *SMALL)
     assert "does not exist" in error_of(capsys, tmp_path / "no", out, *SMALL)
@@ -220,7 +221,7 @@ def test_invalid_data_and_flags_are_one_line(data: Path, tmp_path: Path, capsys:
     shutil.copy(DIGITS / "7-1.png", tmp_path / "one" / "7")
     assert "only one class" in error_of(capsys, tmp_path / "one", out, *SMALL)
     (tmp_path / "list.csv").write_text("path,label\n" + "".join(f"no-{i}.png,{i % 2}\n" for i in range(4)))
-    assert "no-1.png: No such file or directory" in error_of(capsys, tmp_path / "list.csv", out, *SMALL)
+    assert "no-1.png: the file cannot be read: No such file" in error_of(capsys, tmp_path / "list.csv", out, *SMALL)
 
 
 def test_augmentation_depends_only_on_the_seed() -> None:
