@@ -100,7 +100,12 @@ async def parse_body(request: Request, body: bytes, parse: Callable[[], T]) -> T
     return await thread.run(len(body), parse_in_time)
 
 
-async def read_one(request: Request, model: type[ParametersT]) -> tuple[bytes, ParametersT]:
+def is_form(media_type: str, body: bytes) -> bool:
+    """Whether a body is a form: multipart, or URL-encoded with an image. curl sends that media type for any body."""
+    return media_type == MULTIPART or (media_type == URLENCODED and body.startswith(_IMAGE_ASSIGNMENTS))
+
+
+async def read_one(request: Request, model: type[ParametersT], body: bytes | None = None) -> tuple[bytes, ParametersT]:
     """Read the image and the parameters of a request with one image.
 
     The image is a form's field `image` (or `file`), base64 in the JSON field `image`, or the body itself, whatever its media
@@ -109,6 +114,7 @@ async def read_one(request: Request, model: type[ParametersT]) -> tuple[bytes, P
     Args:
         request: The request.
         model: Model of the parameters.
+        body: The body, if it has been read.
 
     Returns:
         The bytes of the image file, and the parameters.
@@ -119,10 +125,16 @@ async def read_one(request: Request, model: type[ParametersT]) -> tuple[bytes, P
         TooLarge: The body has too many fields or values.
         TooLarge, UploadTooSlow, Unavailable: See LimitedBody.
     """
-    media_type, body = content_type(request), await read_body(request)
-    if is_json(media_type, body):
-        return await parse_body(request, body, lambda: _one_in_json(request, body, model))
-    if media_type == MULTIPART or (media_type == URLENCODED and body.startswith(_IMAGE_ASSIGNMENTS)):
+    media_type, data = content_type(request), await read_body(request) if body is None else body
+    if is_json(media_type, data):
+        return await parse_body(request, data, lambda: _one_in_json(request, data, model))
+    return await read_one_without_json(request, model, data)
+
+
+async def read_one_without_json(request: Request, model: type[ParametersT], body: bytes) -> tuple[bytes, ParametersT]:
+    """Return the image and the parameters of a body that is a form or the image itself. Raises as read_one."""
+    media_type = content_type(request)
+    if is_form(media_type, body):
         return await parse_body(request, body, lambda: _one_in_form(request, media_type, body, model))
     return body, read_parameters(request, model)
 
@@ -157,8 +169,12 @@ async def read_several(request: Request, model: type[ParametersT]) -> tuple[list
 
 
 async def read_json(request: Request, model: type[BodyT], convert: Callable[[BodyT], T]) -> T:
-    """Do what parse_json does, for the body of the request."""
-    return await parse_json(request, await read_body(request), model, convert)
+    """Do what parse_json does, for the body of a request that must be JSON."""
+    body = await read_body(request)
+    kind = "an image" if body.startswith(SIGNATURES) else "a form" if is_form(content_type(request), body) else None
+    if kind is not None:
+        raise BadRequest(f"{request.url.path} requires JSON, the body is {kind}: send it to POST /classify")
+    return await parse_json(request, body, model, convert)
 
 
 async def parse_json(request: Request, body: bytes, model: type[BodyT], convert: Callable[[BodyT], T]) -> T:

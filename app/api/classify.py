@@ -25,9 +25,14 @@ PROBLEM_BYTES = 512
 )
 async def classify(request: Request) -> Response:
     """Classify one image, sent as multipart field `image`, as the body, or as base64 in JSON."""
+    return await classify_body(request)
+
+
+async def classify_body(request: Request, body: bytes | None = None) -> Response:
+    """Classify the image of a request, whose body may have been read."""
     engine: Engine = request.app.state.engine
     loaded = engine.loaded  # read once: engine.loaded raises as soon as the service drains
-    image, parameters = await read_one(request, Parameters)
+    image, parameters = await read_one(request, Parameters, body)
     options, encoding = parameters.options(loaded.config), parameters.feature_format
     reserve_response(request, estimate(loaded, options.features, encoding, options.top_k))
     result = await infer_one(request, image, options)

@@ -9,7 +9,7 @@ import numpy as np
 from fastapi import APIRouter, Request, Response
 from pydantic import BaseModel, ConfigDict, Field
 
-from dinat.app.api.bodies import content_type, parse_json, read_body
+from dinat.app.api.bodies import MULTIPART, OPENAPI_BODY, content_type, parse_json, read_body, read_one_without_json
 from dinat.app.api.inference import infer_one
 from dinat.app.api.json_limits import is_json
 from dinat.app.api.parameters import openapi_parameters, read_parameters
@@ -59,6 +59,7 @@ _BODY: dict[str, Any] = {
     "required": True,
     "content": {
         "image/*": {"schema": {"type": "string", "format": "binary"}},
+        MULTIPART: OPENAPI_BODY["content"][MULTIPART],
         "application/json": {
             "schema": {
                 "type": "object",
@@ -80,10 +81,15 @@ _PARAMETERS = openapi_parameters(TaskParameters)
 
 @router.post("/", openapi_extra={"parameters": _PARAMETERS, "requestBody": _BODY})
 async def task(request: Request) -> Response:
-    """Classify the image in the body, or in base64 in the field `inputs`."""
+    """Classify the image in the body, in a form, or in base64 in the JSON field `inputs`."""
+    return await classify_task(request, await read_body(request))
+
+
+async def classify_task(request: Request, body: bytes) -> Response:
+    """Classify the image of a request whose body has been read."""
     engine: Engine = request.app.state.engine
     config = engine.loaded.config
-    image, parameters = await _read(request)
+    image, parameters = await _read(request, body)
     options = InferenceOptions(config.num_labels, frozenset({LOGITS} if parameters.function_to_apply else ()))
     size = reserve_response(request, min(parameters.top_k, config.num_labels) * PREDICTION_BYTES)
     result = await infer_one(request, image, options)
@@ -99,11 +105,10 @@ async def task_of_model(request: Request, name: str) -> Response:
     return await task(request)
 
 
-async def _read(request: Request) -> tuple[bytes, TaskParameters]:
-    """Return the image and the parameters, which may be in the query or in the JSON."""
-    body = await read_body(request)
+async def _read(request: Request, body: bytes) -> tuple[bytes, TaskParameters]:
+    """Return the image and the parameters, which may be in the query, in a form or in the JSON."""
     if not is_json(content_type(request), body):
-        return body, read_parameters(request, TaskParameters)
+        return await read_one_without_json(request, TaskParameters, body)
 
     def convert(task: Task) -> tuple[bytes, TaskParameters]:
         fields = task.parameters.model_dump(exclude_unset=True) if task.parameters else {}

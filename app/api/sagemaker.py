@@ -6,10 +6,11 @@ https://docs.aws.amazon.com/sagemaker/latest/dg/your-algorithms-inference-code.h
 from fastapi import APIRouter, Request, Response
 from fastapi.responses import PlainTextResponse
 
-from dinat.app.api.bodies import JSON, OPENAPI_BODY, content_type
-from dinat.app.api.classify import classify
+from dinat.app.api.bodies import OPENAPI_BODY, content_type, read_body
+from dinat.app.api.classify import classify_body
 from dinat.app.api.health import NOT_READY, plain_text_readiness
-from dinat.app.api.hugging_face import task
+from dinat.app.api.hugging_face import classify_task
+from dinat.app.api.json_limits import is_json
 from dinat.app.api.parameters import OPENAPI_PARAMETERS
 from dinat.app.api.schemas import PROBLEMS, Classification
 
@@ -31,8 +32,7 @@ async def ping(request: Request) -> Response:
 )
 async def invocations(request: Request) -> Response:
     """Classify one image, as POST /classify; or as POST / if it is JSON with `inputs`, as for Hugging Face's containers."""
-    if content_type(request) == JSON:
-        body = await request.body()  # stored in the request, and read again below
-        if INPUTS in body and IMAGE not in body:  # base64 has no quotes
-            return await task(request)
-    return await classify(request)
+    body = await read_body(request)
+    if is_json(content_type(request), body) and INPUTS in body and IMAGE not in body:  # base64 has no quotes
+        return await classify_task(request, body)
+    return await classify_body(request, body)

@@ -2,6 +2,7 @@
 
 import base64
 import io
+import json
 from pathlib import Path
 from typing import Any
 
@@ -221,3 +222,35 @@ def test_image_with_too_many_pixels_is_413_everywhere(path: str, body: dict[str,
         response = service.client.post(path, json=body)
         assert response.status_code == 413
         assert "1x2 = 2 pixels, the maximum is 1" in response.json()["detail"]
+
+
+def test_json_is_recognised_alike_at_every_endpoint(service: Service, seven: bytes) -> None:
+    """SageMaker's clients send JSON with other media types too."""
+    task = json.dumps({"inputs": base64.b64encode(seven).decode(), "parameters": {"top_k": 2}}).encode()
+    for media_type in ("application/json", "application/vnd.api+json", "text/plain", "application/x-www-form-urlencoded", ""):
+        for path in ("/invocations", "/", "/models/digits"):
+            answer = service.client.post(path, content=task, headers={"content-type": media_type})
+            assert next(item["label"] for item in answer.json()) == "7", (media_type, path, answer.text)
+            assert len(answer.json()) == 2
+
+
+def test_forms_at_hugging_face_endpoints(service: Service, seven: bytes) -> None:
+    for path in ("/", "/models/digits"):
+        answer = service.client.post(path, files={"image": ("7.png", seven)}, data={"top_k": "3"})
+        assert (answer.json()[0]["label"], len(answer.json())) == ("7", 3)
+    text = base64.b64encode(seven).decode()
+    assert service.client.post("/", data={"image": text}).json()[0]["label"] == "7"
+    missing = service.client.post("/models/digits", files={"inputs": ("7.png", seven)})
+    assert (missing.status_code, "no field image (fields: inputs)" in missing.json()["detail"]) == (400, True)
+
+
+def test_image_or_form_at_a_json_endpoint_is_named(service: Service, seven: bytes) -> None:
+    bodies: list[tuple[str, dict[str, Any]]] = [
+        ("an image", {"content": seven}),
+        ("an image", {"content": seven, "headers": {"content-type": "application/json"}}),
+        ("a form", {"files": {"image": ("7.png", seven)}}),
+    ]
+    for kind, body in bodies:
+        answer = service.client.post("/predict", **body)
+        expected = f"/predict requires JSON, the body is {kind}: send it to POST /classify"
+        assert (answer.status_code, answer.json()["detail"]) == (400, expected)
