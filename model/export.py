@@ -201,7 +201,9 @@ def _write_onnx(
 def _load_onnx(path: Path) -> Run:
     import onnxruntime
 
-    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = torch.get_num_threads()
+    session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
     return lambda pixels: list(session.run(None, {"pixel_values": pixels}))
 
 
@@ -222,8 +224,13 @@ def _write_openvino(program: ExportedProgram, path: Path, names: Sequence[str], 
 def _load_openvino(path: Path) -> Run:
     import openvino
 
-    model = openvino.compile_model(path, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+    model = openvino.compile_model(path, "CPU", _openvino_options())
     return lambda pixels: [np.array(output) for output in model(pixels).values()]
+
+
+def _openvino_options() -> dict[str, str | int]:
+    """Return the options of comparisons: float32, and the threads of PyTorch."""
+    return {"INFERENCE_PRECISION_HINT": "f32", "INFERENCE_NUM_THREADS": torch.get_num_threads()}
 
 
 def _write_torch(program: ExportedProgram, path: Path, names: Sequence[str], info: dict[str, str], shape: Shape) -> None:
@@ -294,7 +301,7 @@ def quantize(
         for name, value in metadata(network, processor, ["pooled"]).items():
             int8_model.set_rt_info(value, ["dinat", name])
         openvino.save_model(int8_model, Path(temporary) / INT8)
-        runs = [openvino.compile_model(graph, "CPU", {"INFERENCE_PRECISION_HINT": "f32"}) for graph in (model, int8_model)]
+        runs = [openvino.compile_model(graph, "CPU", _openvino_options()) for graph in (model, int8_model)]
         exact, quantized = (np.concatenate([np.array(run(x)["logits"]) for x in pixels]) for run in runs)
         for name in (Path(INT8).with_suffix(".bin").name, INT8):
             os.replace(Path(temporary) / name, Path(folder) / name)

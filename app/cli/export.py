@@ -6,6 +6,7 @@ from typing import Annotated, Literal
 import typer
 
 from dinat.app.cli.flags import Revision, Source
+from dinat.app.threads import limit_threads
 from dinat.model import DinatForImageClassification, DinatImageProcessor
 from dinat.model.checkpoints.checkpoint import open_checkpoint
 from dinat.model.export import export as write
@@ -56,6 +57,7 @@ def export(
 ) -> None:
     """Export a checkpoint as a graph that ONNX Runtime, OpenVINO or PyTorch runs without this package."""
     batch_size, input_size = _parse_batch(batch), None if size is None else _parse_size(size)
+    limit_threads()
     checkpoint = open_checkpoint(source, revision=revision)
     network = DinatForImageClassification.from_pretrained(checkpoint)
     processor = DinatImageProcessor.from_pretrained(checkpoint)

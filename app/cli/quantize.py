@@ -16,6 +16,7 @@ from dinat.app.errors import ServiceError
 from dinat.app.image_paths import list_files, path_text
 from dinat.app.images import decode, read_file
 from dinat.app.settings import Settings
+from dinat.app.threads import limit_threads
 from dinat.model import DinatForImageClassification, DinatImageProcessor
 from dinat.model.checkpoints.checkpoint import open_checkpoint
 from dinat.model.export import quantize as calibrate
@@ -40,6 +41,7 @@ def quantize(
     revision: Revision = None,
 ) -> None:
     """Write a checkpoint with an 8-bit graph beside its weights, and print the change in accuracy and speed on this CPU."""
+    limit_threads()
     examples = []
     found = list_files(str(images)).images()
     report_skipped(found.skipped)

@@ -22,6 +22,7 @@ from dinat.app.evaluation.duplicates import describe_duplicates, describe_overla
 from dinat.app.evaluation.labelled_images import DataError, LabelledImage
 from dinat.app.host import cores
 from dinat.app.image_paths import describe_skipped
+from dinat.app.threads import limit_threads
 from dinat.app.training.augmentation import Augmentation
 from dinat.app.training.dataset import LabelledImageDataset, collate
 from dinat.app.training.defaults import resolve
@@ -78,6 +79,7 @@ def train(
         CheckpointError: The checkpoint cannot be loaded.
         ConfigError: The recipe does not fit the network.
     """
+    limit_threads()
     split = read_split(spec)
     _report_folders(report, split)
     previous = find_previous(spec, split)

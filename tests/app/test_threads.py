@@ -1,10 +1,13 @@
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
+import torch
 
-from dinat.app import contention
+from dinat.app import contention, threads
+from dinat.app.cli import main
 from dinat.app.contention import CpuTimes, cpu_times, describe_contention
 
 LIMIT = """
@@ -33,6 +36,27 @@ def test_threads_are_those_of_the_setting_the_variable_or_the_quota(
     command = [sys.executable, "-c", LIMIT, quota, setting]
     done = subprocess.run(command, env=environment, check=True, capture_output=True, text=True)
     assert done.stdout.split() == [str(expected)] * 2
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [["export", "none", "x.onnx"], ["quantize", "none", "images", "x"]],
+)
+def test_commands_without_engine_compute_with_the_threads_of_the_quota(
+    arguments: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The checkpoint does not exist."""
+    (tmp_path / "images").mkdir()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    monkeypatch.setattr(threads, "cores", lambda: 2)
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    try:
+        assert main(arguments) == 1
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
 
 
 def test_contention_is_described_by_its_causes(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -16,6 +16,7 @@ from PIL import Image, ImageChops
 from safetensors.torch import load_file
 from sklearn.metrics import f1_score
 
+from dinat.app import threads
 from dinat.app.cli import main
 from dinat.app.training.augmentation import OPERATIONS, Augmentation, mix, random_box, soft_labels, trivial_augment
 from dinat.app.training.recipe import Recipe
@@ -222,6 +223,18 @@ def test_invalid_data_and_flags_are_one_line(data: Path, tmp_path: Path, capsys:
     assert "only one class" in error_of(capsys, tmp_path / "one", out, *SMALL)
     (tmp_path / "list.csv").write_text("path,label\n" + "".join(f"no-{i}.png,{i % 2}\n" for i in range(4)))
     assert "no-1.png: the file cannot be read: No such file" in error_of(capsys, tmp_path / "list.csv", out, *SMALL)
+
+
+def test_training_computes_with_the_threads_of_the_quota(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    monkeypatch.setattr(threads, "cores", lambda: 2)
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    try:
+        assert main(["train", str(tmp_path / "none"), str(tmp_path / "out"), *SMALL]) == 1
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
 
 
 def test_augmentation_depends_only_on_the_seed() -> None:
