@@ -7,6 +7,8 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from dinat.app.plurals import plural
+
 SUFFIXES = (
     *(".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".apng", ".webp", ".gif", ".bmp", ".dib", ".tif", ".tiff"),
     *(".avif", ".avifs", ".heic", ".heics", ".heif", ".heifs", ".hif"),
@@ -97,9 +99,10 @@ def describe_skipped(skipped: Counter[str]) -> str:
     """Return a sentence about skipped files, the most frequent kinds first; empty if there are none."""
     if not skipped:
         return ""
-    kinds = [f"{count:,} {kind}" for kind, count in skipped.most_common(MAX_DESCRIBED_KINDS)]
-    more = len(skipped) - len(kinds)
-    return f"{skipped.total():,} files are skipped: {', '.join(kinds)}{f' and {more:,} more kinds' if more > 0 else ''}"
+    kinds = ", ".join(f"{count:,} {kind}" for kind, count in skipped.most_common(MAX_DESCRIBED_KINDS))
+    others = len(skipped) - MAX_DESCRIBED_KINDS
+    more = f" and {plural(others, 'more kind')}" if others > 0 else ""
+    return f"{plural(skipped.total(), 'file is', 'files are')} skipped: {kinds}{more}"
 
 
 def _files_in(folder: str, skipped: Counter[str]) -> Iterator[str]:

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, TiffImagePlugin, UnidentifiedImageError, features
 
-from dinat.app.errors import NoImage, TooLarge, Unprocessable, UnsupportedImage
+from dinat.app.errors import NoImage, ServiceError, TooLarge, Unprocessable, UnsupportedImage
 from dinat.app.image_file import JPEG, PNG, BrokenHeader, ImageFile, metadata_orientation, read_structure
 from dinat.model.cpu.resize import Pixels
 from dinat.model.errors import ImageError
@@ -78,7 +78,7 @@ def inspect(data: bytes) -> ImageFile:
     try:
         return read_structure(data)
     except BrokenHeader:
-        raise _unsupported(data) from None
+        raise _unreadable(data) from None
 
 
 def decode(source: bytes | ImageFile, max_pixels: int, draft: tuple[int, int] | None = None) -> Image.Image:
@@ -107,7 +107,7 @@ def decode(source: bytes | ImageFile, max_pixels: int, draft: tuple[int, int] | 
     except _DECODER_ERRORS as error:
         image = _decode_without_end_marker(file, max_pixels, draft)
         if image is None:
-            raise Unprocessable(f"the image is damaged: {error}") from error
+            raise Unprocessable(f"the image is damaged: {' '.join(str(error).split())}") from error
         return image
 
 
@@ -117,7 +117,7 @@ def _decode(file: ImageFile, data: bytes, max_pixels: int, draft: tuple[int, int
     try:
         image = Image.open(io.BytesIO(data), formats=(file.format,) if file.format else formats())
     except UnidentifiedImageError:
-        raise _unsupported(data) from None
+        raise _unreadable(data) from None
     check_pixels(image.size, max_pixels)
     if image.mode == "F" or (image.mode == "I" and image.format != "PNG"):  # older versions of Pillow open a 16-bit PNG as I
         kind = "floating-point" if image.mode == "F" else "32-bit integer"
@@ -253,17 +253,28 @@ _MAGIC = {
 _HEIF_BRANDS = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"mif1", b"msf1")
 
 
-def _unsupported(data: bytes) -> UnsupportedImage:
+def _unreadable(data: bytes) -> ServiceError:
+    """Return the error for data that no decoder opens: it is damaged, or in another format."""
+    name = _container_format(data)
+    if name is not None and name in formats():
+        return Unprocessable(f"the image is damaged: the header of the {name} file is broken or incomplete")
     return UnsupportedImage(f"{describe_format(data)}: supported formats are {', '.join(formats())}")
+
+
+def _container_format(data: bytes) -> str | None:
+    """Return Pillow's name of the format in an ISO base media file that contains images; None for other data."""
+    if data[4:8] != b"ftyp":
+        return None
+    return "HEIF" if data[8:12] in _HEIF_BRANDS else "AVIF" if data[8:11] == b"avi" else None
 
 
 def describe_format(data: bytes) -> str:
     """Describe what data that is not a supported image appears to be: "the image is ..."."""
     head = data[:512].lstrip().lower()
     if data[4:8] == b"ftyp":
-        if data[8:12] in _HEIF_BRANDS:
+        if _container_format(data) == "HEIF":
             return "the image is HEIC, which requires the extra heif: pip install 'dinat-serve[heif]'"
-        if data[8:11] == b"avi":
+        if _container_format(data) == "AVIF":
             return "the image is AVIF, which this version of Pillow does not support"
         return "the image is a video (MP4)"
     for magic, description in _MAGIC.items():

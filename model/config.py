@@ -16,6 +16,7 @@ from torch import Tensor
 from dinat.model.checkpoints.files import CONFIG, find_files
 from dinat.model.errors import CheckpointError, ConfigError
 from dinat.model.field_rules import Rule, check_fields, flag, integer, number, optional, sequence, shown, text
+from dinat.model.writing import writing
 
 DEFAULT_DILATIONS = [[1, 8, 1], [1, 4, 1, 4], [1, 2, 1, 2, 1, 2], [1, 1, 1, 1, 1]]
 
@@ -338,7 +339,8 @@ class DinatConfig:
                 f"hidden_act {self.hidden_act!r} is a function and cannot be written to config.json: use its name"
             )
         Path(folder).mkdir(parents=True, exist_ok=True)
-        (Path(folder) / CONFIG).write_text(json.dumps(values, indent=2, sort_keys=True) + "\n")
+        with writing(Path(folder) / CONFIG):
+            (Path(folder) / CONFIG).write_text(json.dumps(values, indent=2, sort_keys=True) + "\n")
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, DinatConfig) and self.to_dict() == other.to_dict()

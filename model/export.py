@@ -4,6 +4,7 @@ Attention is exported by tiles: gathers, matrix products and softmax. The file's
 configuration.
 """
 
+import io
 import json
 import logging
 import os
@@ -26,6 +27,7 @@ from torch.export import ExportedProgram
 from dinat.model.dinat import DinatForImageClassification
 from dinat.model.errors import ExportError
 from dinat.model.image_processor import DinatImageProcessor
+from dinat.model.writing import writing
 
 TOLERANCE = 1e-4
 """Largest allowed difference from PyTorch, relative to the largest value of an output. Rounding causes a tenth or less."""
@@ -128,7 +130,7 @@ def export(
         raise ExportError("a graph for OpenVINO has a fixed size: specify it, or use the format onnx")
     names = output_names(network.config.num_layers, features)
     graph = Graph(network, features).eval()
-    with _without_warnings(), tempfile.TemporaryDirectory(dir=_created(path.parent)) as folder:
+    with writing(path), _without_warnings(), tempfile.TemporaryDirectory(dir=_created(path.parent)) as folder:
         temporary = Path(folder) / path.name
         shape = (batch, network.config.num_channels, *((None, None) if size == "dynamic" else size))
         options = {} if opset is None else {"opset": opset}
@@ -234,7 +236,9 @@ def _openvino_options() -> dict[str, str | int]:
 
 
 def _write_torch(program: ExportedProgram, path: Path, names: Sequence[str], info: dict[str, str], shape: Shape) -> None:
-    torch.export.save(program, path, extra_files={f"{name}.json": value for name, value in info.items()})
+    buffer = io.BytesIO()  # on a full disk, PyTorch's writer of files aborts the process
+    torch.export.save(program, buffer, extra_files={f"{name}.json": value for name, value in info.items()})
+    path.write_bytes(buffer.getbuffer())
 
 
 def _load_torch(path: Path) -> Run:
@@ -293,7 +297,7 @@ def quantize(
 
     if not images:
         raise ExportError("quantization requires at least one calibration image")
-    with tempfile.TemporaryDirectory(dir=_created(Path(folder))) as temporary, _without_warnings():
+    with writing(folder), tempfile.TemporaryDirectory(dir=_created(Path(folder))) as temporary, _without_warnings():
         export(network, processor, Path(temporary) / "float.xml", "openvino", batch=1, features=["pooled"])
         model = openvino.Core().read_model(Path(temporary) / "float.xml")
         pixels = [processor(image).numpy() for image in images[:MAX_CALIBRATION_IMAGES]]

@@ -20,6 +20,7 @@ from PIL import Image
 from dinat.model.cpu.resize import Pixels, Window, resize_rgb, resize_rgb_window
 from dinat.model.errors import ImageError
 from dinat.model.field_rules import Rule, check_fields, flag, number, optional, sequence, shown
+from dinat.model.writing import writing
 
 if TYPE_CHECKING:
     import torch
@@ -149,7 +150,8 @@ class DinatImageProcessor:
         from dinat.model.checkpoints.files import PROCESSOR
 
         Path(folder).mkdir(parents=True, exist_ok=True)
-        (Path(folder) / PROCESSOR).write_text(json.dumps(self.to_dict(), indent=2) + "\n")
+        with writing(Path(folder) / PROCESSOR):
+            (Path(folder) / PROCESSOR).write_text(json.dumps(self.to_dict(), indent=2) + "\n")
 
     @cached_property
     def output_size(self) -> tuple[int, int] | None:

@@ -16,7 +16,9 @@ from dinat.app.api.features import flatten_features
 from dinat.app.batch.sources import Item, Shard
 from dinat.app.batch.storage import BatchError, open_filesystem
 from dinat.app.engine.runtimes.runtime import InferenceResult
+from dinat.app.plurals import plural
 from dinat.model import DinatConfig
+from dinat.model.writing import writing
 
 PARAMETERS = "_batch.json"
 """File with the source and the parameters of the results."""
@@ -69,7 +71,7 @@ class Results:
         stale = sorted(done - {_file_name(shard) for shard in shards})
         if stale and not replace:
             raise BatchError(
-                f"{len(stale)} of {len(done)} results in {self.url} are of files that have changed or are gone, "
+                f"{self.url} has {plural(len(stale), 'result')}, of {len(done):,}, for files that have changed or are gone, "
                 f"such as {stale[0]}: --replace recomputes them"
             )
         for path in [*unfinished, *(f"{self._folder}/{name}" for name in stale)]:
@@ -96,7 +98,7 @@ class Results:
         """Open a stream to a temporary file that is renamed on success."""
         temporary = f"{self._folder}/{UNFINISHED}{uuid4().hex}"
         try:
-            with self._filesystem.open_output_stream(temporary) as stream:
+            with writing(f"{self.url}/{name}"), self._filesystem.open_output_stream(temporary) as stream:
                 yield stream
             self._filesystem.move(temporary, f"{self._folder}/{name}")
         except BaseException:

@@ -20,6 +20,7 @@ from pyarrow import fs
 from dinat.app.batch.storage import BatchError, File, find_files, open_file, open_filesystem
 from dinat.app.errors import NoImage
 from dinat.app.image_paths import SUFFIXES, Files, is_ignored, is_image, path_text
+from dinat.app.plurals import plural
 
 TAR_SUFFIXES = (".tar", ".tar.gz", ".tgz")
 
@@ -291,7 +292,7 @@ def open_source(url: str, column: str | None = None, keep: Sequence[str] = ()) -
         supported = ", ".join((*SUFFIXES, *TAR_SUFFIXES, ".parquet"))
         raise BatchError(f"{url} {'has no image' if files else 'does not exist or is empty'}: supported are {supported}")
     if len(present) > 1:
-        counts = " and ".join(f"{len(infos)} files such as {infos[0].name}" for infos in present.values())
+        counts = " and ".join(f"{plural(len(infos), 'file')} such as {infos[0].name}" for infos in present.values())
         raise BatchError(f"{url} has {counts}: select one kind by a pattern, such as '{url.rstrip('/')}/*.tar'")
     ((source_type, infos),) = present.items()
     source: Source

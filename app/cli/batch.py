@@ -19,6 +19,7 @@ from dinat.app.cli.flags import ENGINE, settings_flags
 from dinat.app.engine.stream import NO_DEADLINE_MS
 from dinat.app.image_paths import path_text
 from dinat.app.logs import configure_logs
+from dinat.app.plurals import plural
 from dinat.app.settings import Settings
 from dinat.model.checkpoints.checkpoint import open_checkpoint
 
@@ -91,8 +92,8 @@ def batch(
         print(f"dinat: shard {result.shard} ({path_text(shards[result.shard].files[0])}): {result.error}", file=sys.stderr)
     num_images, num_errors = sum(result.num_images for result in results), sum(result.num_errors for result in results)
     skipped = f", {len(shards) - len(remaining)} done before" if len(remaining) < len(shards) else ""
-    done = f"{num_images:,} images in {len(results) - len(failed)} of {len(shards)} shards"
-    print(f"dinat: {done}{skipped}; {num_errors:,} rows have an error", file=sys.stderr)
+    done = f"{plural(num_images, 'image')} in {len(results) - len(failed):,} of {plural(len(shards), 'shard')}"
+    print(f"dinat: {done}{skipped}; {plural(num_errors, 'row has', 'rows have')} an error", file=sys.stderr)
     if failed:
         raise typer.Exit(1)
 

@@ -33,7 +33,9 @@ from dinat.app.engine.runtimes.runtime import InferenceResult
 from dinat.app.engine.stream import NO_DEADLINE_MS, running_engine, stream_results
 from dinat.app.image_paths import SUFFIXES, Files, list_files, path_text
 from dinat.app.logs import configure_logs
+from dinat.app.plurals import plural
 from dinat.app.settings import Settings
+from dinat.model.writing import writing
 
 STDIN = "-"
 FLUSH_SECONDS = 0.1
@@ -101,7 +103,7 @@ def classify(
     if not files.paths:
         raise CommandError(f"no image in {', '.join(paths)}: supported are {', '.join(SUFFIXES)}")
     configure_logs("auto", logging.WARNING)
-    with open_writer(output, to) as writer:
+    with writing("standard output" if to is None else path_text(to)), open_writer(output, to) as writer:
         remaining = [path for path in files.paths if path_text(path) not in writer.done]
         feature_maps = FeatureMapOutput(features, maps, maps_format) if maps else None
         if not asyncio.run(_classify(remaining, settings, top_k, feature_maps, writer)):
@@ -153,7 +155,7 @@ async def _classify(
     for path, error in errors.items():
         print(f"dinat: {path_text(path)}: {error}", file=sys.stderr)
     if errors:
-        print(f"dinat: {len(errors)} of {len(paths)} images could not be classified", file=sys.stderr)
+        print(f"dinat: {len(errors)} of {plural(len(paths), 'image')} could not be classified", file=sys.stderr)
     return not errors
 
 
@@ -168,10 +170,11 @@ def _save_feature_maps(result: InferenceResult, output: FeatureMapOutput, path: 
     file = output.folder.joinpath(*(part for part in Path(name).parts if part not in ("..", Path(name).anchor)))
     file = file.with_name(f"{file.name}.{output.file_format}")
     file.parent.mkdir(parents=True, exist_ok=True)
-    if output.file_format == "npz":
-        np.savez(file, **arrays)  # type: ignore[arg-type]
-    else:
-        save_file(arrays, file)
+    with writing(path_text(file)):
+        if output.file_format == "npz":
+            np.savez(file, **arrays)  # type: ignore[arg-type]
+        else:
+            save_file(arrays, file)
 
 
 class Writer:

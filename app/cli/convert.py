@@ -8,6 +8,7 @@ import typer
 
 from dinat.app.cli import CommandError
 from dinat.app.cli.flags import Revision, Source
+from dinat.app.plurals import plural
 from dinat.app.tables import read_lines, read_text
 from dinat.model import DinatConfig, DinatForImageClassification, DinatImageProcessor
 from dinat.model.checkpoints.checkpoint import open_checkpoint
@@ -43,7 +44,9 @@ def convert(
     network = DinatForImageClassification.from_pretrained(checkpoint)
     if names is not None:
         if len(names) != network.num_labels:
-            raise CommandError(f"{labels} has {len(names)} labels (one per line), the checkpoint has {network.num_labels}")
+            raise CommandError(
+                f"{labels} has {plural(len(names), 'label')} (one per line), the checkpoint has {network.num_labels}"
+            )
         network.config.id2label = dict(enumerate(names))
         network.config.label2id = {label: index for index, label in enumerate(names)}
     network.save_pretrained(folder)

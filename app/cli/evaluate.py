@@ -28,11 +28,13 @@ from dinat.app.evaluation.scores import MAX_CLASSES_SHOWN, Evaluation
 from dinat.app.image_paths import path_text
 from dinat.app.images import decode, read_file, resize_within
 from dinat.app.logs import configure_logs
+from dinat.app.plurals import plural
 from dinat.app.settings import Settings
 from dinat.app.tables import read_lines
 from dinat.app.training.layout import find_parts
 from dinat.model import DinatImageProcessor
 from dinat.model.cpu.resize import Pixels
+from dinat.model.writing import writing
 
 Preprocessing = Literal["checkpoint", "original", "both"]
 
@@ -88,7 +90,8 @@ def evaluate(
     if report is not None:
         from dinat.app.evaluation.report import html_report
 
-        report.write_text(html_report(evaluations, f"{source} on {path_text(data)}"), encoding="utf-8")
+        with writing(report):
+            report.write_text(html_report(evaluations, f"{source} on {path_text(data)}"), encoding="utf-8")
         print(f"dinat: report written to {report}", file=sys.stderr)
     if evaluations[0].unreadable:
         for path, error in evaluations[0].unreadable.items():
@@ -150,7 +153,9 @@ async def _evaluate_one(
             scores.append(float(result.scores[0]))
     seconds = time.perf_counter() - start
     if not truth:
-        raise CommandError(f"none of the {len(unreadable)} images can be read; the first: {next(iter(unreadable.values()))}")
+        raise CommandError(
+            f"none of {plural(len(unreadable), 'image')} can be read; the first: {next(iter(unreadable.values()))}"
+        )
     setting = {
         "preprocessing": preprocessing,
         "runtime": loaded.runtime,

@@ -22,6 +22,7 @@ from dinat.app.errors import BrokenModel, DeadlinePassed, ServiceError, TooLarge
 from dinat.app.image_file import CHEAP_SIDE, ImageFile
 from dinat.app.images import decode, inspect, read_file, resize_within
 from dinat.app.metrics import Metrics
+from dinat.app.plurals import plural
 from dinat.app.settings import Settings
 from dinat.model import DinatImageProcessor
 from dinat.model.cpu.resize import Pixels
@@ -171,11 +172,13 @@ class Engine(BackendEvents):
             raise Unavailable(self.status_detail(), headers={"Retry-After": "1"})
         limit = self.settings.queue_limit
         if count > limit:
-            raise TooLarge(f"the request has {count} images, at most {limit} can be queued: send fewer images per request")
+            raise TooLarge(
+                f"the request has {plural(count, 'image')}, at most {limit} can be queued: send fewer images per request"
+            )
         waiting = self.waiting
         if waiting + count > limit:
             raise Unavailable(
-                f"{waiting} images are queued, the limit is {limit}: retry later",
+                f"{plural(waiting, 'image is', 'images are')} queued, the limit is {limit}: retry later",
                 headers={"Retry-After": str(self._retry_after(waiting))},
             )
 

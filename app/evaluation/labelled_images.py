@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from dinat.app.image_paths import SUFFIXES, is_image, list_files, path_text, subfolders
+from dinat.app.plurals import plural
 from dinat.app.tables import TABLE_SUFFIXES, Row, find_column, normalize, read_table
 from dinat.model import DinatConfig, DinatError
 
@@ -122,18 +123,19 @@ def class_ids(labels: Collection[str], config: DinatConfig, classes: Sequence[st
     Raises:
         DataError: A label does not match a class.
     """
+    network_classes = plural(config.num_labels, "class", "classes")
     if classes is None:
         names = [normalize(config.id2label[index]) for index in range(config.num_labels)]
         if all(SYNSET.fullmatch(label) for label in labels) and not set(names) >= set(labels):
             if len(labels) != config.num_labels:
                 raise DataError(
-                    f"the data has {len(labels)} synsets, the network has {config.num_labels} classes: their order is unknown; "
+                    f"the data has {plural(len(labels), 'synset')}, the network has {network_classes}: their order is unknown; "
                     "use --classes with a file of all synsets in the order of the classes, one per line"
                 )
             names = sorted(labels)
     else:
         if len(classes) != config.num_labels:
-            raise DataError(f"--classes has {len(classes)} labels (one per line), the network has {config.num_labels} classes")
+            raise DataError(f"--classes has {plural(len(classes), 'label')} (one per line), the network has {network_classes}")
         names = [normalize(name) for name in classes]
     counts = Counter(names)
     ambiguous = sorted(label for label in labels if counts[normalize(label)] > 1)
@@ -146,9 +148,10 @@ def class_ids(labels: Collection[str], config: DinatConfig, classes: Sequence[st
     class_of = {name: index for index, name in enumerate(names)}
     unknown = sorted(label for label in labels if normalize(label) not in class_of)
     if unknown:
+        what = plural(len(unknown), "label of the data is not a class", "labels of the data are not classes")
         known = ", ".join(map(repr, names[:10]))
         raise DataError(
-            f"{len(unknown)} labels of the data are not classes of the network: {', '.join(map(repr, unknown[:10]))}"
+            f"{what} of the network: {', '.join(map(repr, unknown[:10]))}"
             f"{', ...' if len(unknown) > 10 else ''}; its classes are {known}{', ...' if len(names) > 10 else ''}"
         )
     return {label: class_of[normalize(label)] for label in labels}

@@ -14,6 +14,7 @@ from dinat.app.errors import ServiceError
 from dinat.app.evaluation.labelled_images import DataError, LabelledImage, LabelledImages
 from dinat.app.image_paths import path_text
 from dinat.app.images import decode, read_file
+from dinat.app.plurals import plural
 
 
 class LabelledImageDataset(Dataset[dict[str, Any]]):
@@ -85,11 +86,14 @@ def stratified_split(dataset: LabelledImages, fraction: float, seed: int) -> tup
     single = sorted(label for label, count in counts.items() if count < 2)
     if single:
         raise DataError(
-            f"{len(single)} classes have only one image, which cannot be in both parts: {', '.join(single[:10])}; "
+            f"{plural(len(single), 'class has', 'classes have')} only one image, which cannot be in both parts: "
+            f"{', '.join(single[:10])}; "
             "add images, or use --validate-on with other data"
         )
     held_out = max(round(fraction * len(images)), len(counts))
     if len(images) - held_out < len(counts):
-        raise DataError(f"{len(images)} images of {len(counts)} classes are too few to hold out {fraction:.0%} of them")
+        raise DataError(
+            f"{len(images)} images of {plural(len(counts), 'class', 'classes')} are too few to hold out {fraction:.0%} of them"
+        )
     parts = train_test_split(images, test_size=held_out, random_state=seed, stratify=[image.label for image in images])
     return parts[0], parts[1]

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 import torch
 from matplotlib.figure import Figure
 
+from dinat.app.plurals import plural
 from dinat.app.training.spec import TrainingResult, TrainingSpec
 from dinat.app.training.trainer import History
 from dinat.model import DinatConfig
@@ -53,7 +54,7 @@ def _model_card(spec: TrainingSpec, result: TrainingResult, config: DinatConfig,
         f"| {label} | {train_counts[label]} | {validation_counts[label]} |" for label in split.classes[:MAX_CLASSES_SHOWN]
     )
     num_hidden = len(split.classes) - MAX_CLASSES_SHOWN
-    more = f"\n\n{num_hidden} more classes are not shown." if num_hidden > 0 else ""
+    more = f"\n\n{plural(num_hidden, 'more class is', 'more classes are')} not shown." if num_hidden > 0 else ""
     settings = "\n".join(f"| {name} | {value} |" for name, value in recipe.model_dump().items())
     validation = f"held out, {recipe.validation:.0%} of each class" if split.is_held_out else f"{spec.validate_on or spec.data}"
     return f"""---

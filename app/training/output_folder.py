@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from dinat.app.evaluation.labelled_images import LabelledImage
+from dinat.app.plurals import plural
 from dinat.app.training.recipe import Recipe
 from dinat.app.training.spec import DataSplit, TrainingSpec
 from dinat.app.training.trainer import last_complete_checkpoint
@@ -67,7 +68,8 @@ def find_previous(spec: TrainingSpec, split: DataSplit) -> Previous | None:
         raise TrainingError(f"{spec.out} contains {kind} training that differs: {'; '.join(differences)}")
     if stored["finished"] and epochs == recipe.epochs:
         raise TrainingError(
-            f"{spec.out} contains a finished training of {epochs} epochs: use another folder, or continue it with more --epochs"
+            f"{spec.out} contains a finished training of {plural(epochs, 'epoch')}: use another folder, or continue it "
+            "with more --epochs"
         )
     checkpoint = last_complete_checkpoint(spec.out / CHECKPOINTS)
     if not split_file.exists() or (stored["finished"] and checkpoint is None):
@@ -124,7 +126,8 @@ def _still_there(before: DataSplit, now: DataSplit, spec: TrainingSpec) -> tuple
     new = sorted(str(image.path) for image in present - {*before.train, *before.validation})
     if new:
         raise TrainingError(
-            f"{spec.out} contains a training that differs: the data has {len(new)} other images or labels, such as {new[0]}"
+            f"{spec.out} contains a training that differs: the data has "
+            f"{plural(len(new), 'other image or label', 'other images or labels')}, such as {new[0]}"
         )
 
     def existing(images: Sequence[LabelledImage]) -> list[LabelledImage]:

@@ -1,6 +1,5 @@
 """Train a classifier: from labelled images to a checkpoint folder."""
 
-import errno
 import logging
 import math
 import shutil
@@ -22,6 +21,7 @@ from dinat.app.evaluation.duplicates import describe_duplicates, describe_overla
 from dinat.app.evaluation.labelled_images import DataError, LabelledImage
 from dinat.app.host import cores
 from dinat.app.image_paths import describe_skipped
+from dinat.app.plurals import plural
 from dinat.app.threads import limit_threads
 from dinat.app.training.augmentation import Augmentation
 from dinat.app.training.dataset import LabelledImageDataset, collate
@@ -37,6 +37,7 @@ from dinat.app.training.trainer import DinatTrainer, Epoch, History, ProgressBar
 from dinat.model import DinatConfig, DinatImageProcessor, hf
 from dinat.model.checkpoints.checkpoint import Checkpoint, match_state_dict, open_checkpoint, save_checkpoint
 from dinat.model.checkpoints.transfer import HEAD, transfer
+from dinat.model.writing import is_disk_full
 
 FITTED = 0.9
 """Accuracy on training images, without augmentation, below which a network underfits."""
@@ -171,7 +172,7 @@ def _without(split: DataSplit, broken: dict[Path, str], skip_broken: bool, repor
     more = f"; and {len(broken) - 5} more" if len(broken) > 5 else ""
     if not skip_broken:
         raise DataError(f"{shown}{more}; {BROKEN_ADVICE}")
-    report(f"{len(broken)} images that cannot be read are skipped: {shown}{more}")
+    report(f"{plural(len(broken), 'image that cannot be read is', 'images that cannot be read are')} skipped: {shown}{more}")
     return split.without(broken.keys())
 
 
@@ -200,16 +201,9 @@ def _reported_errors(out: Path) -> Iterator[None]:
         message = str(error).rpartition("DataError: ")[2].strip()
         raise DataError(f"{message}; {BROKEN_ADVICE}") from None
     except (OSError, RuntimeError, SafetensorError) as error:
-        if not _is_disk_full(error):
+        if not is_disk_full(error):
             raise
         raise TrainingError(f"the disk of {out} is full: free space, then run the same command again to resume") from None
-
-
-def _is_disk_full(error: BaseException) -> bool:
-    """Return whether writing failed for lack of space. PyTorch's errors have no errno, but may follow one that has."""
-    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return True
-    return "No space left" in str(error) or "PytorchStreamWriter" in str(error) or "inline_container" in str(error)
 
 
 def _delete_checkpoints(folder: Path) -> None:
@@ -327,7 +321,7 @@ def _report_start(
     previous: Previous | None,
 ) -> None:
     report(
-        f"{len(split.train) + len(split.validation)} images of {len(split.classes)} classes: "
+        f"{plural(len(split.train) + len(split.validation), 'image')} of {plural(len(split.classes), 'class', 'classes')}: "
         f"{len(split.train)} for training, {len(split.validation)} for validation"
     )
     warning = imbalance(split.train_counts)
@@ -335,8 +329,9 @@ def _report_start(
         report(warning)
     for change in changes:
         report(f"{spec.source}: {change}")
-    report(f"{recipe.epochs} epochs, learning rate {recipe.learning_rate:.2g}")
+    assert recipe.epochs is not None
+    report(f"{plural(recipe.epochs, 'epoch')}, learning rate {recipe.learning_rate:.2g}")
     if previous is not None and previous.num_missing:
-        report(f"{previous.num_missing} images of the interrupted training do not exist anymore: they are skipped")
+        report(f"the interrupted training had {plural(previous.num_missing, 'image')} more, which no longer exist")
     if previous is not None and previous.checkpoint is not None:
         report(f"resuming after epoch {len(History.read(previous.checkpoint).epochs)}")

@@ -28,6 +28,7 @@ from dinat.model.checkpoints.files import (
 from dinat.model.checkpoints.original import read_original
 from dinat.model.config import DinatConfig
 from dinat.model.errors import CheckpointError, ConfigError
+from dinat.model.writing import writing
 
 DEFAULT_SHARD_SIZE = "5GB"
 """Size above which weights are divided into several files, as in transformers."""
@@ -105,7 +106,7 @@ def save_checkpoint(
     tensors = {name: value.detach().cpu().contiguous() for name, value in state_dict.items()}
     shards = split_torch_state_dict_into_shards(tensors, max_shard_size=max_shard_size)
     index = f"{SAFETENSORS}.index.json"
-    with tempfile.TemporaryDirectory(dir=folder) as temporary:
+    with writing(folder), tempfile.TemporaryDirectory(dir=folder) as temporary:
         for name, keys in shards.filename_to_tensors.items():
             save_file({key: tensors[key] for key in keys}, Path(temporary) / name, metadata={"format": "pt"})
         if shards.is_sharded:

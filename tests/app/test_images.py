@@ -34,6 +34,24 @@ def test_damaged_file_is_decoded_or_raises_a_client_error(kind: str, end: int, f
         assert 400 <= error.status < 500
 
 
+@pytest.mark.parametrize("kind", ["HEIF", "AVIF"])
+@pytest.mark.parametrize("size", [24, 60, 200])
+def test_file_that_is_cut_short_is_damaged_and_not_of_an_unsupported_format(kind: str, size: int) -> None:
+    """A download that was interrupted."""
+    if kind not in formats():
+        pytest.skip("the decoder is not installed")
+    with pytest.raises(Unprocessable, match=f"the image is damaged: the header of the {kind} file is broken or incomplete"):
+        decode(SAMPLES[kind][:size], 10**6)
+
+
+def test_decoder_error_is_one_line() -> None:
+    if "HEIF" not in formats():
+        pytest.skip("the decoder is not installed")
+    data = SAMPLES["HEIF"]
+    with pytest.raises(Unprocessable, match=r"^the image is damaged: [^\n]+$"):
+        decode(data[: len(data) * 2 // 3], 10**6)
+
+
 def test_only_first_frame_of_an_animation_is_decoded() -> None:
     frames = [Image.new("RGB", (4, 4), colour) for colour in ("red", "blue")]
     animation = encoded(frames[0], "GIF", save_all=True, append_images=frames[1:])

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from dinat import model
 from dinat.model.checkpoints.checkpoint import Checkpoint
+from dinat.model.writing import writing
 
 
 def cached_artifact(cache: Path, key: str, build: Callable[[Path], object]) -> Path:
@@ -30,7 +31,8 @@ def cached_artifact(cache: Path, key: str, build: Callable[[Path], object]) -> P
         cache.mkdir(parents=True, exist_ok=True)
         temporary = Path(tempfile.mkdtemp(dir=cache, prefix=".making-"))
         try:
-            build(temporary)
+            with writing(folder):
+                build(temporary)
             os.rename(temporary, folder)
         except OSError:
             if not folder.is_dir():

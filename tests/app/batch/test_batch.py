@@ -135,7 +135,7 @@ def test_names_with_brackets_and_of_any_encoding(tmp_path: Path, capsys: pytest.
         assert main(["batch", str(source), str(tmp_path / f"out{number}"), *EXACT]) == 0
         found = rows(tmp_path / f"out{number}")
         assert [(row["path"], row["error"]) for row in found] == [(path, None) for path in expected]
-    assert "1 files are skipped: 1 .txt" in capsys.readouterr().err
+    assert "1 file is skipped: 1 .txt" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("kind", ["binary", "struct"])
@@ -320,7 +320,7 @@ def test_results_of_changed_files_are_recomputed_with_replace(tmp_path: Path, ca
     shutil.copy(IMAGES[-1], source / "3.png")
     shutil.copy(IMAGES[-1], source / "5.png")
     capsys.readouterr()
-    assert "2 of 3 results in" in error_of(arguments, capsys)
+    assert "has 2 results, of 3, for files that have changed" in error_of(arguments, capsys)
     assert main(["batch", *arguments, "--replace", *EXACT]) == 0
     assert "4 images in 2 of 3 shards, 1 done before" in capsys.readouterr().err
     assert len(before & {path.name for path in out.glob("part-*")}) == 1

@@ -1,4 +1,5 @@
 import csv
+import errno
 import io
 import json
 import os
@@ -171,3 +172,23 @@ def test_closed_pipe_ends_without_traceback() -> None:
 def test_empty_folder_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["classify", str(tmp_path)]) == 1
     assert "no image in" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("output", ["csv", "jsonl"])
+def test_full_disk_names_the_file(output: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["classify", ALL[0], "--output", output, "--to", "/dev/full", *EXACT]) == 1
+    assert capsys.readouterr().err.splitlines() == ["dinat: [Errno 28] No space left on device: '/dev/full'"]
+
+
+class _Full(io.StringIO):
+    """A stream to a full disk."""
+
+    def flush(self) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+
+def test_full_disk_of_standard_output_is_named(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    with monkeypatch.context() as patched:
+        patched.setattr(sys, "stdout", _Full())
+        assert main(["classify", ALL[0], "--output", "csv", *EXACT]) == 1
+    assert capsys.readouterr().err.splitlines() == ["dinat: [Errno 28] No space left on device: 'standard output'"]

@@ -115,12 +115,12 @@ def test_class_ids() -> None:
     assert class_ids(["dog"], config) == {"dog": 1}
     assert class_ids(["n00000002", "n00000001"], config) == {"n00000001": 0, "n00000002": 1}
     assert class_ids(["b"], config, ["a", "b"]) == {"b": 1}
-    message = r"1 labels of the data are not classes of the network: 'cow'; its classes are 'cat', 'dog'"
+    message = r"1 label of the data is not a class of the network: 'cow'; its classes are 'cat', 'dog'"
     with pytest.raises(DataError, match=message):
         class_ids(["cat", "cow"], config)
-    with pytest.raises(DataError, match=r"1 synsets, the network has 2 classes.*--classes"):
+    with pytest.raises(DataError, match=r"1 synset, the network has 2 classes.*--classes"):
         class_ids(["n00000001"], config)
-    with pytest.raises(DataError, match=r"--classes has 1 labels.*has 2"):
+    with pytest.raises(DataError, match=r"--classes has 1 label .*has 2"):
         class_ids(["a"], config, ["a"])
 
 
