@@ -2,11 +2,13 @@
 
 import csv
 import json
+import re
 import unicodedata
 from codecs import BOM_UTF8, BOM_UTF16_BE, BOM_UTF16_LE, BOM_UTF32_BE, BOM_UTF32_LE
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -47,9 +49,13 @@ class Row:
     values: dict[str, Any]
 
 
+INVISIBLE = "\u200b\u2060\ufeff"
+"""Characters of no width, which web pages, and files that were joined, have beside words."""
+
+
 def normalize(text: str) -> str:
     """Return text as it is compared: without white space around it, composed (Unicode NFC; file names of macOS are NFD)."""
-    return unicodedata.normalize("NFC", text.strip())
+    return unicodedata.normalize("NFC", text.strip().strip(INVISIBLE).strip())
 
 
 def read_text(path: Path) -> str:
@@ -78,7 +84,7 @@ def read_table(path: Path) -> Iterator[Row]:
     """Yield the rows of a .csv or .tsv file, whose first line names the columns, or the objects of a .jsonl file.
 
     The delimiter of a .csv file may be a comma, semicolon, tab or bar: the most frequent one in its first line. Rows without
-    values are omitted.
+    values are omitted, and values that a row lacks are empty.
 
     Raises:
         TableError: A row is malformed, or the file is not text. The message has the number of the line.
@@ -116,9 +122,9 @@ def is_utf8(data: bytes) -> bool:
 def _csv_rows(path: Path, file: TextIO) -> Iterator[Row]:
     csv.field_size_limit(MAX_FIELD_BYTES)
     delimiter, skipped = _delimiter(path, file)
-    reader = csv.reader(file, delimiter=delimiter)
+    reader = csv.reader(file, delimiter=delimiter, skipinitialspace=True)
     try:
-        header = [name.strip() for name in next(reader, [])]
+        header = [normalize(name) for name in next(filter(any, reader), [])]
         for name in filter(None, header):
             if header.count(name) > 1:
                 raise TableError(f"{path} has the column {name!r} twice: names of columns must differ")
@@ -130,14 +136,14 @@ def _csv_rows(path: Path, file: TextIO) -> Iterator[Row]:
                     f"{path}, line {reader.line_num + skipped}, has {len(values)} values, its header has {len(header)}: "
                     f"write a value with {delimiter!r} in quotes"
                 )
-            yield Row(reader.line_num + skipped, dict(zip(header, values, strict=False)))
+            yield Row(reader.line_num + skipped, dict(zip_longest(header, values[: len(header)], fillvalue="")))
     except csv.Error as error:
         raise TableError(f"{path}, line {reader.line_num + skipped}: {error}") from None
 
 
 def _delimiter(path: Path, file: TextIO) -> tuple[str, int]:
     """Return the delimiter, and the number of lines read: Excel may write it in a first line of its own, as in "sep=;"."""
-    first = file.readline(MAX_FIELD_BYTES)
+    first = next((line for line in iter(lambda: file.readline(MAX_FIELD_BYTES), "") if line.strip()), "")
     if first.lower().startswith("sep=") and len(first.strip()) == 5:
         return first[4], 1
     file.seek(0)
@@ -161,11 +167,11 @@ def _json_rows(path: Path, file: TextIO) -> Iterator[Row]:
         except ValueError as error:
             raise TableError(f"{path}, line {number}, is not JSON: {error}") from None
         if not isinstance(values, dict):
-            raise TableError(f"{path}, line {number}, must be an object, got {type(values).__name__}")
+            raise TableError(f"{path}, line {number}, must be an object, got {type(values).__name__}: write one object a line")
         yield Row(number, values)
 
 
 def find_column(columns: Sequence[str], names: Sequence[str]) -> str | None:
-    """Return the first of these names that is a column, whatever its case; None if there is none."""
-    by_name = {column.strip().lower(): column for column in reversed(columns)}
+    """Return the first of these names that is a column, whatever its case and with any of space, - and _; None without one."""
+    by_name = {re.sub(r"[\s-]", "_", column.strip().lower()): column for column in reversed(columns)}
     return next((by_name[name] for name in names if name in by_name), None)

@@ -16,6 +16,8 @@ from dinat.model import DinatConfig, DinatError
 SYNSET = re.compile(r"n\d{8}")
 """A WordNet ID of ImageNet, such as n01440764."""
 
+URL = re.compile(r"[a-z][a-z0-9+.-]+://", re.IGNORECASE)
+
 PATH_COLUMNS = ("path", "file_name", "filename", "file", "filepath", "file_path", "image", "image_path")
 LABEL_COLUMNS = ("label", "class", "class_name", "category", "target")
 """Names of the columns of a table, in order of preference."""
@@ -90,9 +92,13 @@ def read_labelled_images(source: Path) -> LabelledImages:
 
 
 def find_table(source: Path) -> Path | None:
-    """Return the table of labelled images: the source itself, or the metadata file of a folder; None if there is none."""
+    """Return the table of labelled images: the source itself, or the metadata file of a folder; None if there is none.
+
+    A metadata file without a column of paths or of labels is another one, unless the folder has no subfolders as labels.
+    """
     if source.is_dir():
-        return next((source / name for name in METADATA if (source / name).is_file()), None)
+        table = next((source / name for name in METADATA if (source / name).is_file()), None)
+        return None if table is not None and subfolders(str(source)) and not _has_columns(table) else table
     return source if source.suffix.lower() in TABLE_SUFFIXES and source.is_file() else None
 
 
@@ -165,6 +171,8 @@ def _read_table(table: Path) -> LabelledImages:
         path, label = (_value(row, names, where) for names in (PATH_COLUMNS, LABEL_COLUMNS))
         if not isinstance(path, str):
             raise DataError(f"{where} has the path {path!r}: it must be text")
+        if URL.match(path):
+            raise DataError(f"{where} has the URL {path}: URLs are not read, use paths of files")
         if isinstance(label, list | dict):
             raise DataError(f"{where} has the label {label!r}: give each image one label, as text or a number")
         images.append(LabelledImage(_find(table.parent, path), normalize(path_text(str(label)))))
@@ -174,12 +182,18 @@ def _read_table(table: Path) -> LabelledImages:
     return LabelledImages(images, splits=splits)
 
 
+def _has_columns(table: Path) -> bool:
+    """Whether the first row of a table has a path and a label. Raises TableError."""
+    columns = next((list(row.values) for row in read_table(table)), [])
+    return all(find_column(columns, names) is not None for names in (PATH_COLUMNS, LABEL_COLUMNS))
+
+
 def _value(row: Row, names: Sequence[str], where: str) -> Any:
     """Return the value of the first column with one of these names. Raises DataError if it is missing or empty."""
     columns = list(row.values)
     column = find_column(columns, names)
     value = None if column is None else row.values[column]
-    if value is None or value == "":
+    if value is None or value != value or (isinstance(value, str) and not normalize(value)):  # JSON of pandas has NaN
         found = ", ".join(columns) if column is None else f"nothing as {column}"
         header = "; the first line must name the columns, such as path,label" if any(map(is_image, columns)) else ""
         raise DataError(f"{where} must have a path and a label, it has {found}{header}")

@@ -1,5 +1,6 @@
 """Checks of the labels of training data."""
 
+import re
 from collections import Counter
 from collections.abc import Iterable, Mapping
 
@@ -16,9 +17,11 @@ def check_labels(labels: Iterable[str]) -> None:
         DataError: Labels are lists or numbers (multi-label classification, regression).
     """
     labels = sorted(set(labels))
-    parts = Counter(part for label in labels for part in set(label.split("|")))
+    parts = Counter(part for label in labels for part in set(_parts(label)))
     several = [
-        label for label in labels if label.startswith("[") or ("|" in label and any(parts[one] > 1 for one in label.split("|")))
+        label
+        for label in labels
+        if label.startswith("[") or (len(_parts(label)) > 1 and any(parts[one] > 1 for one in _parts(label)))
     ]
     if several:
         raise DataError(
@@ -26,12 +29,17 @@ def check_labels(labels: Iterable[str]) -> None:
             "ones; give each image one label"
         )
     numbers = [label for label in labels if _is_number(label)]
-    fractions = [label for label in numbers if not label.lstrip("+-").isdecimal()]
+    fractions = [label for label in numbers if not float(label).is_integer()]
     if fractions and len(numbers) == len(labels):
         raise DataError(
             f"the labels are numbers, such as {fractions[0]}: dinat train trains classifiers, not "
             "regression; use names of classes"
         )
+
+
+def _parts(label: str) -> list[str]:
+    """Divide a label at bars and semicolons. Commas are part of many names."""
+    return re.split(r"[|;]", label)
 
 
 def imbalance(counts: Mapping[str, int]) -> str | None:

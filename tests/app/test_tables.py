@@ -42,6 +42,11 @@ def test_utf16_of_either_byte_order(mark: bytes, tmp_path: Path) -> None:
         ("path|label\r\na.png|1,5\r\n", "x.csv"),
         (" path ; label \na.png;1,5;\n;;\n\n", "x.csv"),
         ("path;label\ra.png;1,5\r", "x.csv"),
+        ("\n \npath;label\na.png;1,5\n", "x.csv"),  # blank lines above the table
+        (',,\npath,label\na.png,"1,5"\n', "x.csv"),  # an empty row of a spreadsheet
+        ('"path", "label"\n"a.png", "1,5"\n', "x.csv"),
+        ('path,label\na.png,"1,5"\n"",\n', "x.csv"),
+        ('\u200bpath,label\ufeff\na.png,"1,5"\n', "x.csv"),  # files that were joined, each with a byte order mark
     ],
 )
 def test_delimiters_and_line_ends_of_spreadsheets(text: str, name: str, tmp_path: Path) -> None:
@@ -109,3 +114,17 @@ def test_column_is_found_in_any_case() -> None:
     assert find_column(["Label", " File_Name"], ("path", "file_name")) == " File_Name"
     assert find_column(["Label"], ("path", "file_name")) is None
     assert normalize(" e\u0301\n") == "é"
+
+
+def test_values_that_a_row_lacks_are_empty(tmp_path: Path) -> None:
+    (tmp_path / "x.csv").write_text("path,label,note\na.png\n")
+    (row,) = read_table(tmp_path / "x.csv")
+    assert row.values == {"path": "a.png", "label": "", "note": ""}
+
+
+def test_column_is_found_with_any_separator_of_words() -> None:
+    assert [find_column([name], ["file_name"]) for name in ("File Name", "file-name", " FILE_NAME ")] == [
+        "File Name",
+        "file-name",
+        " FILE_NAME ",
+    ]

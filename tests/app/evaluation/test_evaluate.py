@@ -13,6 +13,7 @@ from sklearn.metrics import confusion_matrix, precision_score, recall_score
 from dinat.app.cli import main
 from dinat.app.evaluation.labelled_images import DataError, class_ids, read_labelled_images
 from dinat.app.evaluation.scores import Evaluation
+from dinat.app.tables import TableError
 from dinat.model import DinatConfig, DinatForImageClassification, DinatImageProcessor
 from tests.app.conftest import DIGITS
 
@@ -159,11 +160,17 @@ def test_invalid_folder_is_one_line(create: Any, message: str, tmp_path: Path, c
         ("x.jsonl", '{"path": 12, "label": 1}', "line 1, has the path 12: it must be text"),
         ("x.jsonl", '{"path": "a.png", "label": ["a"]}', "has the label ['a']: give each image one label"),
         ("x.csv", "", "has no image"),
+        ("x.csv", "path,label\na.png,1\nb.png, \n", "line 3, must have a path and a label, it has nothing as label"),
+        ("x.csv", "path,label\na.png\n", "line 2, must have a path and a label, it has nothing as label"),
+        ("x.csv", "path,label\n\u200b,1\n", "line 2, must have a path and a label, it has nothing as path"),
+        ("x.jsonl", '{"path": "a.png", "label": NaN}', "line 1, must have a path and a label, it has nothing as label"),
+        ("x.csv", "image,label\nhttps://x.org/a.png,1\n", "line 2, has the URL https://x.org/a.png: URLs are not read"),
+        ("x.jsonl", '[{"path": "a.png", "label": "1"}]', "line 1, must be an object, got list: write one object a line"),
     ],
 )
 def test_invalid_list_is_rejected(name: str, text: str, message: str, tmp_path: Path) -> None:
     (tmp_path / name).write_text(text)
-    with pytest.raises(DataError, match=re.escape(message)):
+    with pytest.raises((DataError, TableError), match=re.escape(message)):
         read_labelled_images(tmp_path / name)
 
 
@@ -233,6 +240,16 @@ def test_table_of_a_folder_is_read(folder: Path, capsys: pytest.CaptureFixture[s
     (folder / "metadata.csv").write_text("\n".join(["file_name,label", *rows]))
     (result,) = evaluate(capsys, folder)
     assert (result["images"], result["top1"]) == (len(ALL), 1)
+
+
+@pytest.mark.parametrize("text", ["patient,age\n1,70\n", "file_name,text\n7/7-1.png,a seven\n", ""])
+def test_metadata_of_another_kind_is_not_a_table_of_labels(text: str, tmp_path: Path) -> None:
+    (tmp_path / "7").mkdir()
+    shutil.copy(DIGITS / "7-1.png", tmp_path / "7")
+    (tmp_path / "metadata.csv").write_text(text)
+    dataset = read_labelled_images(tmp_path)
+    assert [(image.path.name, image.label) for image in dataset.images] == [("7-1.png", "7")]
+    assert dataset.skipped[".csv"] == 1
 
 
 def test_parts_of_training_data_are_named(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:

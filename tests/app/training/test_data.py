@@ -86,8 +86,9 @@ def test_metadata_files_of_hugging_faces_image_folder(kind: str, tmp_path: Path)
     ("labels", "reason"),
     [
         (["0|1", "1"], "'0|1' names several classes"),
+        (["cat;dog", "cat"], "'cat;dog' names several classes"),
         (["['cat', 'dog']", "cat"], "names several classes"),
-        (["0.5", "1", "-2e3"], "the labels are numbers, such as -2e3"),
+        (["0.5", "1", "-2e3"], "the labels are numbers, such as 0.5"),
     ],
 )
 def test_labels_that_are_not_names_of_classes_are_rejected(labels: list[str], reason: str) -> None:
@@ -97,6 +98,8 @@ def test_labels_that_are_not_names_of_classes_are_rejected(labels: list[str], re
 
 def test_names_with_numbers_and_bars_are_labels() -> None:
     check_labels(["0", "1", "10", "a|b", "2.5 mm"])
+    check_labels(["1.0", "2.0"])  # integers that pandas stored as floating-point numbers
+    check_labels(["tench, Tinca tinca", "maillot", "maillot, tank suit"])
 
 
 def test_imbalance_and_balanced_weights() -> None:
