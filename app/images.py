@@ -288,6 +288,8 @@ def describe_format(data: bytes) -> str:
         return "the image is JSON"
     if head.startswith(b"<"):
         return "the image is XML"
+    if head.startswith(b"data:") or re.fullmatch(rb"[A-Za-z0-9+/=_\r\n-]{64,}", data[:512]):
+        return 'the image is base64: send it in JSON, as {"image": ...}'
     if head and all(byte >= 32 or byte in b"\t\n\r" for byte in head):
         return "the image is text"
     return "the image is in an unknown format"
@@ -307,7 +309,7 @@ def decode_base64(text: str) -> bytes:
         Unprocessable: The text is not base64.
     """
     text = text.strip()
-    if re.match(r"https?:", text, re.IGNORECASE):
+    if re.match(r"https?:|[a-z][a-z0-9+.-]*://", text, re.IGNORECASE):
         raise Unprocessable("image is a URL, and URLs are not fetched: send the image itself")
     if text[:5].lower() == "data:":
         head, comma, text = text.partition(",")

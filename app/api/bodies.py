@@ -1,6 +1,7 @@
 """Reading of images and parameters from request bodies: multipart and URL-encoded forms, JSON, and raw bytes."""
 
 import io
+import re
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
@@ -20,14 +21,16 @@ from dinat.app.images import decode_base64
 BodyT = TypeVar("BodyT", bound=BaseModel)
 T = TypeVar("T")
 
-IMAGE_FIELDS = ("image", "file")
-"""Names of the form fields that hold an image."""
+IMAGE_FIELDS = tuple(f"{name}{array}" for name in ("image", "file", "images", "files") for array in ("", "[]"))
+"""Names of the form fields that hold an image. axios and PHP's clients add [] to those of a list."""
 
 OTHER_FIELDS = ("inputs", "instances")
 """Fields of other services' JSON."""
 
-_IMAGE_ASSIGNMENTS = tuple(f"{name}=".encode() for name in IMAGE_FIELDS)
+_IMAGE_ASSIGNMENT = re.compile(rb"(?:[\w.-]{1,40}=[\w.%+,-]{0,200}&){0,8}(?:image|file)s?(?:\[\]|%5[Bb]%5[Dd])?=")
 MULTIPART, URLENCODED, JSON = "multipart/form-data", "application/x-www-form-urlencoded", "application/json"
+
+_JSON_NAMES = {list: "a list", dict: "an object", bool: "a boolean", int: "a number", float: "a number", type(None): "null"}
 
 _BINARY = {"schema": {"type": "string", "format": "binary"}}
 
@@ -102,7 +105,7 @@ async def parse_body(request: Request, body: bytes, parse: Callable[[], T]) -> T
 
 def is_form(media_type: str, body: bytes) -> bool:
     """Whether a body is a form: multipart, or URL-encoded with an image. curl sends that media type for any body."""
-    return media_type == MULTIPART or (media_type == URLENCODED and body.startswith(_IMAGE_ASSIGNMENTS))
+    return media_type == MULTIPART or (media_type == URLENCODED and _IMAGE_ASSIGNMENT.match(body) is not None)
 
 
 async def read_one(request: Request, model: type[ParametersT], body: bytes | None = None) -> tuple[bytes, ParametersT]:
@@ -134,6 +137,8 @@ async def read_one(request: Request, model: type[ParametersT], body: bytes | Non
 async def read_one_without_json(request: Request, model: type[ParametersT], body: bytes) -> tuple[bytes, ParametersT]:
     """Return the image and the parameters of a body that is a form or the image itself. Raises as read_one."""
     media_type = content_type(request)
+    if media_type.startswith("multipart/") and media_type != MULTIPART:
+        raise NoImage(f"Content-Type {shorten(media_type)} is not supported: send {MULTIPART}, or the image as the body")
     if is_form(media_type, body):
         return await parse_body(request, body, lambda: _one_in_form(request, media_type, body, model))
     return body, read_parameters(request, model)
@@ -207,11 +212,16 @@ def _one_in_json(request: Request, body: bytes, model: type[ParametersT]) -> tup
     fields = _json_object(request, body)
     if "images" in fields:
         raise NoImage("the JSON has a field images: send several images to /classify/batch")
-    text = fields.pop("image", None)
+    is_given, text = "image" in fields, fields.pop("image", None)
     if not isinstance(text, str):
         other = next((name for name in OTHER_FIELDS if name in fields), None)
-        hint = "" if other is None else f" (it has {other}: see POST / and POST {_predict_route(request)})"
-        raise NoImage(f'the JSON has no string field image{hint}: send {{"image": "<base64 or data: URL>"}}')
+        if is_given:
+            found = f"image is {_JSON_NAMES[type(text)]}"
+        elif other is not None:
+            found = f"it has {other}: see POST / and POST {_predict_route(request)}"
+        else:
+            found = f"fields: {shorten(', '.join(fields)) or 'none'}"
+        raise NoImage(f'the JSON has no string field image ({found}): send {{"image": "<base64 or data: URL>"}}')
     return decode_base64(text), read_parameters(request, model, "the JSON", fields.items())
 
 

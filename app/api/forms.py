@@ -48,7 +48,7 @@ def parse_multipart(body: bytes, content_type: str, max_images: int) -> list[For
         raise NoImage(f"the form is malformed: charset {quote(charset)} is not supported, use utf-8")
     boundary = options.get(b"boundary")
     if not boundary:
-        raise NoImage("the form is malformed: Content-Type has no boundary")
+        raise NoImage("the form is malformed: Content-Type has no boundary: do not set it, the HTTP client does")
     body = _without_preamble(body, b"--" + boundary)
     form = _MultipartForm(max_images)
     try:

@@ -20,8 +20,8 @@ from dinat.app.engine.engine import Engine
 from dinat.app.images import decode_base64
 from dinat.app.settings import Settings
 
-IMAGE_FIELDS = ("image_bytes", "bytes_inputs", "content")
-"""Names under which TensorFlow's exported models and AutoML take an image."""
+IMAGE_FIELDS = ("image_bytes", "bytes_inputs", "content", "image")
+"""Names under which TensorFlow's exported models, AutoML and this service's /classify take an image."""
 
 
 class Instance(BaseModel):

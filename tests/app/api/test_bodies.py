@@ -183,6 +183,48 @@ def test_transfer_encodings_of_parts(service: Service, seven: bytes) -> None:
     check_rejected(service.client.post("/classify", content=quoted + b"--b--\r\n", headers=form), 400, "quoted-printable")
 
 
+@pytest.mark.parametrize("name", ["image[]", "file[]", "images", "images[]", "files"])
+def test_field_names_of_lists(service: Service, seven: bytes, name: str) -> None:
+    """axios and PHP's clients add [] to the names of lists; the JSON of /classify/batch has images."""
+    one = service.client.post("/classify", files={name: ("7.png", seven)})
+    assert one.json()["predictions"][0]["label"] == "7"
+    several = service.client.post("/classify/batch", files=[(name, ("7.png", seven))] * 2).json()["results"]
+    assert [result["predictions"][0]["label"] for result in several] == ["7", "7"]
+
+
+@pytest.mark.parametrize("before", ["top_k=2&", "top_k=2&feature_format=json&", ""])
+@pytest.mark.parametrize("name", ["image", "images%5B%5D", "file"])
+def test_image_anywhere_in_a_url_encoded_form(service: Service, seven: bytes, before: str, name: str) -> None:
+    body = f"{before}{name}={quote(base64.b64encode(seven).decode())}"
+    answer = service.client.post("/classify", content=body, headers={"content-type": "application/x-www-form-urlencoded"})
+    assert (answer.json()["predictions"][0]["label"], len(answer.json()["predictions"])) == ("7", 2 if before else 5)
+
+
+@pytest.mark.parametrize(
+    ("body", "detail"),
+    [
+        ({"json": {"photo": "x", "id": 1}}, "no string field image (fields: photo, id): send"),
+        ({"json": {}}, "no string field image (fields: none): send"),
+        ({"json": {"image": None}}, "no string field image (image is null): send"),
+        ({"json": {"image": ["x"]}}, "no string field image (image is a list): send"),
+        ({"json": {"image": {"b64": "x"}}}, "no string field image (image is an object): send"),
+        ({"json": {"image": True}}, "no string field image (image is a boolean): send"),
+        ({"json": {"image": "gs://bucket/1.png"}}, "image is a URL, and URLs are not fetched"),
+        ({"json": {"image": "file:///1.png"}}, "image is a URL, and URLs are not fetched"),
+        (
+            {"content": b"x", "headers": {"content-type": "multipart/form-data"}},
+            "no boundary: do not set it, the HTTP client does",
+        ),
+        ({"content": b"x", "headers": {"content-type": "multipart/mixed; boundary=x"}}, "multipart/mixed is not supported"),
+        ({"content": b"aGVsbG8K" * 20}, "the image is base64: send it in JSON"),
+        ({"content": b"data:image/png;base64,aGVsbG8K"}, "the image is base64: send it in JSON"),
+    ],
+)
+def test_cause_of_a_body_without_an_image_is_named(service: Service, body: dict[str, Any], detail: str) -> None:
+    answer = service.client.post("/classify", **body)
+    assert (400 <= answer.status_code < 500, detail in answer.json()["detail"]) == (True, True), answer.text
+
+
 def test_client_sends_a_part_without_a_file_name(service: Service, seven: bytes) -> None:
     files: Any = {"image": (None, seven, "image/png")}
     assert label(service.client.post("/classify", files=files)) == "7"

@@ -68,9 +68,15 @@ def test_hugging_face_task_at_sagemaker_endpoint(service: Service, seven: bytes)
 
 def test_vertex_instances_of_other_models(service: Service, seven: bytes) -> None:
     text = base64.b64encode(seven).decode()
-    instances = [{"b64": text}, {"image_bytes": {"b64": text}}, {"bytes_inputs": {"b64": text}}, {"content": text}]
+    instances = [
+        {"b64": text},
+        {"image_bytes": {"b64": text}},
+        {"bytes_inputs": {"b64": text}},
+        {"content": text},
+        {"image": text},
+    ]
     predictions = service.client.post("/predict", json={"instances": instances}).json()["predictions"]
-    assert [prediction["predictions"][0]["label"] for prediction in predictions] == ["7"] * 4
+    assert [prediction["predictions"][0]["label"] for prediction in predictions] == ["7"] * 5
 
 
 def test_content_type_of_open_inference_requests(service: Service, seven: bytes) -> None:
@@ -150,7 +156,7 @@ def test_vertex_endpoints(seven: bytes, monkeypatch: pytest.MonkeyPatch) -> None
         assert (invalid.status_code, invalid.json()["error"][:18]) == (415, "instance 2 of 2: t")
         for body, detail in (
             ({"instances": []}, "instances"),
-            ({"instances": [{"image": "x"}]}, "b64"),
+            ({"instances": [{"photo": "x"}]}, "b64"),
             ({"instances": instances, "parameters": {"topk": 1}}, "topk"),
         ):
             invalid = service.client.post(url, json=body)
