@@ -2,6 +2,7 @@
 
 import fnmatch
 import os
+import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -19,6 +20,8 @@ _SYSTEM_FOLDERS = ("__MACOSX", "@eaDir", "#recycle", "$RECYCLE.BIN", "System Vol
 """Folders of macOS's archives, of network storage and of Windows, which hold metadata, thumbnails and deleted files."""
 
 _PATTERN = "*?["
+
+URL = re.compile(r"[a-z][a-z0-9+.-]+://", re.IGNORECASE)
 MAX_DESCRIBED_KINDS = 5
 
 
@@ -78,8 +81,18 @@ def list_files(location: str) -> Files:
         return Files(sorted(_files_in(location, skipped)), skipped)
     matches = list(_expand(location, skipped)) if any(mark in location for mark in _PATTERN) else []
     if not matches:
-        raise FileNotFoundError(f"{path_text(location)} does not exist")
+        raise FileNotFoundError(_describe_missing(location))
     return Files(sorted({path for path in matches if _is_file(path, skipped)}), skipped)
+
+
+def _describe_missing(location: str) -> str:
+    """Say why there is no file: a path that does not exist, or one of another kind."""
+    skipped: Counter[str] = Counter()
+    if os.path.lexists(location) and not _is_file(location, skipped):
+        return f"{path_text(location)} is a {next(iter(skipped))}, not a file or folder"
+    if URL.match(location):
+        return f"{path_text(location)} is a URL: use paths of files; dinat batch reads s3://, gs:// and other file systems"
+    return f"{path_text(location) or 'an empty path'} does not exist"
 
 
 def pattern_folder(location: str) -> str:

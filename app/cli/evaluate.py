@@ -61,6 +61,8 @@ def evaluate(
     """Evaluate a checkpoint on labelled images. The exit status is 1 if an image could not be read."""
     if report is not None and find_spec("matplotlib") is None:
         raise CommandError("--report requires matplotlib: pip install 'dinat-serve[evaluate]'")
+    if report is not None and not report.parent.is_dir():
+        raise CommandError(f"--report {path_text(report)}: the folder {path_text(report.parent)} does not exist")
     configure_logs("auto", logging.WARNING)
     dataset = read_labelled_images(data)
     for label in dataset.empty_labels:

@@ -8,15 +8,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from dinat.app.image_paths import SUFFIXES, is_image, list_files, path_text, subfolders
+from dinat.app.image_paths import SUFFIXES, URL, is_image, list_files, path_text, subfolders
 from dinat.app.plurals import plural
 from dinat.app.tables import TABLE_SUFFIXES, Row, find_column, normalize, read_table
 from dinat.model import DinatConfig, DinatError
 
 SYNSET = re.compile(r"n\d{8}")
 """A WordNet ID of ImageNet, such as n01440764."""
-
-URL = re.compile(r"[a-z][a-z0-9+.-]+://", re.IGNORECASE)
 
 PATH_COLUMNS = ("path", "file_name", "filename", "file", "filepath", "file_path", "image", "image_path")
 LABEL_COLUMNS = ("label", "class", "class_name", "category", "target")
@@ -110,7 +108,7 @@ def _read_folder(source: Path) -> LabelledImages:
     paths = [(Path(path), Path(path).relative_to(source).parts) for path in found.paths]
     images = [LabelledImage(path, normalize(path_text(parts[0]))) for path, parts in paths if len(parts) > 1]
     with_images = {parts[0] for _, parts in paths}
-    beside = Counter({"image beside the subfolders": len(paths) - len(images)})
+    beside = Counter({"beside the subfolders": len(paths) - len(images)})
     return LabelledImages(images, [name for name in names if name not in with_images], found.skipped + beside)
 
 

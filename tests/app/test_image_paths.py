@@ -88,3 +88,23 @@ def test_name_that_is_not_utf8(tmp_path: Path) -> None:
 def test_suffixes_in_any_case(name: str) -> None:
     assert is_image(name)
     assert not is_image(f"{name}.txt")
+
+
+@pytest.mark.parametrize(
+    ("location", "message"),
+    [
+        ("pipe", "pipe is a special file, not a file or folder"),
+        ("link", "link is a broken link, not a file or folder"),
+        ("https://x.org/a.png", "https://x.org/a.png is a URL: use paths of files; dinat batch reads s3://"),
+        ("", "an empty path does not exist"),
+        ("no/*.png", r"no/\*.png does not exist"),
+    ],
+)
+def test_location_without_a_file_is_described(
+    location: str, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    os.mkfifo("pipe")
+    Path("link").symlink_to("missing")
+    with pytest.raises(FileNotFoundError, match=message):
+        list_files(location)

@@ -279,3 +279,11 @@ def test_missing_header_is_named(tmp_path: Path) -> None:
     (tmp_path / "x.csv").write_text("a.png,1\nb.png,2\n")
     with pytest.raises(DataError, match=r"it has a\.png, 1; the first line must name the columns, such as path,label"):
         read_labelled_images(tmp_path / "x.csv")
+
+
+def test_missing_folder_of_the_report_is_named_before_the_evaluation(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["evaluate", "no-checkpoint", str(folder), "--report", str(tmp_path / "no" / "x.html"), *EXACT]) == 1
+    expected = f"dinat: --report {tmp_path}/no/x.html: the folder {tmp_path}/no does not exist"
+    assert capsys.readouterr().err.splitlines() == [expected]
