@@ -161,12 +161,14 @@ class _Client:
     def __init__(self, url: str, api_key: str | None = None, retry_seconds: float = RETRY_SECONDS, timeout: float = 60) -> None:
         self._retry_seconds = retry_seconds
         headers = {} if api_key is None else {"Authorization": f"Bearer {api_key}"}
-        self._options: dict[str, Any] = {"base_url": url.rstrip("/"), "headers": headers, "timeout": timeout}
+        url = url.strip().rstrip("/")
+        url = url if "://" in url else f"http://{url}"  # as curl does
+        self._options: dict[str, Any] = {"base_url": url, "headers": headers, "timeout": timeout}
         self._proxy = _proxy(url)
 
 
 class DinatClient(_Client):
-    """Synchronous client of the service.
+    """Synchronous client of the service. Its connections are closed by close, or at the end of a with statement.
 
     A request is retried while the service is busy or loading, and if an instance of it crashes. All methods raise
     DinatServiceError for an error response, and httpx.TransportError if the service cannot be reached.
@@ -178,11 +180,23 @@ class DinatClient(_Client):
         timeout: Timeout of httpx, in seconds.
     """
 
+    def __init__(self, url: str, api_key: str | None = None, retry_seconds: float = RETRY_SECONDS, timeout: float = 60) -> None:
+        super().__init__(url, api_key, retry_seconds, timeout)
+        self._http = self._connect()
+
+    def _connect(self) -> httpx.Client:
+        return httpx.Client(**self._options, transport=httpx.HTTPTransport(proxy=self._proxy))
+
     def __enter__(self) -> Self:
-        self._http = httpx.Client(**self._options, transport=httpx.HTTPTransport(proxy=self._proxy))
+        if self._http.is_closed:
+            self._http = self._connect()
         return self
 
     def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Close the connections."""
         self._http.close()
 
     def _send(self, call: _Call[T]) -> T:
@@ -207,8 +221,8 @@ class DinatClient(_Client):
         """Classify several images in one request. An image that fails has an error in its place; see classify."""
         return self._send(_classify_batch(images, top_k))
 
-    def features(self, image: ImageInput, names: Sequence[str] = ()) -> FeatureMaps:
-        """Return feature maps of an image; those of every stage if no name is passed."""
+    def features(self, image: ImageInput, names: Sequence[str] | str = ()) -> FeatureMaps:
+        """Return feature maps of an image; those of every stage if no name is passed. A text is comma-separated."""
         return self._send(_features(image, names))
 
     def model(self) -> ModelCard:
@@ -223,11 +237,23 @@ class DinatClient(_Client):
 class AsyncDinatClient(_Client):
     """Asynchronous client of the service; see DinatClient."""
 
+    def __init__(self, url: str, api_key: str | None = None, retry_seconds: float = RETRY_SECONDS, timeout: float = 60) -> None:
+        super().__init__(url, api_key, retry_seconds, timeout)
+        self._http = self._connect()
+
+    def _connect(self) -> httpx.AsyncClient:
+        return httpx.AsyncClient(**self._options, transport=httpx.AsyncHTTPTransport(proxy=self._proxy))
+
     async def __aenter__(self) -> Self:
-        self._http = httpx.AsyncClient(**self._options, transport=httpx.AsyncHTTPTransport(proxy=self._proxy))
+        if self._http.is_closed:
+            self._http = self._connect()
         return self
 
     async def __aexit__(self, *_: object) -> None:
+        await self.close()
+
+    async def close(self) -> None:
+        """Close the connections."""
         await self._http.aclose()
 
     async def _send(self, call: _Call[T]) -> T:
@@ -252,7 +278,7 @@ class AsyncDinatClient(_Client):
         """See DinatClient."""
         return await self._send(_classify_batch(images, top_k))
 
-    async def features(self, image: ImageInput, names: Sequence[str] = ()) -> FeatureMaps:
+    async def features(self, image: ImageInput, names: Sequence[str] | str = ()) -> FeatureMaps:
         """See DinatClient."""
         return await self._send(_features(image, names))
 
@@ -275,7 +301,11 @@ def _classify(image: ImageInput, top_k: int | None) -> _Call[Classification]:
 
 
 def _classify_batch(images: Sequence[ImageInput], top_k: int | None) -> _Call[list[Classification | DinatServiceError]]:
+    if isinstance(images, bytes | bytearray | memoryview | str | PathLike | Image.Image | np.ndarray):
+        raise TypeError(f"images must be a list, got {type(images).__name__}: use classify for one image")
     files = [("image", (f"{i}", _image_bytes(image))) for i, image in enumerate(images)]
+    if not files:
+        raise ValueError("images is empty: send at least one")
 
     def parse(response: httpx.Response) -> list[Classification | DinatServiceError]:
         results = response.json()["results"]
@@ -284,14 +314,14 @@ def _classify_batch(images: Sequence[ImageInput], top_k: int | None) -> _Call[li
     return _Call("POST", "/classify/batch", parse, {"files": files, "params": _query(top_k=top_k)})
 
 
-def _features(image: ImageInput, names: Sequence[str]) -> _Call[FeatureMaps]:
+def _features(image: ImageInput, names: Sequence[str] | str) -> _Call[FeatureMaps]:
     return _Call(
         "POST",
         "/features",
         lambda response: dict(sorted(load(response.content).items())),
         {
             "content": _image_bytes(image),
-            "params": _query(features=",".join(names)),
+            "params": _query(features=names if isinstance(names, str) else ",".join(names)),
             "headers": {"Accept": "application/vnd.safetensors"},
         },
     )
@@ -351,11 +381,19 @@ def _image_bytes(image: ImageInput) -> bytes:
     if isinstance(image, Image.Image):
         return _png(_oriented(image))
     if hasattr(image, "read"):
-        data = image.read()
-        if not isinstance(data, bytes):
-            raise TypeError("the file is open as text: open it with mode 'rb'")
-        return data
+        return _read(image)
     return _png(_from_array(image))
+
+
+def _read(file: Any) -> bytes:
+    """Read a file from its position; from its start if it was just written."""
+    data: bytes = file.read()
+    if not isinstance(data, bytes):
+        raise TypeError("the file is open as text: open it with mode 'rb'")
+    if not data and file.seekable():
+        file.seek(0)
+        data = file.read()
+    return data
 
 
 def _png(image: Image.Image) -> bytes:

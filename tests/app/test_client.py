@@ -1,6 +1,7 @@
 import asyncio
 import io
 import socketserver
+import tempfile
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -46,6 +47,45 @@ def test_binary_inputs(service: Service, seven: bytes, tmp_path: Path) -> None:
             assert client.classify(image_input).best.label == "7"
         with path.open(errors="replace") as text, pytest.raises(TypeError, match="open it with mode 'rb'"):
             client.classify(text)  # type: ignore[arg-type]
+
+
+def test_file_that_was_just_written(service: Service, seven: bytes) -> None:
+    with DinatClient(url(service)) as client, tempfile.TemporaryFile() as file, tempfile.SpooledTemporaryFile() as spooled:
+        for written in (file, spooled):
+            written.write(seven)
+            assert client.classify(written).best.label == "7"  # type: ignore[arg-type]
+
+
+def test_client_without_a_with_statement(service: Service, seven: bytes) -> None:
+    client = DinatClient(f" {url(service).removeprefix('http://')}/ ")
+    assert client.classify(seven).best.label == "7"
+    client.close()
+    with pytest.raises(RuntimeError, match="closed"):
+        client.classify(seven)
+    for _ in range(2):
+        with client:
+            assert client.classify(seven).best.label == "7"
+
+    async def classify() -> None:
+        client = AsyncDinatClient(url(service))
+        assert (await client.classify(seven)).best.label == "7"
+        await client.close()
+        async with client:
+            assert (await client.classify(seven)).best.label == "7"
+
+    asyncio.run(classify())
+
+
+def test_one_image_is_no_batch(service: Service, seven: bytes) -> None:
+    with DinatClient(url(service)) as client, pytest.raises(TypeError, match="images must be a list, got bytes: use classify"):
+        client.classify_batch(seven)  # type: ignore[arg-type]
+    with DinatClient(url(service)) as client, pytest.raises(ValueError, match="images is empty"):
+        client.classify_batch([])
+
+
+def test_names_of_feature_maps_as_text(service: Service, seven: bytes) -> None:
+    with DinatClient(url(service)) as client:
+        assert client.features(seven, "stage1,pooled").keys() == client.features(seven, ["stage1", "pooled"]).keys()
 
 
 def sent(image: Any) -> Image.Image:
