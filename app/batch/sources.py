@@ -2,6 +2,7 @@
 
 import gzip
 import hashlib
+import lzma
 import tarfile
 import zlib
 from abc import ABC, abstractmethod
@@ -22,7 +23,7 @@ from dinat.app.errors import NoImage
 from dinat.app.image_paths import SUFFIXES, Files, is_ignored, is_image, path_text
 from dinat.app.plurals import plural
 
-TAR_SUFFIXES = (".tar", ".tar.gz", ".tgz")
+TAR_SUFFIXES = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz")
 
 IMAGE_COLUMNS = ("image", "img", "picture", "jpg", "jpeg", "png", "webp", "bytes", "content", "image_bytes")
 """Names of Parquet columns that are recognised as images, in order of preference."""
@@ -67,7 +68,7 @@ class Item:
     columns: Mapping[str, Any] = field(default_factory=dict)
 
 
-DAMAGE = (tarfile.TarError, EOFError, gzip.BadGzipFile, zlib.error)
+DAMAGE = (tarfile.TarError, EOFError, gzip.BadGzipFile, zlib.error, lzma.LZMAError)
 """Errors that a damaged tar file causes; others are of the storage."""
 
 
@@ -81,6 +82,15 @@ class _Member(tarfile.TarInfo):
             return super().fromtarfile(tar)
         except tarfile.TruncatedHeaderError:  # type: ignore[attr-defined]
             raise tarfile.ReadError("unexpected end of data") from None
+
+
+def _member_bytes(tar: tarfile.TarFile, member: tarfile.TarInfo) -> bytes | Callable[[], bytes]:
+    """Read a member. One that is no file, such as a hard link, which has no data, becomes an error."""
+    file = tar.extractfile(member) if member.isfile() else None
+    if file is not None:
+        return file.read()
+    kind = f"a link to {path_text(member.linkname)}" if member.islnk() or member.issym() else "a special file"
+    return partial(_raise, NoImage(f"there is no image: the member is {kind}"))
 
 
 def _raise(error: Exception) -> bytes:
@@ -171,12 +181,11 @@ class TarFiles(Source):
                 tarfile.open(fileobj=stream, mode="r|*", tarinfo=_Member) as tar,
             ):
                 for member in tar:
-                    if member.isfile() and is_image(member.name) and not is_ignored(member.name):
-                        file = tar.extractfile(member)
-                        assert file is not None  # guaranteed by isfile()
-                        yield Item(f"{self.name(path)}/{path_text(member.name.removeprefix('./'))}", file.read())
-                        is_readable = True
-        except (tarfile.TarError, EOFError, OSError, zlib.error) as error:
+                    if member.isdir() or not is_image(member.name) or is_ignored(member.name):
+                        continue
+                    yield Item(f"{self.name(path)}/{path_text(member.name.removeprefix('./'))}", _member_bytes(tar, member))
+                    is_readable = True
+        except (*DAMAGE, OSError) as error:
             message = f"{path_text(path)} is not a complete tar file: {error}"
             if not is_readable or not isinstance(error, DAMAGE):
                 raise BatchError(message) from None
@@ -246,7 +255,7 @@ class ParquetFiles(Source):
             for batch in file.iter_batches(ROWS_PER_READ, row_groups=groups, columns=columns):
                 copied = batch.select(keep).to_pylist()
                 for image, values in zip(batch.column(self.column), copied, strict=True):
-                    yield Item(f"{self.name(path)}/{row}", _image_bytes(image.as_py()), values)
+                    yield Item(f"{self.name(path)}/{row}", _image_data(image.as_py()), values)
                     row += 1
         except (pa.ArrowException, OSError) as error:
             raise BatchError(f"{path} cannot be read: {error}") from None
@@ -326,12 +335,18 @@ def _holds_bytes(data_type: pa.DataType) -> bool:
 
 def _image_column(schema: pa.Schema) -> str:
     candidates = [name for name in schema.names if _holds_bytes(schema.field(name).type)]
+    if not candidates:
+        types = ", ".join(f"{field.name} ({field.type})" for field in schema)
+        raise BatchError(f"no column holds encoded images, as binary or a struct with bytes: its columns are {types}")
     recognised = [name for name in IMAGE_COLUMNS if name in candidates]
     if len(candidates) != 1 and not recognised:
-        raise BatchError(f"the image column cannot be detected: set --column to one of {', '.join(schema.names)}")
+        raise BatchError(f"the image column cannot be detected: set --column to one of {', '.join(candidates)}")
     return recognised[0] if recognised else candidates[0]
 
 
-def _image_bytes(value: Any) -> bytes | None:
+def _image_data(value: Any) -> bytes | Callable[[], bytes] | None:
+    """Return the bytes of a value; for one that has a path alone a function that raises an error."""
     data = value.get("bytes") if isinstance(value, dict) else value
+    if data is None and isinstance(value, dict) and value.get("path"):
+        return partial(_raise, NoImage(f"there is no image: the value has only the path {path_text(value['path'])}, no bytes"))
     return data if data is None else bytes(data)
