@@ -197,6 +197,7 @@ class _Exchange:
 
     async def send_error(self, error: ServiceError) -> None:
         """Send an error response directly, without the application."""
+        self.state["detail"] = error.detail
         body, headers = problem_body(error, self.request_id, self.scope["path"])
         await self.send({"type": "http.response.start", "status": int(error.status), "headers": headers})
         await self.send({"type": "http.response.body", "body": body})
@@ -222,6 +223,8 @@ class _Exchange:
             fields["client.address"] = self.scope["client"][0]
         if self.api_key is not None:
             fields["api_key"] = self.api_key
+        if self._status >= 500 and "detail" in self.state:  # those below 500 may quote what the client sent
+            fields["detail"] = shorten(self.state["detail"])
         return fields
 
 

@@ -68,6 +68,7 @@ def add_error_handlers(app: FastAPI) -> None:
     """Respond to every exception that a route raises with a problem."""
 
     def problem(request: Request, status: int, detail: str, headers: Mapping[str, str] | None = None) -> Response:
+        request.state.detail = detail  # for the log
         fields = problem_fields(request.state.request_id, status, detail, request.url.path)
         return Response(orjson.dumps(fields), status, headers, media_type=PROBLEM)
 

@@ -178,7 +178,7 @@ class Engine(BackendEvents):
         waiting = self.waiting
         if waiting + count > limit:
             raise Unavailable(
-                f"{plural(waiting, 'image is', 'images are')} queued, the limit is {limit}: retry later",
+                f"the queue is full ({waiting} of {limit} images): retry later",
                 headers={"Retry-After": str(self._retry_after(waiting))},
             )
 

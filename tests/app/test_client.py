@@ -246,7 +246,7 @@ def test_busy_service_is_retried_after_its_retry_after(seven: bytes, monkeypatch
             assert service.client.get("/health").status_code == 200
         with (
             DinatClient(url(service), retry_seconds=0) as client,
-            pytest.raises(DinatServiceError, match="503: 1 image is queued"),
+            pytest.raises(DinatServiceError, match="503: the queue is full"),
         ):
             client.classify(seven)
         delays: list[float] = []

@@ -41,6 +41,8 @@ def test_sigterm_under_load_answers_all_requests_and_exits_with_0() -> None:
     assert set(statuses) <= {200, 503}
     logged = [event["http.response.status_code"] for event in server.events if event["event"] == "request"]
     assert sorted(logged) == sorted(statuses)
+    details = [event["detail"] for event in server.events if event["event"] == "request" and "detail" in event]
+    assert len(details) == statuses.count(503) and all(details)
 
 
 @pytest.mark.slow

@@ -274,7 +274,7 @@ def test_full_queue_rejects_images_with_retry_after() -> None:
         await engine.wait_until_busy()
         waiting = asyncio.create_task(engine.submit([SEVEN, SEVEN], ONE))
         await engine.wait_until_queued(2)
-        with pytest.raises(Unavailable, match="2 images are queued, the limit is 3") as rejected:
+        with pytest.raises(Unavailable, match=r"the queue is full \(2 of 3 images\)") as rejected:
             await engine.submit([SEVEN, SEVEN], ONE)
         assert rejected.value.headers is not None
         assert int(rejected.value.headers["Retry-After"]) >= 1

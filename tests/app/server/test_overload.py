@@ -97,7 +97,7 @@ def test_full_queue_is_503_with_retry_after(seven: bytes) -> None:
         rejected = service.client.post("/classify", content=seven)
         assert rejected.status_code == 503
         assert int(rejected.headers["retry-after"]) >= 1
-        assert "1 image is queued, the limit is 1" in rejected.json()["detail"]
+        assert "the queue is full (1 of 1 images)" in rejected.json()["detail"]
         assert service.client.get("/health/ready").status_code == 200
         backend.resume.set()
         assert [future.result().status_code for future in accepted] == [200, 200]
