@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from importlib.util import find_spec
+from pathlib import Path
 
 import structlog
 import torch
@@ -34,7 +35,12 @@ def load_runtimes(settings: Settings) -> Sequence[Runtime]:
     name = settings.runtime
     devices = resolve_devices(settings.device)
     checkpoint = open_checkpoint(settings.model, revision=settings.revision)
-    fixed_size = DinatImageProcessor.from_pretrained(checkpoint).output_size is not None
+    processor = DinatImageProcessor.from_pretrained(checkpoint)
+    fixed_size = processor.output_size is not None
+    if checkpoint.processor is None and Path(settings.model).is_dir():
+        log.warning(
+            "the folder has no preprocessor_config.json: images are processed as for published models", size=processor.size
+        )
     on_cpu = devices[0].type == "cpu"
     if on_cpu and settings.device == "auto" and torch.version.cuda is not None:
         log.warning(
