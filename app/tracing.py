@@ -43,7 +43,7 @@ class Tracing:
             from opentelemetry.sdk.trace.export import BatchSpanProcessor
         except ImportError:
             raise ConfigError(
-                "DINAT_OTLP_ENDPOINT is set but OpenTelemetry is not installed: pip install dinat-serve[tracing]"
+                "DINAT_OTLP_ENDPOINT is set but OpenTelemetry is not installed: pip install 'dinat-serve[tracing]'"
             ) from None
         named = "OTEL_SERVICE_NAME" in os.environ or "service.name=" in os.environ.get("OTEL_RESOURCE_ATTRIBUTES", "")
         resource = Resource.create({} if named else {"service.name": "dinat-serve"})

@@ -1,6 +1,7 @@
 """`dinat train`: fine-tune a checkpoint, or train its network from random weights, on labelled images."""
 
 import os
+import shlex
 import sys
 from importlib.util import find_spec
 from pathlib import Path
@@ -90,7 +91,7 @@ def train(
             progress=progress,
         )
     saved = result.saved_epoch
-    table = Table("saved epoch", "top-1", "top-5", "macro-F1", "loss", "images/s", "folder")
+    table = Table("saved epoch", "top-1", "top-5", "macro-F1", "loss", "images/s")
     table.add_row(
         f"{saved.epoch} of {len(result.history.epochs)}",
         f"{saved.top1:.2%}",
@@ -98,7 +99,7 @@ def train(
         f"{saved.macro_f1:.2%}",
         f"{saved.loss:.4f}",
         f"{result.images_per_second:.1f}",
-        str(out),
     )
     if is_main:
         Console().print(table)
+        print(f"dinat: the network is in {out}: dinat serve --model {shlex.quote(str(out))}", file=sys.stderr)

@@ -24,6 +24,7 @@ ADDRESS = "localhost:8000"
 """Of the server in all examples."""
 
 TESTED_ELSEWHERE = {
+    "html": "tests/e2e/test_page.py",
     "nginx": "tests/test_deploy.py, tests/e2e/test_traffic.py",
     "yaml": "tests/test_deploy.py, tests/kubernetes, tests/e2e/test_traffic.py",
     "deploy.md": "tests/image, tests/test_deploy.py",

@@ -6,7 +6,10 @@ import os
 import re
 import shutil
 import subprocess
+import threading
 from collections.abc import Iterator
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -434,3 +437,22 @@ def test_page_is_small_and_links_to_no_other_host() -> None:
     assert sum(len(text.encode()) for text in files) < 80_000
     links = {link for text in files for link in re.findall(r"(?:src|href|import|from|url)\W{0,3}(https?://[^\"')\s]+)", text)}
     assert not links
+
+
+@pytest.mark.slow
+def test_the_example_for_browsers_works_from_another_origin(browser: Any, tmp_path: Path) -> None:
+    text = (WEB.parents[1] / "docs" / "clients.md").read_text()
+    (example,) = re.findall(r"```html\n(.*?)```", text, re.DOTALL)
+    with ThreadingHTTPServer(("127.0.0.1", 0), partial(SimpleHTTPRequestHandler, directory=str(tmp_path))) as pages:
+        threading.Thread(target=pages.serve_forever).start()
+        origin = f"http://127.0.0.1:{pages.server_port}"
+        try:
+            with Server(cors_origins=origin) as server:
+                (tmp_path / "index.html").write_text(example.replace("http://localhost:8000", server.url))
+                page = browser.new_page()
+                page.goto(origin)
+                page.set_input_files("#file", {"name": "7.png", "mimeType": "image/png", "buffer": SEVEN})
+                playwright.expect(page.locator("#label")).to_have_text("7")
+                page.close()
+        finally:
+            pages.shutdown()
