@@ -64,6 +64,11 @@ def test_a_wrong_output_fails(folder: Path) -> None:
             code_blocks.run(CodeBlock("page", 1, "console", wrong, None), "", folder)
 
 
+def test_readme_is_short() -> None:
+    lines = (ROOT / "README.md").read_text().splitlines()
+    assert len(lines) <= 150 and max(map(len, lines)) <= 120
+
+
 def test_configuration_page_is_current() -> None:
     assert configuration.PAGE.read_text() == configuration.page(), "run python -m tests.docs.configuration"
 
