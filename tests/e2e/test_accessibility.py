@@ -59,3 +59,4 @@ def assert_accessible(page: Any, state: str) -> None:
     assert len(result["passes"]) > 20, state
     found = [f"{violation['id']}: {node['html']}" for violation in result["violations"] for node in violation["nodes"]]
     assert not found, f"{state}: {found}"
+    assert not result["incomplete"], f"{state}: axe-core cannot decide {result['incomplete']}"
