@@ -2,6 +2,7 @@
 
 from collections import Counter
 from collections.abc import Sequence
+from html import escape
 
 import torch
 from matplotlib.figure import Figure
@@ -41,6 +42,11 @@ def plot_curves(history: History) -> Figure:
     return figure
 
 
+def table_cell(text: str) -> str:
+    """Escape text for a cell of a Markdown table: bars, line ends and HTML."""
+    return escape(" ".join(text.split()), quote=False).replace("|", "\\|")
+
+
 def _model_card(spec: TrainingSpec, result: TrainingResult, config: DinatConfig, changes: Sequence[str]) -> str:
     history, split, saved, recipe = result.history, result.split, result.saved_epoch, result.recipe
     selection = (
@@ -51,7 +57,8 @@ def _model_card(spec: TrainingSpec, result: TrainingResult, config: DinatConfig,
     train_counts = split.train_counts
     validation_counts = Counter(image.label for image in split.validation)
     rows = "\n".join(
-        f"| {label} | {train_counts[label]} | {validation_counts[label]} |" for label in split.classes[:MAX_CLASSES_SHOWN]
+        f"| {table_cell(label)} | {train_counts[label]} | {validation_counts[label]} |"
+        for label in split.classes[:MAX_CLASSES_SHOWN]
     )
     num_hidden = len(split.classes) - MAX_CLASSES_SHOWN
     more = f"\n\n{plural(num_hidden, 'more class is', 'more classes are')} not shown." if num_hidden > 0 else ""

@@ -26,13 +26,15 @@ AVAILABLE = len(os.sched_getaffinity(0))
         pytest.param("0.5", "", None, 1, marks=pytest.mark.slow),
         pytest.param("0.5", "", "2", min(2, AVAILABLE), marks=pytest.mark.slow),  # the user's own choice
         ("0.5", "3", "2", 3),
+        pytest.param("0.5", "", " ", 1, marks=pytest.mark.slow),  # as none
+        pytest.param("0.5", "", "0", 1, marks=pytest.mark.slow),
     ],
 )
 def test_threads_are_those_of_the_setting_the_variable_or_the_quota(
     quota: str, setting: str, variable: str | None, expected: int
 ) -> None:
     environment = {name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"}
-    environment |= {"OMP_NUM_THREADS": variable} if variable else {}
+    environment |= {} if variable is None else {"OMP_NUM_THREADS": variable}
     command = [sys.executable, "-c", LIMIT, quota, setting]
     done = subprocess.run(command, env=environment, check=True, capture_output=True, text=True)
     assert done.stdout.split() == [str(expected)] * 2

@@ -12,6 +12,7 @@ from dinat.app.evaluation.duplicates import describe_duplicates, describe_overla
 from dinat.app.evaluation.labelled_images import DataError
 from dinat.app.training.labels import balanced_weights, check_labels, imbalance
 from dinat.app.training.layout import Parts, find_parts
+from dinat.app.training.model_card import table_cell
 from dinat.app.training.readable import check_images
 from dinat.app.training.recipe import Recipe
 from dinat.app.training.spec import TrainingSpec, read_split
@@ -233,3 +234,11 @@ def test_training_reports_duplicate_images_and_unused_splits(
     capsys.readouterr()
     train(data, tmp_path / "out", "--epochs", 1)
     assert f"1 image has several labels, such as {data}/" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("label", "cell"),
+    [("a|b", r"a\|b"), ("two\nlines", "two lines"), ("<b>x</b> & y", "&lt;b&gt;x&lt;/b&gt; &amp; y"), ("7", "7")],
+)
+def test_labels_are_escaped_in_the_tables_of_the_model_card(label: str, cell: str) -> None:
+    assert table_cell(label) == cell
