@@ -1,7 +1,8 @@
 """Settings of the service, read from DINAT_* environment variables, a .env file, or flags of `dinat serve`."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -16,6 +17,9 @@ from dinat.model.native import default_cache
 def _split(value: object) -> object:
     return tuple(part.strip() for part in value.split(",") if part.strip()) if isinstance(value, str) else value
 
+
+SIMILARITY = 0.85
+"""Ratio of difflib from which a variable is taken for a misspelt setting."""
 
 ROOT_PATH = r"(/[\w.~-]+)*"
 """Regular expression of a root path; empty for none."""
@@ -252,6 +256,17 @@ class Settings(BaseSettings):
                 "max_response_bytes_in_flight": math.ceil(self.response_budget / frontends),
             }
         )
+
+
+def misspelt_variables(environment: Mapping[str, str]) -> dict[str, str]:
+    """Return the environment variables that are not settings but resemble one, each with its name.
+
+    Others are ignored: Kubernetes sets DINAT_SERVICE_HOST and more for a Service named dinat.
+    """
+    known = [f"DINAT_{name.upper()}" for name in Settings.model_fields]
+    unknown = sorted(name for name in environment if name.upper().startswith("DINAT_") and name.upper() not in known)
+    similar = ((name, get_close_matches(name.upper(), known, 1, SIMILARITY)) for name in unknown)
+    return {name: matches[0] for name, matches in similar if matches}
 
 
 def explain(error: ValidationError, prefix: Callable[[str], str] = lambda field: f"DINAT_{field.upper()}=") -> str:

@@ -1,6 +1,8 @@
 """Arguments and flags that several commands share: checkpoints, settings and recipe fields."""
 
 import inspect
+import os
+import sys
 from collections.abc import Callable, Iterable
 from functools import wraps
 from pathlib import Path
@@ -11,7 +13,7 @@ from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
 
 from dinat.app.cli import CommandError
-from dinat.app.settings import Settings, explain
+from dinat.app.settings import Settings, explain, misspelt_variables
 from dinat.app.training.recipe import Recipe
 
 Source = Annotated[
@@ -53,7 +55,7 @@ def settings_flags(names: Iterable[str], **fixed: Any) -> Callable[[Command], Co
     Returns:
         A decorator. The command receives `settings`. Raises CommandError for an invalid value.
     """
-    return _flags(Settings, "settings", names, explain, fixed, show_defaults=False)
+    return _flags(Settings, "settings", names, explain, fixed, show_defaults=False, before=_report_misspelt_variables)
 
 
 def recipe_flags() -> Callable[[Command], Command]:
@@ -72,12 +74,14 @@ def _flags(
     explain: Callable[[ValidationError], str],
     fixed: dict[str, Any],
     show_defaults: bool,
+    before: Callable[[], None] = lambda: None,
 ) -> Callable[[Command], Command]:
-    """Add a flag for each named field of a model, and pass the command the model instance as `parameter`."""
+    """Call `before`, then the command with the model instance as `parameter`; it has a flag for each named field."""
 
     def decorate(command: Command) -> Command:
         @wraps(command)
         def run(**arguments: Any) -> None:
+            before()
             flags = {name: value for name in names if (value := arguments.pop(name)) is not None}
             try:
                 values = model(**flags, **fixed)
@@ -104,6 +108,11 @@ def _flag(field: FieldInfo, name: str, show_default: bool) -> inspect.Parameter:
     default = str(field.default) if show_default and field.default is not None else False
     option = typer.Option(f"--{name.replace('_', '-')}", metavar=metavar, help=field.description, show_default=default)
     return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Annotated[str | None, option])
+
+
+def _report_misspelt_variables() -> None:
+    for name, setting in misspelt_variables(os.environ).items():
+        print(f"dinat: {name} is not a setting: did you mean {setting}?", file=sys.stderr)
 
 
 def _explain_flags(error: ValidationError) -> str:

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from dinat.app.cli import main
-from dinat.app.settings import Settings
+from dinat.app.settings import Settings, misspelt_variables
 
 VARIABLES = [f"DINAT_{name.upper()}" for name in Settings.model_fields]
 ALIASES = ["AIP_HTTP_PORT", "SAGEMAKER_BIND_TO_PORT", "AIP_PREDICT_ROUTE", "AIP_HEALTH_ROUTE"]
@@ -79,3 +79,18 @@ def test_user_without_a_home(command: list[str], status: int, output: str, tmp_p
     assert output in done.stdout + done.stderr
     (private,) = tmp_path.iterdir()
     assert private.stat().st_mode & 0o777 == 0o700
+
+
+def test_misspelt_variables_are_reported(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    of_kubernetes = [f"DINAT_{name}" for name in ("SERVICE_HOST", "SERVICE_PORT", "SERVICE_PORT_HTTP", "PORT_8000_TCP_ADDR")]
+    known = dict.fromkeys(("DINAT_MODEL", "dinat_port", "MODLE", *of_kubernetes), "x")
+    assert misspelt_variables(known) == {}
+    wrong = {"DINAT_MODLE": "x", "DINAT_MAX_BATCHES": "2", "dinat_api_key": "x"}
+    assert misspelt_variables(wrong | known) == {
+        "DINAT_MODLE": "DINAT_MODEL",
+        "DINAT_MAX_BATCHES": "DINAT_MAX_BATCH",
+        "dinat_api_key": "DINAT_API_KEYS",
+    }
+    monkeypatch.setenv("DINAT_MODLE", "x")
+    assert main(["classify", "none"]) == 1
+    assert "dinat: DINAT_MODLE is not a setting: did you mean DINAT_MODEL?" in capsys.readouterr().err.splitlines()
