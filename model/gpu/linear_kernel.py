@@ -41,7 +41,7 @@ def linear(
     x, norm_weight, norm_bias, weight, bias, scale, add, out,
     rows, inputs, outputs, eps,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, INNER: tl.constexpr,
-    GELU: tl.constexpr, PRECISION: tl.constexpr, WIDEN: tl.constexpr,
+    GELU: tl.constexpr, WIDEN: tl.constexpr,
 ):  # fmt: skip
     """Compute ROWS x COLUMNS of add + scale * gelu(norm(x) weight^T + bias). Grid: (row blocks * column blocks,).
 
@@ -55,7 +55,6 @@ def linear(
     Constants:
       INNER: Inputs per iteration, a divisor of `inputs`.
       GELU: Whether to apply GELU.
-      PRECISION: Precision of the products of float32 operands.
       WIDEN: Multiply in float32, for Triton's interpreter, which reads bfloat16 as integers.
     """
     column_blocks = tl.cdiv(outputs, COLUMNS)
@@ -64,18 +63,20 @@ def linear(
     column = block % column_blocks * COLUMNS + tl.arange(0, COLUMNS)
     inner = tl.arange(0, INNER)
     is_row, is_column = row < rows, column < outputs
+    first_channel = x + row * inputs
     x += (row * inputs)[:, None] + inner[None, :]
     weight += (column * inputs)[None, :] + inner[:, None]
     if norm_weight is not None:
         # Sums of the differences from a row's first channel: without cancellation if the mean is far from zero.
-        first = tl.load(x - inner[None, :], mask=is_row[:, None], other=0.0).to(tl.float32)
+        first = tl.load(first_channel, mask=is_row, other=0.0).to(tl.float32)
         total, squares = tl.zeros([ROWS], tl.float32), tl.zeros([ROWS], tl.float32)
         for start in range(0, inputs, INNER):
-            difference = tl.load(x + start, mask=is_row[:, None], other=0.0).to(tl.float32) - first
+            difference = tl.load(x + start, mask=is_row[:, None], other=0.0).to(tl.float32) - first[:, None]
             total += tl.sum(difference, 1)
             squares += tl.sum(difference * difference, 1)
-        mean = total / inputs
-        inverse = tl.rsqrt(tl.maximum(squares / inputs - mean * mean, 0.0) + eps)
+        shifted_mean = total / inputs
+        inverse = tl.rsqrt(tl.maximum(squares / inputs - shifted_mean * shifted_mean, 0.0) + eps)
+        mean = first + shifted_mean
     sums = tl.zeros([ROWS, COLUMNS], tl.float32)
     for start in range(0, inputs, INNER):
         x_block = tl.load(x + start, mask=is_row[:, None], other=0.0)
@@ -83,11 +84,11 @@ def linear(
         if norm_weight is not None:
             gain = tl.load(norm_weight + start + inner).to(tl.float32)
             shift = tl.load(norm_bias + start + inner).to(tl.float32)
-            normal = (x_block.to(tl.float32) - first - mean[:, None]) * inverse[:, None]
+            normal = (x_block.to(tl.float32) - mean[:, None]) * inverse[:, None]
             x_block = (normal * gain[None, :] + shift[None, :]).to(x_block.dtype)
         if WIDEN:
             x_block, weight_block = x_block.to(tl.float32), weight_block.to(tl.float32)
-        sums = tl.dot(x_block, weight_block, sums, input_precision=PRECISION)
+        sums = tl.dot(x_block, weight_block, sums, input_precision="ieee")
     if bias is not None:
         sums += tl.load(bias + column, mask=is_column, other=0.0).to(tl.float32)[None, :]
     if GELU:
@@ -143,7 +144,6 @@ def constants(dtype: torch.dtype, inputs: int, is_gelu: bool, config: LinearConf
         "COLUMNS": config.columns,
         "INNER": gcd(config.inner, inputs),
         "GELU": is_gelu,
-        "PRECISION": "ieee",
         "WIDEN": INTERPRETED and dtype == torch.bfloat16,
     }
 

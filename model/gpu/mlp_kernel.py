@@ -20,7 +20,7 @@ def mlp(
     x, norm_weight, norm_bias, up, up_bias, down, down_bias, scale, out,
     rows, hidden, eps,
     ROWS: tl.constexpr, CHANNELS: tl.constexpr, WIDTH: tl.constexpr, HIDDEN: tl.constexpr,
-    PRECISION: tl.constexpr, WIDEN: tl.constexpr,
+    WIDEN: tl.constexpr,
 ):  # fmt: skip
     """Compute ROWS rows of x + scale * (gelu(norm(x) up^T + up_bias) down^T + down_bias). Grid: (row blocks,).
 
@@ -33,7 +33,6 @@ def mlp(
     Constants:
       WIDTH: CHANNELS rounded up to a power of two.
       HIDDEN: Hidden features per iteration, a divisor of `hidden`.
-      PRECISION: Precision of the products of float32 operands.
       WIDEN: Multiply in float32, for Triton's interpreter, which reads bfloat16 as integers.
     """
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
@@ -58,12 +57,12 @@ def mlp(
         down_block = tl.load(down + start, mask=is_channel[None, :], other=0.0)
         if WIDEN:
             up_block, down_block = up_block.to(tl.float32), down_block.to(tl.float32)
-        features = tl.dot(normal, up_block, input_precision=PRECISION)
+        features = tl.dot(normal, up_block, input_precision="ieee")
         features += tl.load(up_bias + start + feature).to(tl.float32)[None, :]
         features = gelu(features, EXACT=x.dtype.element_ty == tl.float32).to(x.dtype.element_ty)
         if WIDEN:
             features = features.to(tl.float32)
-        sums = tl.dot(features, down_block, sums, input_precision=PRECISION)
+        sums = tl.dot(features, down_block, sums, input_precision="ieee")
     sums += tl.load(down_bias + channel, mask=is_channel, other=0.0).to(tl.float32)[None, :]
     if scale is not None:
         sums *= tl.load(scale + channel, mask=is_channel, other=0.0).to(tl.float32)[None, :]
@@ -114,7 +113,6 @@ def constants(dtype: torch.dtype, channels: int, hidden: int, config: MlpConfig)
         "CHANNELS": channels,
         "WIDTH": max(16, triton.next_power_of_2(channels)),
         "HIDDEN": gcd(config.hidden, hidden),
-        "PRECISION": "ieee",
         "WIDEN": INTERPRETED and dtype == torch.bfloat16,
     }
 
