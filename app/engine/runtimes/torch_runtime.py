@@ -185,14 +185,19 @@ class TorchRuntime:
         What fails is disabled, and a slower, exact alternative is used.
 
         Raises:
-            DeviceUnusable: The device returns wrong numbers in float32.
-            CheckpointError: The checkpoint returns scores that are not finite.
+            DeviceUnusable: The GPU returns wrong numbers in float32.
+            CheckpointError: The checkpoint returns scores that are not finite on the CPU.
         """
         if self._device.type == "cuda" and not self._largest:
             self._largest = self._configure(max_batch)
         largest = self._largest or max_batch
         for count in sorted({1, largest}):
-            run_examples(self, self._checkpoint.source, count)
+            try:
+                run_examples(self, self._checkpoint.source, count)
+            except CheckpointError as error:
+                if self._device.type == "cpu":
+                    raise
+                raise DeviceUnusable("it returned scores that are not finite") from error  # the CPU shows whose fault it is
         return largest
 
     def _configure(self, max_batch: int) -> int:

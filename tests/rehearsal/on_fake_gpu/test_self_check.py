@@ -3,6 +3,7 @@
 What is disabled, and why, is in the log, in GET /model and in the metrics.
 """
 
+import math
 from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 from typing import Any
@@ -179,6 +180,18 @@ def test_gpu_that_is_wrong_in_float32_falls_back_to_the_cpu(monkeypatch: pytest.
     report = serve(precision="fp32")
     assert report[0]["device"] == "cpu"
     assert "against float32 on the CPU" in disabled(report)["device cuda:0"]
+
+
+@pytest.mark.parametrize("self_check", [True, False])
+@pytest.mark.filterwarnings("ignore")
+def test_broken_checkpoint_is_not_taken_for_a_broken_gpu(self_check: bool, tmp_path: Path) -> None:
+    network = DinatForImageClassification.from_pretrained("digits")
+    network.classifier.bias.data[3] = math.nan
+    network.save_pretrained(tmp_path)
+    with running(model=str(tmp_path), device="cuda:0", runtime="torch", max_batch=1, self_check=self_check) as service:
+        assert f"scores that are not finite (NaN or infinite): the checkpoint {tmp_path} is broken" in str(
+            service.engine.failure
+        )
 
 
 def test_batch_that_does_not_fit_into_memory_is_halved(monkeypatch: pytest.MonkeyPatch) -> None:
