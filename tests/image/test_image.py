@@ -21,6 +21,7 @@ from typing import Any
 
 import httpx
 import pytest
+import yaml
 
 from dinat.model import DinatConfig, DinatForImageClassification, DinatImageProcessor
 from tests.e2e.processes import DIGITS, free_port, load_until_rejected
@@ -115,9 +116,7 @@ class Container:
         self.url = f"http://127.0.0.1:{port}"
         self.environment = {"DINAT_PORT": str(port), "DINAT_LOG_FORMAT": "json", **self._settings}
         started = time.monotonic()
-        self.process = self._buildah.start(
-            self.name, self.environment, self.config["Entrypoint"] + self.config["Cmd"], stderr=subprocess.PIPE
-        )
+        self.process = self._start((self.config["Entrypoint"] or []) + self.config["Cmd"])
         self.log: list[str] = []
         ready = threading.Event()
 
@@ -141,6 +140,9 @@ class Container:
         if self.process.poll() is None:
             self.stop()
 
+    def _start(self, command: list[str]) -> subprocess.Popen[str]:
+        return self._buildah.start(self.name, self.environment, command, stderr=subprocess.PIPE)
+
     def healthy(self) -> bool:
         """Run the image's health check."""
         kind, *check = self.config["Healthcheck"]["Test"]
@@ -158,6 +160,30 @@ class Container:
             self._reader.join()
             assert self.process.stderr is not None
             self.process.stderr.close()
+
+
+class RestrictedContainer(Container):
+    """As OpenShift or `docker run --read-only --cap-drop ALL` restricts it: any user; only /cache and /tmp are writable."""
+
+    UID = 54321
+    _MOUNTS = """
+mount --bind "$0" "$0"
+mount --rbind /dev "$0/dev"
+mount --rbind /proc "$0/proc"
+mount -t tmpfs -o noexec,nosuid,nodev tmpfs "$0/tmp"
+mount -t tmpfs -o gid=0,mode=775 tmpfs "$0/cache"
+mount -o remount,bind,ro "$0"
+exec chroot "$0" "$@"
+"""
+
+    def _start(self, command: list[str]) -> subprocess.Popen[str]:
+        user = ["setpriv", f"--reuid={self.UID}", "--regid=0", "--clear-groups"]
+        user += ["--no-new-privs", "--bounding-set=-all", "--inh-caps=-all"]
+        variables = self.config["Env"] + [f"{name}={value}" for name, value in self.environment.items()]
+        environment = ["env", "--ignore-environment", f"--chdir={self.config['WorkingDir']}", *variables]
+        namespace = ["unshare", "--mount", "--propagation", "private", "sh", "-ec", self._MOUNTS]
+        root = self._buildah("mount", self.name)
+        return subprocess.Popen([*namespace, root, *user, *environment, *command], stderr=subprocess.PIPE, text=True)
 
 
 def _command_pid(pid: int) -> int:
@@ -205,7 +231,7 @@ def test_sbom_lists_every_package(buildah: Buildah, container: Container) -> Non
     print(f"SBOM: {len(components)} components of {sorted(kinds)}, {SBOM.stat().st_size / 1e6:.1f} MB")
     assert {"deb", "pypi"} <= kinds
     assert {"torch", "dinat-serve", "libgomp1", "python3"} <= {name for name, _ in found}
-    pinned = re.findall(r"^([\w.-]+)==([\w.]+) \\\\$", "".join((ROOT / name).read_text() for name in LOCKS), re.MULTILINE)
+    pinned = re.findall(r"^([\w.-]+)==([\w.]+) \\$", "".join((ROOT / name).read_text() for name in LOCKS), re.MULTILINE)
     assert len(pinned) > 40
     assert set(pinned) - found == set()
 
@@ -236,13 +262,29 @@ def test_image_runs_unprivileged_and_classifies(buildah: Buildah, container: Con
     assert written == []  # the root file system may be read-only
 
 
-def test_second_start_uses_the_cached_graph(buildah: Buildah, image: str) -> None:
-    container = Container(buildah, image, DINAT_RUNTIME="openvino")
+def test_image_runs_as_any_user_on_a_read_only_root_without_capabilities(buildah: Buildah, image: str) -> None:
+    with RestrictedContainer(buildah, image) as container:
+        print(f"start to ready, restricted: {container.seconds_to_ready:.1f} s")
+        status = Path(f"/proc/{container.pid}/status").read_text()
+        assert re.search(rf"Uid:\s+{container.UID}\s+{container.UID}", status)
+        assert all(int(mask, 16) == 0 for mask in re.findall(r"^Cap(?:Inh|Prm|Eff|Bnd):\s+(\w+)", status, re.MULTILINE))
+        (root,) = re.findall(r" / / (\S+) ", Path(f"/proc/{container.pid}/mountinfo").read_text())
+        assert "ro" in root.split(",")
+        response = httpx.post(f"{container.url}/classify", content=(DIGITS / "7-1.png").read_bytes(), timeout=60)
+        assert response.json()["predictions"][0]["label"] == "7"
+        model = httpx.get(f"{container.url}/model").json()
+        assert (model["runtime"], model["disabled"]) == (default_runtime(), [])
+        assert container.stop() == 0
+
+
+@pytest.mark.parametrize("runtime", ["torch", "openvino"])
+def test_second_start_uses_the_cached_graph(runtime: str, buildah: Buildah, image: str) -> None:
+    container = Container(buildah, image, DINAT_RUNTIME=runtime)
     for is_first in (True, False):
         with container:
-            print(f"start to ready, {'empty' if is_first else 'warm'} cache: {container.seconds_to_ready:.1f} s")
+            print(f"start to ready, {runtime}, {'empty' if is_first else 'warm'} cache: {container.seconds_to_ready:.1f} s")
             assert container.stop() == 0
-        assert any("exporting graph" in line for line in container.log) is is_first
+        assert any("exporting graph" in line for line in container.log) is (is_first and runtime == "openvino")
 
 
 def test_sigterm_under_load_answers_every_request(container: Container) -> None:
@@ -301,9 +343,9 @@ def test_prometheus_scrapes_it_and_dashboard_queries_return_data(container: Cont
         assert container.stop() == 0
 
 
-def _wait_for(query: Callable[[], Any]) -> Any:
-    """Repeat a query every 0.1 s until its result is not empty, for at most a minute."""
-    until = time.monotonic() + 60
+def _wait_for(query: Callable[[], Any], seconds: float = 60) -> Any:
+    """Repeat a query every 0.1 s until its result is not empty, for at most `seconds`."""
+    until = time.monotonic() + seconds
     while not (result := query()):
         assert time.monotonic() < until
         threading.Event().wait(0.1)
@@ -334,6 +376,48 @@ def test_model_can_be_included_in_the_image(buildah: Buildah, image: str, argume
         model = httpx.get(f"{container.url}/model").json()
         assert (model["model"], len(model["labels"])) == ("someone/network", 4)
         assert container.stop() == 0
+
+
+def test_ray_image_serves_the_application_of_the_kuberay_manifest(buildah: Buildah, image: str, folder: Path) -> None:
+    wheels = folder / "ray-wheels"
+    pip: list[str | Path] = [sys.executable, "-m", "pip", "--quiet", "download", "--constraint", ROOT / "constraints.txt"]
+    subprocess.run([*pip, "--dest", wheels, "ray[data,serve]", "pyarrow"], check=True)
+    flags = [
+        *("build", "--quiet", "--format", "docker", "--volume", f"{wheels}:/wheels:ro", "--build-arg", f"BASE_IMAGE={image}"),
+        *("--build-arg", "PIP_NO_INDEX=1", "--build-arg", "PIP_FIND_LINKS=/wheels", "--tag", "localhost/dinat-serve-ray"),
+    ]
+    started = time.monotonic()
+    buildah(*flags, ROOT / "deploy" / "ray")
+    print(f"\nimage with Ray: {time.monotonic() - started:.0f} s")
+    container = buildah("from", "localhost/dinat-serve-ray")
+    config = buildah.config("localhost/dinat-serve-ray")["config"]
+    assert (config["User"], config["Cmd"]) == ("10001", ["serve", "run", "dinat.ray:dinat"])
+    manifest = yaml.safe_load((ROOT / "deploy" / "ray" / "rayservice.yaml").read_text())
+    application = yaml.safe_load(manifest["spec"]["serveConfigV2"])
+    port = free_port()
+    application["http_options"] |= {"host": "127.0.0.1", "port": port}
+    application["applications"][0]["args"] |= {"model": "digits", "device": "cpu", "max_replicas": 1}
+    (Path(buildah("mount", container)) / "models" / "config.yaml").write_text(yaml.safe_dump(application))
+    command = ["sh", "-c", "command -v wget > /dev/null && exec serve run config.yaml"]
+    process = buildah.start(container, {}, command)
+    try:
+        started = time.monotonic()
+        _wait_for(lambda: process.poll() is not None or is_ready(f"http://127.0.0.1:{port}"), seconds=240)
+        assert process.poll() is None
+        print(f"start to ready: {time.monotonic() - started:.1f} s")
+        response = httpx.post(f"http://127.0.0.1:{port}/classify", content=(DIGITS / "7-1.png").read_bytes(), timeout=60)
+        assert response.json()["predictions"][0]["label"] == "7"
+    finally:
+        if process.poll() is None:
+            os.kill(_command_pid(process.pid), signal.SIGINT)
+            process.wait(60)
+
+
+def is_ready(url: str) -> bool:
+    try:
+        return httpx.get(f"{url}/health/ready").status_code == 200
+    except httpx.HTTPError:
+        return False
 
 
 def write_wheel(folder: Path, release: str) -> None:
