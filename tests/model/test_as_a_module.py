@@ -19,7 +19,9 @@ from dinat.model.cpu.fast_layers import LayerNorm
 from dinat.model.cpu.packing import pack
 from dinat.model.errors import AttentionError, DinatError
 
-pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch.func uses torch.jit
+pytestmark = pytest.mark.filterwarnings(  # torch.func uses torch.jit; PyTorch 2.14 has another warning
+    "ignore::DeprecationWarning", "ignore:.torch.jit.*deprecated:FutureWarning"
+)
 
 CONFIG = DinatConfig(
     embed_dim=64,
