@@ -180,7 +180,10 @@ class Connection(HttpToolsProtocol):
             linger_until = now + LINGER_SECONDS
             self._enter(Phase.CLOSING, max(linger_until, self._deadline) if phase is Phase.BODY else linger_until)
             self.flow.resume_reading()
-            self._raw.write_eof()
+            try:
+                self._raw.write_eof()
+            except OSError:  # asyncio: the client has reset the connection
+                self._raw.abort()
         else:
             self._enter(Phase.CLOSING, now + self._settings.download_seconds)
             self._raw.close()

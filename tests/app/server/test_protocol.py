@@ -5,6 +5,7 @@ import re
 import socket
 import struct
 import time
+from concurrent.futures import Future
 from contextlib import ExitStack
 
 import pytest
@@ -179,3 +180,24 @@ def test_server_stops_while_connections_linger(loop: str) -> None:
             wait_until(lambda: target.connections == len(requests))
             started = time.monotonic()
         assert time.monotonic() - started < 3
+
+
+@LOOPS
+def test_shutdown_closes_a_connection_that_its_client_has_reset(loop: str) -> None:
+    closed: Future[None] = Future()
+    with serving(loop) as target, target.connect(b"GET / HT") as connection:
+        wait_until(lambda: target.connections == 1)
+        (open_connection,) = target.server.server_state.connections
+
+        def reset_and_shut_down() -> None:
+            """In one step of the event loop, so that it does not see the reset before."""
+            connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+            connection.close()
+            try:
+                closed.set_result(open_connection.shutdown())
+            except OSError as error:
+                closed.set_exception(error)
+
+        open_connection.loop.call_soon_threadsafe(reset_and_shut_down)  # type: ignore[union-attr]
+        closed.result(10)
+        wait_until(lambda: target.connections == 0)
