@@ -87,10 +87,12 @@ def is_symbolic(*sizes: int) -> bool:
     return torch.compiler.is_exporting() and any(isinstance(size, torch.SymInt) for size in sizes)
 
 
-def check_packed_input(x: Tensor) -> None:
-    """Raise DinatError unless a packed module can compute x: its weights are in a layout that only kernels read."""
+def check_packed_input(x: Tensor, dtype: torch.dtype) -> None:
+    """Raise DinatError unless a packed module of this dtype can compute x: only kernels can read its weights."""
     if not is_plain(x) or is_transformed() or (x.requires_grad and torch.is_grad_enabled()):
         raise DinatError(
             "a packed network only infers plain CPU tensors, without gradients, torch.func, tracing or dispatch modes: "
             "use the network before pack()"
         )
+    if x.dtype is not dtype:
+        raise DinatError(f"the input is {x.dtype}, the packed network is {dtype}: convert the input with .to({dtype})")

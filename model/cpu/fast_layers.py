@@ -35,7 +35,7 @@ def fused_linear(x: Tensor, linear: nn.Module, gelu: bool = False, add: Tensor |
         Tensor (..., out_features).
     """
     if isinstance(linear, PackedLinear):
-        check_packed_input(x)
+        check_packed_input(x, linear.packed.dtype)
         return _fused_linear(x, linear.packed, linear.bias, gelu, add)
     if is_unmodified(linear, nn.Linear) and not is_observed():
         weight, bias = parameters_of(linear)
@@ -115,7 +115,7 @@ class PackedConvolution(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Compute the convolution of x (B, C, H, W)."""
-        check_packed_input(x)
+        check_packed_input(x, self.packed.dtype)
         y: Tensor = _ONEDNN._convolution_pointwise(x, self.packed, self.bias, *self.geometry, self.groups, "none", [], "")
         return y
 

@@ -7,8 +7,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dinat.model.attention import compiled, neighborhood_attention_with_weights
-from dinat.model.cpu.fast_layers import LayerNorm, is_unmodified, pack_module
+from dinat.model.cpu.fast_layers import LayerNorm, is_unmodified, pack_module, parameters_of
 from dinat.model.dinat import Attention, AttentionOutput, DropPath, Intermediate, Layer, NeighborhoodSelfAttention, Output
+from dinat.model.errors import DinatError
 from dinat.model.fast_path import check_packed_input
 from dinat.model.native import Library, library
 from dinat.model.native.dtypes import DTYPES
@@ -48,6 +49,8 @@ def supports_layer(layer: Layer) -> bool:
     channels, hidden = layer.output.dense.out_features, layer.output.dense.in_features
     return (
         all(is_unmodified(module, *SUPPORTED_MODULES) for module in layer.modules())
+        and _has_plain_parameters(layer.layernorm_before)
+        and _has_plain_parameters(layer.layernorm_after)
         and layer.intermediate.activation is F.gelu
         and channels % PANEL == hidden % PANEL == 0
         and channels == attention.heads * compiled.HEAD_DIM
@@ -60,6 +63,11 @@ def _has_kernels(*parameters: Tensor) -> bool:
     kernels, [dtype, *others] = library(), {parameter.dtype for parameter in parameters}
     is_on_cpu = all(parameter.device.type == "cpu" for parameter in parameters)
     return kernels is not None and not others and is_on_cpu and dtype in DTYPES and kernels.has_layers[DTYPES[dtype]]
+
+
+def _has_plain_parameters(norm: nn.LayerNorm) -> bool:
+    """Return whether a norm has a weight and a bias, in contiguous memory."""
+    return all(parameter is not None and parameter.is_contiguous() for parameter in parameters_of(norm))
 
 
 SUPPORTED_MODULES: tuple[type[nn.Module], ...] = (
@@ -89,9 +97,8 @@ class PackedLayer(nn.Module):
 
     def forward(self, x: Tensor, with_weights: bool = False) -> tuple[Tensor, Tensor | None]:
         """Compute the layer; see Layer.forward."""
-        check_packed_input(x)
+        x = self.qkv.check(x, x.shape[-1])
         height, width = x.shape[1:3]
-        x = x.contiguous()
         below, right = max(0, self.window - height), max(0, self.window - width)
         if below or right:  # the padding is zeros after the norm
             qkv = self._project(F.pad(self.before(x), (0, 0, 0, right, 0, below)), is_normalized=True)
@@ -161,8 +168,7 @@ class PanelConvolution(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Compute the convolution: (B, C, H, W) -> (B, out_channels, H/2, W/2), rounded up."""
-        check_packed_input(x)
-        x = x.permute(0, 2, 3, 1).contiguous()
+        x = self.weight.check(x.permute(0, 2, 3, 1), 9 * x.shape[1])
         images, height, width, channels = x.shape
         out = x.new_empty(images, -(-height // 2), -(-width // 2), self.weight.outputs)
         if not x.numel():
@@ -183,7 +189,7 @@ class _PackedWeight:
         outputs, inputs = weight.shape
         word = 4 // weight.itemsize  # inputs per 32 bits
         parts = weight.detach().reshape(outputs // PANEL, PANEL // PART, PART, inputs // PANEL, PANEL // word, word)
-        self.outputs = outputs
+        self.inputs, self.outputs = inputs, outputs
         self.weight = parts.permute(0, 3, 1, 4, 2, 5).contiguous()
         self.bias = torch.zeros(outputs) if bias is None else bias.detach().float()
 
@@ -194,6 +200,13 @@ class _PackedWeight:
             return cls(linear.weight, linear.bias)
         bias = None if linear.bias is None else linear.bias.float() * scale.float()
         return cls((linear.weight.float() * scale.float()[:, None]).to(linear.weight.dtype), bias)
+
+    def check(self, x: Tensor, inputs: int) -> Tensor:
+        """Return x in contiguous memory. Raises DinatError if its dtype or number of inputs is not the weight's."""
+        check_packed_input(x, self.weight.dtype)
+        if inputs != self.inputs:
+            raise DinatError(f"an input of shape {tuple(x.shape)} has another number of channels than the packed layer")
+        return x.resolve_neg().contiguous()
 
     def pointers(self) -> tuple[int, int]:
         """Return the addresses of the weight and the bias."""

@@ -18,6 +18,7 @@ from dinat.model.cpu import fast_layers, packing
 from dinat.model.cpu.fast_layers import PackedLinear
 from dinat.model.cpu.packing import PackedLayer, PanelConvolution, pack
 from dinat.model.dinat import Layer
+from dinat.model.errors import DinatError
 from dinat.model.native.dtypes import DTYPES
 
 ERRORS = {torch.float32: 2e-6, torch.bfloat16: 1e-2}
@@ -276,3 +277,45 @@ def test_copy_does_not_share_weights(dtype: torch.dtype) -> None:
         copied = copy.deepcopy(packed)
         packed.up.weight.zero_()
         assert torch.equal(copied(x)[0], expected) and not torch.equal(packed(x)[0], expected)
+
+
+def test_input_of_another_dtype_or_width_is_an_error(dtype: torch.dtype) -> None:
+    other = torch.float32 if dtype is torch.bfloat16 else torch.bfloat16
+    layer, convolution, linear = pack(
+        nn.ModuleList([random_layer(dtype), nn.Conv2d(64, 64, 3, 2, 1), nn.Linear(64, 64)]).to(dtype)
+    )
+    feature_map = torch.randn(1, 8, 8, 64)
+    inputs = (layer, feature_map), (convolution, feature_map.permute(0, 3, 1, 2)), (linear, feature_map)
+    with torch.inference_mode():
+        for module, x in inputs:
+            for unsupported in (other, torch.float16, torch.float64):
+                with pytest.raises(DinatError, match=r"convert the input with \.to"):
+                    module(x.to(unsupported))
+        for channels in (32, 96):
+            x = torch.randn(1, 8, 8, channels).to(dtype)
+            for module, wrong in ((layer, x), (convolution, x.permute(0, 3, 1, 2))):
+                with pytest.raises(DinatError, match="number of channels"):
+                    module(wrong)
+
+
+def test_negated_view_is_computed_as_its_values(dtype: torch.dtype) -> None:
+    layer, x = random_layer(dtype), torch._neg_view(torch.randn(2, 12, 9, 64).to(dtype))
+    assert torch.equal(packed_output(layer, x), packed_output(layer, x.resolve_neg()))
+    [convolution] = pack(nn.ModuleList([nn.Conv2d(64, 64, 3, 2, 1).to(dtype)]))
+    with torch.inference_mode():
+        assert torch.equal(convolution(x.permute(0, 3, 1, 2)), convolution(x.resolve_neg().permute(0, 3, 1, 2)))
+
+
+@pytest.mark.parametrize("name", ["layernorm_before", "layernorm_after"])
+def test_norm_may_be_strided_or_have_no_bias(dtype: torch.dtype, name: str) -> None:
+    x = torch.randn(1, 8, 8, 64).to(dtype)
+    for has_bias in (True, False):
+        layer = random_layer(dtype)
+        norm = layer.get_submodule(name)
+        norm.register_parameter("weight", nn.Parameter(torch.randn(128).to(dtype)[::2]))
+        if not has_bias:
+            norm.register_parameter("bias", None)
+        expected = float64_output(layer, x)
+        [packed] = pack(nn.ModuleList([layer]))
+        with torch.inference_mode():
+            assert relative_error(packed(x)[0], expected) <= ERRORS[dtype]
