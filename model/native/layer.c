@@ -11,8 +11,8 @@
 #include <stdlib.h>
 
 /* SHARED_ROWS: with fewer rows per thread, all threads process all rows and divide the columns, if there are enough columns:
- * reading weights then dominates, and they are read only once. */
-enum { SHARED_ROWS = 256 };
+ * reading weights then dominates, and they are read only once.  SHARED_BYTES: most bytes of a thread's copy of these rows. */
+enum { SHARED_ROWS = 256, SHARED_BYTES = 16 << 20 };
 
 /* Rows that pass through a layer together: few, to stay in the L1 cache; or more if the weights of a layer exceed the L2 cache,
  * because every block reads them again. All threads get the same number. */
@@ -136,7 +136,8 @@ FOR_BOTH(convolve)
  * narrowest product.  Returns 0, or 1 if memory allocation failed. */
 static int over_rows(by_dtype what, int is_half, const void *of, work all, int64_t inputs, int64_t hidden, int64_t outputs,
                      int threads) {
-    const int is_shared = all.rows < SHARED_ROWS * threads && outputs / PANEL >= threads;
+    const int is_small = all.rows < SHARED_ROWS * threads && all.rows * inputs * size_of(is_half) <= SHARED_BYTES;
+    const int is_shared = is_small && outputs / PANEL >= threads;
     const int64_t most = is_shared ? all.rows : block_rows(all.rows, inputs, threads);
     /* Rows are rounded up to a whole step, which reads, but never uses, what follows the last valid row. */
     const int64_t held = (most + STEP_ROWS - 1) / STEP_ROWS * STEP_ROWS, size = (inputs + hidden) * held * size_of(is_half);
