@@ -209,7 +209,12 @@ static inline void queries_to_lanes(const tile *t, __m512i q[16]) {
 
 #if defined __AVX512BF16__ && !defined __AMX_BF16__
 
-static inline __m512bh broadcast(const uint32_t *word) { return (__m512bh)_mm512_set1_epi32(*word); }
+/* Broadcast a pair of bfloat16, which may be aligned to two bytes only. */
+static inline __m512bh broadcast(const void *pair) {
+    int32_t word;
+    memcpy(&word, pair, sizeof word);
+    return (__m512bh)_mm512_set1_epi32(word);
+}
 
 /* Products of pairs: of two channels for the scores, of two keys for the outputs. */
 static void attend_bfloat16(const tile *t) {
@@ -220,15 +225,15 @@ static void attend_bfloat16(const tile *t) {
     const int64_t count = t->key_count;
     queries_to_lanes(t, q);
     for (int64_t key = 0; key < count; key += BLOCK) {
-        const uint32_t *keys[BLOCK];
+        const uint16_t *keys[BLOCK];
         for (int j = 0; j < BLOCK; j++) /* keys that follow the last one have a bias of -inf */
-            keys[j] = (const uint32_t *)(k + t->keys[key + j < count ? key + j : count - 1] * t->stride);
+            keys[j] = k + t->keys[key + j < count ? key + j : count - 1] * t->stride;
         floats sums[BLOCK] = {{0}};
 #pragma GCC unroll 16
         for (int i = 0; i < 16; i++)
 #pragma GCC unroll 8
             for (int j = 0; j < BLOCK; j++)
-                sums[j] = (floats)_mm512_dpbf16_ps((__m512)sums[j], (__m512bh)q[i], broadcast(keys[j] + i));
+                sums[j] = (floats)_mm512_dpbf16_ps((__m512)sums[j], (__m512bh)q[i], broadcast(keys[j] + 2 * i));
         memcpy(s + key, sums, sizeof sums);
     }
     const floats sum = softmax(s, count, add_bias(t, s), 1), share = 1.0f / sum;
@@ -246,7 +251,7 @@ static void attend_bfloat16(const tile *t) {
 #pragma GCC unroll 16
             for (int i = 0; i < 16; i++)
                 sums[i] = (floats)_mm512_dpbf16_ps((__m512)sums[i], (__m512bh)s[pair],
-                                                   broadcast((const uint32_t *)&values[pair][half] + i));
+                                                   broadcast((const char *)&values[pair][half] + 4 * i));
         for (int i = 0; i < 16; i++) out[i / 4 * 8 + half * 4 + i % 4] = sums[i] * share;
     }
     to_rows(out, rows);

@@ -80,6 +80,18 @@ def test_attention_of_mini_matches_reference(
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_inputs_may_be_aligned_to_one_element(library: native.Library | Emulated, dtype: torch.dtype) -> None:
+    """Vectors and pairs of channels are loaded from any address; the sanitizers report a load that requires an alignment."""
+    values = torch.randn(1 + 9 * 9 * 3 * 2 * 32).to(dtype)
+    q, k, v = values[1:].view(1, 9, 9, 3, 2, 32).unbind(3)
+    assert q.data_ptr() % 8 == values.itemsize
+    with torch.no_grad():
+        output = neighborhood_attention(q, k, v, kernel_size=3, backend="compiled")
+        aligned = neighborhood_attention(*(x.clone() for x in (q, k, v)), kernel_size=3, backend="compiled")
+    assert torch.equal(output, aligned)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_large_scores_do_not_overflow_and_nan_and_inf_propagate(library: native.Library | Emulated, dtype: torch.dtype) -> None:
     q, k, v = (torch.randn(1, 9, 9, 1, 32).to(dtype) for _ in range(3))
     with torch.no_grad():
