@@ -114,7 +114,7 @@ def test_kernel_that_raises_or_is_wrong_is_disabled(fault: str, monkeypatch: pyt
         steps.MLP,
         steps.PIXELS,
     }
-    assert all(message in why for why in reasons.values())
+    assert [why for why in reasons.values() if message not in why] == []
     selected = {choice.backend for key, choice in autotune.selections.items() if isinstance(key, steps.StepKey)}
     assert selected == {steps.DEFINITION, steps.TWO_STEPS}
 
