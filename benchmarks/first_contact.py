@@ -20,6 +20,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import nn
 
 from benchmarks import gpu
 from dinat.app import doctor
@@ -28,15 +29,22 @@ from dinat.app.engine.runtimes.runtime import InferenceOptions, examples
 from dinat.app.engine.runtimes.torch_runtime import TorchRuntime
 from dinat.model import DinatConfig, DinatForImageClassification, DinatImageProcessor
 from dinat.model.attention import neighborhood_attention, run_candidate
-from dinat.model.attention.autotune import MAX_ERROR, candidates, float64_reference, reason
+from dinat.model.attention.autotune import MAX_ERROR, candidates, float64_reference, reason, seconds_on_gpu
 from dinat.model.checkpoints.checkpoint import open_checkpoint
+from dinat.model.cpu.fast_layers import LayerNorm
+from dinat.model.gpu import pixels_kernel
+from dinat.model.gpu.fusing import fuse
+from dinat.model.gpu.steps import DEFINITION, Linear, Mlp
+from dinat.model.normalization import value_table
 
 Row = dict[str, Any]
 CUDA = torch.device("cuda", 0)
 NETWORKS = [("mini", 1), ("mini", 64), ("mini", 256), ("large", 64)]
 """Preset and batch."""
 PROFILED = ("mini", 64)
-TESTS = "logits_of_a_trained or fp32_is_fp32 or two_threads or runtime_on_a_gpu or gradients"
+FUSED = [(64, 56, 64, 192), (64, 56, 192, 384), (64, 14, 256, 768), (64, 7, 1536, 3072)]
+"""Batch, side of the feature map, channels and hidden features: layers of Mini and Large."""
+TESTS = "logits_of_a_trained or fp32_is_fp32 or two_threads or runtime_on_a_gpu or gradients or fused_step"
 """Of tests/gpu. The property test of the candidates compiles hundreds of kernels."""
 
 
@@ -66,6 +74,48 @@ def kernels() -> Iterator[Row]:
                     yield row | {"failed": reason(failure)}
                 else:
                     yield row | {"error": error} | ({} if error <= MAX_ERROR[dtype] else {"failed": "the error is too large"})
+
+
+def fused() -> Iterator[Row]:
+    """Error, against float64, and time of every candidate for the steps of a layer."""
+    for batch, side, channels, hidden in FUSED:
+        x = torch.randn(batch, side, side, channels, device=CUDA).bfloat16()
+        with CUDA:
+            up, down = nn.Linear(channels, hidden).bfloat16(), nn.Linear(hidden, channels).bfloat16()
+            norm = LayerNorm(channels).bfloat16()
+        first = Linear(up, norm, is_gelu=True)
+        steps: list[tuple[str, Any, list[torch.Tensor]]] = [
+            ("norm, linear layer, GELU", first, [x]),
+            ("linear layer, sum", Linear(down), [first.by(DEFINITION, x), x]),
+            ("MLP", Mlp(norm, up, down), [x]),
+        ]
+        for what, step, inputs in steps:
+            for name in step.candidates(inputs[0]):
+                row = {"layer": [batch, side, channels, hidden], "step": what, "candidate": name}
+                try:
+                    error = step.relative_error(name, *(y[:2] for y in inputs))
+                    us = 1e6 * seconds_on_gpu(lambda: step.by(name, *inputs), CUDA)  # noqa: B023
+                except Exception as failure:
+                    yield row | {"failed": reason(failure)}
+                else:
+                    row |= {"error": error, "us": us}
+                    yield row | ({} if error <= MAX_ERROR[torch.bfloat16] else {"failed": "the error is too large"})
+
+
+def pixels() -> Iterator[Row]:
+    """Error and time of the normalization of pixels by PyTorch and by the kernel."""
+    processor = DinatImageProcessor()
+    table = value_table(processor.rescale_factor, (tuple(processor.image_mean), tuple(processor.image_std)), CUDA)
+    values = torch.randint(0, 256, (64, 224, 224, 3), dtype=torch.uint8, device=CUDA)
+    expected = processor.normalize(values, torch.bfloat16).permute(0, 2, 3, 1)
+    output = pixels_kernel.launch(values, table, torch.bfloat16)
+    difference = float((output.float() - expected.float()).abs().max())
+    row = {
+        "difference": difference,
+        "us": 1e6 * seconds_on_gpu(lambda: pixels_kernel.launch(values, table, torch.bfloat16), CUDA),
+        "us by PyTorch": 1e6 * seconds_on_gpu(lambda: processor.normalize(values, torch.bfloat16), CUDA),
+    }
+    yield row | ({"failed": "the results differ"} if difference else {})
 
 
 def graphs() -> Iterator[Row]:
@@ -131,7 +181,7 @@ def profiler() -> Iterator[Row]:
 
 def network(preset: str) -> DinatForImageClassification:
     with CUDA:
-        return DinatForImageClassification(DinatConfig.preset(preset)).eval().to(torch.bfloat16)
+        return fuse(DinatForImageClassification(DinatConfig.preset(preset)).eval().to(torch.bfloat16))
 
 
 PYTHON, PYTEST = [sys.executable, "-c"], ["-m", "pytest"]
@@ -169,14 +219,16 @@ def output_of(command: list[str]) -> Iterator[Row]:
 
 PARTS: dict[str, tuple[Callable[[], Iterator[Row]], float]] = {
     "versions": (versions, 20),
-    "kernels": (kernels, 120),
-    "graphs": (graphs, 40),
-    "core": (core, 60),
+    "kernels": (kernels, 90),
+    "fused": (fused, 65),
+    "pixels": (pixels, 15),
+    "graphs": (graphs, 30),
+    "core": (core, 70),
     "networks": (networks, 90),
-    "attention": (attention, 60),
+    "attention": (attention, 50),
     "profiler": (profiler, 30),
-    "sanitizer": (sanitizer, 40),
-    "tests": (tests, 80),
+    "sanitizer": (sanitizer, 30),
+    "tests": (tests, 50),
 }
 """Function and deadline in seconds of each part, in order."""
 

@@ -29,6 +29,7 @@ import torch
 from dinat.model import DinatConfig, DinatError, DinatForImageClassification
 from dinat.model.attention import autotune, bias_cache, run_candidate
 from dinat.model.attention.autotune import candidates, float64_reference
+from dinat.model.gpu.fusing import fuse
 
 CUDA = torch.device("cuda")
 LAYERS = [(56, 2, 7, 1), (56, 2, 7, 8), (28, 4, 7, 1), (28, 4, 7, 4), (14, 8, 7, 1), (14, 8, 7, 2), (7, 16, 7, 1), (96, 6, 11, 1), (96, 6, 11, 8)]  # fmt: skip # noqa: E501
@@ -123,7 +124,7 @@ def network_rows(presets: Sequence[str], batches: Sequence[int]) -> list[dict[st
             row = {"network": preset, "attention": attention}
             try:
                 with CUDA:
-                    network = DinatForImageClassification(config, attention=attention).eval().to(torch.bfloat16)
+                    network = fuse(DinatForImageClassification(config, attention=attention).eval().to(torch.bfloat16))
             except DinatError as failure:  # pragma: no cover
                 rows.append(row | {"failed": str(failure)})
             else:

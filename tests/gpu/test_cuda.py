@@ -3,12 +3,14 @@
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import nn
 
 from dinat.app.engine.runtimes.runtime import InferenceOptions, InferenceResult
 from dinat.app.engine.runtimes.torch_runtime import TorchRuntime
@@ -16,6 +18,9 @@ from dinat.model import DinatConfig, DinatForImageClassification, DinatImageProc
 from dinat.model.attention import autotune, neighborhood_attention, run_candidate
 from dinat.model.attention.autotune import autotuning, candidates
 from dinat.model.checkpoints.checkpoint import open_checkpoint
+from dinat.model.cpu.fast_layers import LayerNorm
+from dinat.model.gpu.steps import Linear, Mlp
+from dinat.model.normalization import value_table
 from tests.model.reference import assert_matches_reference
 
 pytestmark = [
@@ -28,6 +33,8 @@ CUDA = torch.device("cuda")
 REHEARSED = torch.cuda.is_available() and torch.cuda.get_device_name() == "Fake GPU"
 """Whether the GPU is the fake one of tests/rehearsal, which is slow: then there are few and small examples."""
 EXACT = ["tiled", *(["triton"] if autotune.find_spec("triton") else []), *(["natten"] if autotune.find_spec("natten") else [])]
+WIDTHS = [(32, 64), (64, 192), (96, 192), (192, 384), (256, 512), (1536, 3072)]
+"""Channels and hidden features of layers."""
 EVERYTHING = frozenset({"stem", "stage2", "pooled", "hidden_states"})
 
 
@@ -83,6 +90,45 @@ def test_every_candidate_matches_reference(
         with torch.inference_mode():
             output = run_candidate(name, q, k, v, rpb, kernel_size, dilation, head_dim**-0.5)
         assert_matches_reference(output, q, k, v, rpb, kernel_size, dilation)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("has_scale", [False, True])
+@pytest.mark.parametrize(("channels", "hidden"), [(64, 192), (32, 64)] if REHEARSED else WIDTHS)
+def test_every_candidate_of_a_fused_step_matches_float64(
+    channels: int, hidden: int, has_scale: bool, dtype: torch.dtype
+) -> None:
+    pytest.importorskip("triton")
+    torch.manual_seed(0)
+    x, features = (torch.randn(2, 7, 9, width, device=CUDA).to(dtype) for width in (channels, hidden))
+    scale = torch.randn(channels, device=CUDA).to(dtype) if has_scale else None
+    norm = LayerNorm(channels).to(CUDA, dtype)
+    up, down = nn.Linear(channels, hidden).to(CUDA, dtype), nn.Linear(hidden, channels).to(CUDA, dtype)
+    steps: list[tuple[Any, list[torch.Tensor]]] = [
+        (Linear(up, norm), [x]),
+        (Linear(up, norm, is_gelu=True), [x]),
+        (Linear(down, scale=scale), [features, x]),
+        (Mlp(norm, up, down, scale), [x]),
+    ]
+    with torch.inference_mode():
+        for step, inputs in steps:
+            names = step.candidates(inputs[0])
+            assert len(names) > 1 or (isinstance(step, Mlp) and channels > 256)
+            assert all(step.relative_error(name, *inputs) <= autotune.MAX_ERROR[dtype] for name in names), names
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_normalized_pixels_are_those_of_the_cpu(dtype: torch.dtype) -> None:
+    pixels_kernel = pytest.importorskip("dinat.model.gpu.pixels_kernel", exc_type=ImportError)
+    processor = DinatImageProcessor()
+    pixels = torch.randint(0, 256, (3, 33, 35, 3), dtype=torch.uint8)
+    table = value_table(processor.rescale_factor, (tuple(processor.image_mean), tuple(processor.image_std)), CUDA)
+    with torch.inference_mode():
+        output = pixels_kernel.launch(pixels.to(CUDA), table, dtype).permute(0, 3, 1, 2)
+        torch.testing.assert_close(processor.normalize(pixels.to(CUDA), dtype).cpu(), processor.normalize(pixels, dtype))
+    # Triton's interpreter truncates to bfloat16.
+    tolerance = 2**-7 if REHEARSED and dtype == torch.bfloat16 else 0
+    torch.testing.assert_close(output.cpu(), processor.normalize(pixels, dtype), rtol=tolerance, atol=0)
 
 
 @pytest.mark.parametrize("backend", [*EXACT, "auto"])

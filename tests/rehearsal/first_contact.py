@@ -11,6 +11,10 @@ import coverage
 import tests.rehearsal.plugin  # noqa: F401  # before anything imports Triton
 
 
+def raises(*_: object) -> None:
+    raise RuntimeError("no kernel image is available")
+
+
 def main() -> int:
     measured = coverage.Coverage(
         os.environ["REHEARSAL_COVERAGE"], data_suffix=True, include=["benchmarks/first_contact.py"], config_file=False
@@ -20,11 +24,13 @@ def main() -> int:
         from benchmarks import first_contact, gpu
         from dinat.app import doctor
         from dinat.model import attention
+        from dinat.model.gpu import mlp_kernel
         from tests.rehearsal.benchmark import natten_without_float32
         from tests.rehearsal.fake_gpu import clocks
         from tests.rehearsal.fake_gpu.tensors import shapes_only
 
         gpu.LAYERS = [(8, 1, 7, 1)]
+        first_contact.FUSED = [(2, 4, 32, 64)]
         first_contact.NETWORKS, first_contact.PROFILED = [("mini", 1)], ("mini", 1)
         first_contact.TESTS = "fp32_is_fp32"
         first_contact.PYTHON = [sys.executable, "-c", "import tests.rehearsal.plugin; exec(__import__('sys').argv[1])"]
@@ -33,6 +39,8 @@ def main() -> int:
         doctor.BATCH["cuda"] = 2
         if "kernels" in sys.argv:
             attention.BACKENDS["natten"] = natten_without_float32
+        if "fused" in sys.argv:
+            mlp_kernel.launch = raises
         without_values = {"networks", "profiler", "attention"} & set(sys.argv) if "--part" in sys.argv else set()
         with clocks.single_host_thread():
             if without_values:

@@ -15,6 +15,7 @@ ROOT = Path(__file__).parents[2]
 
 pytest.importorskip("triton", reason="triton is not installed")
 pytest.importorskip("natten", reason="natten is not installed")
+
 pytestmark = [
     pytest.mark.rehearsal,
     pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU"),
@@ -57,15 +58,18 @@ def rows(folder: Path) -> list[dict[str, Any]]:
 
 
 def test_every_line_runs_and_failures_are_reported(tmp_path: Path) -> None:
-    """NATTEN raises in float32."""
+    """NATTEN raises in float32, and the kernel of MLPs always."""
+    from dinat.model.gpu import mlp_kernel
+
     status, written = run(tmp_path, "--seconds", "3600")
     assert status == 1
     statuses = {row["part"]: row["status"] for row in written if "seconds" in row}
     assert list(statuses) == [
-        "versions", "kernels", "graphs", "core", "networks", "attention", "profiler", "sanitizer", "tests"
+        "versions", "kernels", "fused", "pixels", "graphs", "core", "networks", "attention", "profiler", "sanitizer", "tests"
     ]  # fmt: skip
-    assert {part for part, status in statuses.items() if status} == {"kernels"}, written
-    assert {row["candidate"] for row in written if "failed" in row} == {"natten cutlass-fna"}
+    assert {part for part, status in statuses.items() if status} == {"kernels", "fused"}, written
+    failed = {(row["part"], row["candidate"].partition(" ")[0]) for row in written if "failed" in row}
+    assert failed == {("kernels", "natten"), *(("fused", str(config)) for config in mlp_kernel.configs(32, 64))}
     status, (*_, last) = run(tmp_path, "--part", "versions", tools=BROKEN_TOOLS)
     assert (status, last["failed"].partition(":")[0]) == (1, "FileNotFoundError")
     assert run(tmp_path, "--part", "sanitizer", tools={})[1] == [
