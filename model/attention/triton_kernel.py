@@ -131,7 +131,6 @@ HALF_CONFIGS = (
     TileConfig(8, 8, 64, 4, 2),
     TileConfig(4, 4, 64, 1, 1),
     TileConfig(8, 4, 32, 2, 2),
-    TileConfig(8, 8, 32, 4, 2),
 )
 FLOAT_CONFIGS = (
     TileConfig(8, 4, 16, 1, 2),
