@@ -8,6 +8,7 @@ from functools import cache
 from hashlib import blake2b
 from importlib import import_module
 from pathlib import Path
+from stat import S_ISREG
 
 import numpy as np
 from PIL import Image, TiffImagePlugin, UnidentifiedImageError, features
@@ -56,8 +57,10 @@ class TooManyPixels(TooLarge):
 
 
 def read_file(path: Path) -> bytes:
-    """Read an image file. Raises NoImage if that is not possible."""
+    """Read an image file. Raises NoImage if that is not possible, also for a pipe or device, which may have no end."""
     try:
+        if not S_ISREG(path.stat().st_mode) and not path.is_dir():
+            raise NoImage("the file cannot be read: it is a pipe or device")
         return path.read_bytes()
     except OSError as error:
         raise NoImage(f"the file cannot be read: {error.strerror}") from None

@@ -1,5 +1,7 @@
 import io
+import os
 import struct
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -7,9 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageOps
 
-from dinat.app.errors import ServiceError, TooLarge, Unprocessable, UnsupportedImage
+from dinat.app.errors import NoImage, ServiceError, TooLarge, Unprocessable, UnsupportedImage
 from dinat.app.image_file import MAX_CHUNKS, MAX_SCANS, MAX_SEGMENTS
-from dinat.app.images import TooManyPixels, decode, formats, inspect, resize_within
+from dinat.app.images import TooManyPixels, decode, formats, inspect, read_file, resize_within
 from dinat.model import DinatImageProcessor
 from tests.app.sample_images import encoded, noise, png_bomb
 from tests.security.hostile_images import exif_directory, jpeg_junk, jpeg_scans, jpeg_segments, png_chunks
@@ -50,6 +52,16 @@ def test_decoder_error_is_one_line() -> None:
     data = SAMPLES["HEIF"]
     with pytest.raises(Unprocessable, match=r"^the image is damaged: [^\n]+$"):
         decode(data[: len(data) * 2 // 3], 10**6)
+
+
+def test_pipes_and_devices_are_not_read(tmp_path: Path) -> None:
+    """A table may name them. A pipe has no end while nothing writes to it, /dev/zero has none at all."""
+    pipe, device = tmp_path / "pipe.png", tmp_path / "device.png"
+    os.mkfifo(pipe)
+    device.symlink_to("/dev/zero")
+    for path in (pipe, device):
+        with pytest.raises(NoImage, match="pipe or device"):
+            read_file(path)
 
 
 def test_only_first_frame_of_an_animation_is_decoded() -> None:
