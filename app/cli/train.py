@@ -57,8 +57,9 @@ def train(
 ) -> None:
     """Train a classifier on labelled images.
 
-    DATA may contain the folders train and val (or valid, validation, test), each with one subfolder per label or a metadata.csv
-    or metadata.jsonl, or may be a table with a column split of these names. All images are checked before the training starts.
+    DATA may contain the folders train (or training) and val (or valid, validation, dev, test, testing, eval, evaluation), in
+    upper or lower case, each with one subfolder per label or a metadata.csv or metadata.jsonl, or may be a table with a column
+    split of these names. All images are checked before the training starts.
 
     OUT is a checkpoint in the Hugging Face Hub layout with a model card. It always contains the best weights so far. To resume
     an interrupted training, run the same command again: the resulting weights are the same as without the interruption. To

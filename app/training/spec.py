@@ -9,7 +9,7 @@ from dinat.app.evaluation.labelled_images import DataError, LabelledImage, Label
 from dinat.app.plurals import plural
 from dinat.app.training.dataset import stratified_split
 from dinat.app.training.labels import check_labels
-from dinat.app.training.layout import TRAIN, VALIDATION, find_parts
+from dinat.app.training.layout import TRAIN, VALIDATION, find_part, find_parts
 from dinat.app.training.recipe import Recipe
 from dinat.app.training.trainer import Epoch, History
 
@@ -145,7 +145,7 @@ def read_split(spec: TrainingSpec) -> DataSplit:
 def _by_column(
     dataset: LabelledImages, has_validation: bool
 ) -> tuple[Sequence[LabelledImage], Sequence[LabelledImage], tuple[str, ...]]:
-    """Divide a table by its column of splits, if one of them is TRAIN.
+    """Divide a table by its column of splits, if one of them is for training.
 
     Args:
         dataset: The images.
@@ -155,16 +155,17 @@ def _by_column(
         Training images, validation images, and sentences about the images of other splits.
     """
     splits = dataset.splits
-    if TRAIN not in splits:
-        note = f"the splits {', '.join(sorted(splits)[:5])} are not used, none of them is {TRAIN}"
+    train = find_part(splits, TRAIN)
+    if train is None:
+        note = f"the splits {', '.join(sorted(splits)[:5])} are not used, none of them is {TRAIN[0]}"
         return dataset.images, (), (note,) if len(splits) > 1 else ()
-    used = [TRAIN, *([] if has_validation else [name for name in VALIDATION if name in splits][:1])]
+    validation = None if has_validation else find_part(splits, VALIDATION)
     notes = tuple(
         f"{plural(len(images), 'image')} of the split {name!r} {'is' if len(images) == 1 else 'are'} not used"
         for name, images in splits.items()
-        if name not in used
+        if name not in (train, validation)
     )
-    return splits[TRAIN], splits[used[1]] if used[1:] else (), notes
+    return splits[train], () if validation is None else splits[validation], notes
 
 
 def _read(source: Path) -> LabelledImages:

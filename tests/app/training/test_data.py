@@ -51,6 +51,23 @@ def test_folders_train_and_val_are_training_and_validation_data(name: str, tmp_p
     assert [image.path.name for image in split.validation] == ["0-2.png", "1-2.png"]
 
 
+@pytest.mark.parametrize(
+    ("train_name", "name"), [("Training", "Testing"), ("TRAIN", "TEST"), ("train", "dev"), ("Train", "Eval")]
+)
+def test_other_names_of_the_parts_are_no_labels(train_name: str, name: str, tmp_path: Path) -> None:
+    copy(tmp_path / "data" / train_name, "0-1", "1-1")
+    copy(tmp_path / "data" / name, "0-2", "1-2")
+    split = read_split(spec(tmp_path / "data"))
+    table = tmp_path / "table.csv"
+    parts = {train_name: split.train, name: split.validation}
+    rows = [f"{image.path},{image.label},{part}\n" for part, images in parts.items() for image in images]
+    table.write_text("path,label,split\n" + "".join(rows))
+    for source in (split, read_split(spec(table))):
+        assert (source.classes, source.is_held_out) == (["0", "1"], False)
+        assert [image.path.name for image in source.train] == ["0-1.png", "1-1.png"]
+        assert [image.path.name for image in source.validation] == ["0-2.png", "1-2.png"]
+
+
 def test_val_comes_before_test_and_validate_on_before_both(tmp_path: Path) -> None:
     for part in ("train", "val", "test", "other"):
         copy(tmp_path / part, "0-1")
