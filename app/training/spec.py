@@ -5,7 +5,13 @@ from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from dinat.app.evaluation.labelled_images import DataError, LabelledImage, LabelledImages, read_labelled_images
+from dinat.app.evaluation.labelled_images import (
+    DataError,
+    LabelledImage,
+    LabelledImages,
+    find_table,
+    read_labelled_images,
+)
 from dinat.app.plurals import plural
 from dinat.app.training.dataset import stratified_split
 from dinat.app.training.labels import check_labels
@@ -115,7 +121,7 @@ def read_split(spec: TrainingSpec) -> DataSplit:
     """
     parts = find_parts(spec.data, spec.validate_on)
     dataset = _read(parts.train)
-    train, validation, notes = _by_column(dataset, parts.validation is not None)
+    train, validation, notes = _by_column(dataset, parts.train, parts.validation is not None)
     labels = {image.label for image in train}
     if len(labels) < 2:
         raise DataError(f"{spec.data} has images of only one class, {min(labels)}: at least two are required")
@@ -143,18 +149,19 @@ def read_split(spec: TrainingSpec) -> DataSplit:
 
 
 def _by_column(
-    dataset: LabelledImages, has_validation: bool
+    dataset: LabelledImages, source: Path, has_validation: bool
 ) -> tuple[Sequence[LabelledImage], Sequence[LabelledImage], tuple[str, ...]]:
-    """Divide a table by its column of splits, if one of them is for training.
+    """Divide a table by its column of splits, or by the folders of its images, if one of them is for training.
 
     Args:
         dataset: The images.
+        source: Where they are listed.
         has_validation: Whether there are other validation data.
 
     Returns:
         Training images, validation images, and sentences about the images of other splits.
     """
-    splits = dataset.splits
+    splits = dataset.splits or _by_folder(dataset.images, source)
     train = find_part(splits, TRAIN)
     if train is None:
         note = f"the splits {', '.join(sorted(splits)[:5])} are not used, none of them is {TRAIN[0]}"
@@ -166,6 +173,18 @@ def _by_column(
         if name not in (train, validation)
     )
     return splits[train], () if validation is None else splits[validation], notes
+
+
+def _by_folder(images: Sequence[LabelledImage], source: Path) -> dict[str, list[LabelledImage]]:
+    """Divide the images of a table by their first folders, as in train/1.png, if these are names of parts and several."""
+    table = find_table(source)
+    if table is None:
+        return {}
+    splits: dict[str, list[LabelledImage]] = {}
+    for image in images:
+        parts = image.path.parts[len(table.parent.parts) :] if image.path.is_relative_to(table.parent) else ()
+        splits.setdefault(parts[0].lower() if parts else "", []).append(image)
+    return splits if len(splits) > 1 and splits.keys() <= {*TRAIN, *VALIDATION} else {}
 
 
 def _read(source: Path) -> LabelledImages:

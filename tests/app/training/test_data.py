@@ -68,6 +68,20 @@ def test_other_names_of_the_parts_are_no_labels(train_name: str, name: str, tmp_
         assert [image.path.name for image in source.validation] == ["0-2.png", "1-2.png"]
 
 
+def test_table_of_all_parts_is_divided_by_folders(tmp_path: Path) -> None:
+    """Hugging Face's ImageFolder allows one metadata file above the folders of the parts."""
+    for part, number in (("train", 1), ("test", 2)):
+        (tmp_path / "data" / part).mkdir(parents=True)
+        for label in "34":
+            shutil.copy(DIGITS / f"{label}-{number}.png", tmp_path / "data" / part)
+    rows = ["train/3-1.png,3", "train/4-1.png,4", "test/3-2.png,3", "test/4-2.png,4"]
+    (tmp_path / "data" / "metadata.csv").write_text("file_name,label\n" + "\n".join(rows))
+    split = read_split(spec(tmp_path / "data"))
+    assert (split.classes, split.is_held_out) == (["3", "4"], False)
+    assert [image.path.name for image in split.train] == ["3-1.png", "4-1.png"]
+    assert [image.path.name for image in split.validation] == ["3-2.png", "4-2.png"]
+
+
 def test_val_comes_before_test_and_validate_on_before_both(tmp_path: Path) -> None:
     for part in ("train", "val", "test", "other"):
         copy(tmp_path / part, "0-1")
