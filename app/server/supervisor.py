@@ -5,6 +5,7 @@ The supervisor owns all sockets: connections that wait at a frontend process tha
 """
 
 import asyncio
+import errno
 import mmap
 import multiprocessing
 import os
@@ -172,7 +173,7 @@ class Supervisor:
     """Starts, restarts and stops the processes of one service.
 
     Raises:
-        OSError: The port is in use.
+        OSError: The port is in use, or the host is unknown.
     """
 
     def __init__(self, settings: Settings, frontends: int) -> None:
@@ -401,8 +402,18 @@ class Supervisor:
 def listen(settings: Settings, count: int) -> list[list[socket.socket]]:
     """Open the sockets of each frontend process, one for each address of the host, all on one port.
 
-    Raises OSError if the port is in use.
+    Raises OSError, which names the host and the port, if the port is in use or the host is unknown.
     """
+    try:
+        return _listen(settings, count)
+    except OSError as error:
+        number = error.errno or 0  # negative for errors of the resolver
+        reason = os.strerror(number) if number > 0 else error.strerror  # strerror of a socket repeats the address
+        advice = "; --port selects another port" if number in (errno.EADDRINUSE, errno.EACCES) else ""
+        raise OSError(f"cannot listen on {settings.host} port {settings.port}: {reason}{advice}") from None
+
+
+def _listen(settings: Settings, count: int) -> list[list[socket.socket]]:
     addresses = socket.getaddrinfo(settings.host or None, settings.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
     port = settings.port
     bound: list[list[socket.socket]] = [[] for _ in range(count)]

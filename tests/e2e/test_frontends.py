@@ -264,9 +264,11 @@ def test_sigterm_while_the_model_loads_exits_at_once() -> None:
 @pytest.mark.parametrize("frontends", ["1", "2"])
 def test_port_in_use_is_an_error_at_startup(frontends: str) -> None:
     with socket.create_server(("127.0.0.1", 0)) as listener:
-        completed = serve("--port", str(listener.getsockname()[1]), "--frontends", frontends)
+        port = str(listener.getsockname()[1])
+        completed = serve("--port", port, "--frontends", frontends)
     assert completed.returncode == 1
-    assert "Address already in use" in completed.stderr.splitlines()[-1]
+    expected = f"dinat: cannot listen on 127.0.0.1 port {port}: Address already in use; --port selects another port"
+    assert completed.stderr.splitlines()[-1] == expected
 
 
 @pytest.mark.slow
