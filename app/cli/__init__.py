@@ -1,6 +1,7 @@
 """The `dinat` command. Each subcommand is a module, imported only when it runs."""
 
 import os
+import signal
 import sys
 from collections import Counter
 from importlib import import_module
@@ -25,6 +26,9 @@ COMMANDS = {
 }
 
 
+INTERRUPTED_STATUS = 128 + signal.SIGINT
+
+
 class CommandError(Exception):
     """A user error, printed as one line."""
 
@@ -44,7 +48,7 @@ def main(arguments: list[str] | None = None) -> int:
         arguments: Arguments without the program name; those of the process if None.
 
     Returns:
-        The exit status. A user error is printed as one line on standard error and returns 1.
+        The exit status. A user error is printed as one line on standard error and returns 1, Ctrl-C 130.
     """
     arguments = sys.argv[1:] if arguments is None else arguments
     _ensure_home()
@@ -52,6 +56,8 @@ def main(arguments: list[str] | None = None) -> int:
         _application(_command_name(arguments))(arguments, prog_name="dinat")
     except SystemExit as end:
         return end.code if isinstance(end.code, int) else 0
+    except KeyboardInterrupt:  # during the imports; later, Typer exits with the same status
+        return INTERRUPTED_STATUS
     except Exception as error:
         from dinat.model import DinatError  # imports PyTorch, which takes two seconds that `dinat --help` saves
 

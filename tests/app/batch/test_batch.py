@@ -1,13 +1,16 @@
+import asyncio
 import gzip
 import io
 import json
 import os
 import random
 import shutil
+import signal
 import subprocess
 import sys
 import tarfile
 import time
+from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
@@ -292,6 +295,17 @@ def test_every_image_is_classified_once_after_three_kills(tmp_path: Path) -> Non
     assert [row["path"] for row in found] == [f"{n:03}.png" for n in range(600)]
     assert all(row["labels"][0] == IMAGES[n % len(IMAGES)].name[0] for n, row in enumerate(found))
     assert not [path for path in out.iterdir() if path.name.startswith(".unfinished")]
+
+
+def test_ctrl_c_says_how_to_resume(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    async def run_shards(*arguments: Any) -> AsyncIterator[None]:
+        signal.raise_signal(signal.SIGINT)
+        await asyncio.sleep(60)  # is cancelled
+        yield
+
+    monkeypatch.setattr("dinat.app.batch.run.run_shards", run_shards)
+    assert main(["batch", str(DIGITS), str(tmp_path / "labels")]) == 130
+    assert capsys.readouterr().err == "dinat: interrupted: run the same command again to resume\n"
 
 
 def test_fsspec_url() -> None:

@@ -150,3 +150,14 @@ def test_convert_with_invalid_config_is_one_line(
 ) -> None:
     assert main(["convert", "digits", str(tmp_path / "copy"), *flags]) == 1
     assert message in capsys.readouterr().err
+
+
+def test_ctrl_c_during_the_imports_prints_no_traceback(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupt(name: str) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("dinat.app.cli.import_module", interrupt)
+    assert main(["info", "digits"]) == 130
+    assert capsys.readouterr().err == ""
