@@ -9,15 +9,16 @@ const NO_IMAGE_IN_CLIPBOARD = "The clipboard contains no image: copy one first."
 const PEN_STEP = 8; // pixels that an arrow key moves the pen
 
 /**
- * Call onImage for every image that the user provides, and onError if that fails.
+ * Call onImage for every image that the user provides, onError if that fails, and onRemoved for a drawing that is cleared.
  * @param {OnImage} onImage
  * @param {OnError} onError
+ * @param {(image: Blob) => void} onRemoved
  */
-export function listen(onImage, onError) {
+export function listen(onImage, onError, onRemoved) {
   listenToFiles(onImage, onError);
   listenToClipboard(onImage, onError);
   listenToCamera(onImage, onError);
-  listenToPad(onImage);
+  listenToPad(onImage, onRemoved);
 }
 
 /**
@@ -105,8 +106,11 @@ function listenToCamera(onImage, onError) {
   });
 }
 
-/** @param {OnImage} onImage */
-function listenToPad(onImage) {
+/**
+ * @param {OnImage} onImage
+ * @param {(image: Blob) => void} onRemoved
+ */
+function listenToPad(onImage, onRemoved) {
   const pad = $("pad", HTMLCanvasElement);
   const context = context2d(pad);
   const pen = { x: pad.width / 2, y: pad.height / 4, down: false };
@@ -129,7 +133,9 @@ function listenToPad(onImage) {
     }
     Object.assign(pen, { x, y });
   };
-  const finish = async () => onImage(await pngOf(pad), "drawing.png");
+  /** @type {Blob | null} */
+  let drawing = null;
+  const finish = async () => onImage((drawing = await pngOf(pad)), "drawing.png");
   /** @param {PointerEvent} event */
   const moveToPointer = ({ offsetX, offsetY }, draw = true) =>
     movePen(offsetX * pad.width / pad.clientWidth, offsetY * pad.height / pad.clientHeight, draw);
@@ -185,6 +191,8 @@ function listenToPad(onImage) {
   $("clear").addEventListener("click", () => {
     context.fillRect(0, 0, pad.width, pad.height);
     setPen(false);
+    $("pen-state").textContent = "The drawing is cleared.";
+    if (drawing) onRemoved(drawing);
   });
 }
 

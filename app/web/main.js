@@ -99,9 +99,21 @@ async function showImage(blob, name) {
   }
 }
 
+/**
+ * Hide an image and its results, unless another one is shown.
+ * @param {Blob} blob
+ */
+function removeImage(blob) {
+  if (state.image?.blob !== blob) return;
+  state.image = null;
+  $("drop").removeAttribute("aria-busy");
+  clearResults();
+}
+
 /** Hide the results of an earlier image, so that none are shown beside an error. */
 function clearResults() {
   $("labels").replaceChildren();
+  $("caption").textContent = ""; // a hidden caption would still name the figure
   for (const id of ["result-section", "view", "caption", "feature-maps-section", "layers-section"]) $(id).hidden = true;
   $("invitation").hidden = false;
 }
@@ -289,7 +301,7 @@ $("key-form").addEventListener("submit", (event) => {
   showMessage("");
   connect().catch(showError);
 });
-listen(showImage, showMessage);
+listen(showImage, showMessage, removeImage);
 connect().catch((error) => {
   $("status").textContent = "";
   showError(error);

@@ -171,6 +171,14 @@ def test_drawn_digit_is_classified(server: Server, browser: Any) -> None:
         page.mouse.up()
         visit.wait_for_image("drawing.png")
         assert visit.best_label() == "0"
+        page.click("#clear")
+        playwright.expect(page.locator("#result-section")).to_be_hidden()
+        playwright.expect(page.locator("#caption")).to_have_text("")
+        playwright.expect(page.locator("#pen-state")).to_have_text("The drawing is cleared.")
+        visit.choose("7-1.png", SEVEN)
+        visit.wait_for_image("7-1.png")
+        page.click("#clear")  # removes no other image
+        assert visit.best_label() == "7"
 
 
 @pytest.mark.slow
