@@ -234,6 +234,15 @@ def test_notes_warn_of_an_ingress_that_the_network_policy_may_block(values: dict
     assert ("add that\nto networkPolicy.from" in notes(values)) is is_blocked
 
 
+def test_notes_name_the_secrets_and_the_header_of_the_key() -> None:
+    text = notes({"apiKeys": {"secret": "dinat-keys"}, "huggingFace": {"secret": "hub"}})
+    assert "curl -H 'X-API-Key: KEY' -F image=@image.jpg localhost:8000/classify\n" in text
+    assert "require the Secret dinat-keys in" in text
+    assert "require the Secret hub in" in text
+    assert "curl -F image=@image.jpg localhost:8000/classify\n" in notes({})
+    assert "Secret" not in notes({})
+
+
 @pytest.mark.parametrize(
     ("cache", "strategy"),
     [
