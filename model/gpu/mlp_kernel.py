@@ -96,8 +96,8 @@ CONFIGS = {
     192: (MlpConfig(64, 32, 8, 2), MlpConfig(32, 32, 4, 1)),
     256: (MlpConfig(32, 32, 4, 1),),
 }
-"""Candidates for autotuning in half precision, by the largest number of channels that they are for. None spills registers; all
-that were tried do for more channels, whose MLP is two linear kernels."""
+"""Candidates for autotuning in half precision, by the largest number of channels that they are for. None spills registers;
+64 rows of 256 channels do. An MLP of more channels is two linear kernels."""
 
 
 def configs(channels: int, hidden: int) -> tuple[MlpConfig, ...]:
