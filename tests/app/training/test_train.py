@@ -139,7 +139,7 @@ def test_interrupted_training_resumes_only_with_the_same_spec(
     assert "epochs is 3, was 4" in error_of(capsys, data, out, *SMALL, "--epochs", 3)
     assert "learning_rate is 0.01, was None" in error_of(capsys, *same, "--learning-rate", 0.01)
     (data / "0" / "0-1.png").rename(data / "0" / "other.png")
-    assert "the data has 1 other images or labels, such as " + str(data / "0" / "other.png") in error_of(capsys, *same)
+    assert "the data has 1 other image or label, such as " + str(data / "0" / "other.png") in error_of(capsys, *same)
     (data / "0" / "other.png").rename(data / "0" / "0-1.png")
     train(data, out, "--epochs", 4)
     assert "contains a finished training of 4 epochs" in error_of(capsys, *same)

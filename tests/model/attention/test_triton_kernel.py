@@ -167,9 +167,8 @@ def test_no_config_uses_the_tensor_cores_of_sm_75() -> None:
     """The reason why these GPUs have no Triton candidates."""
     rows = [row for row in compiled("75", "--dtypes", "fp16", "--kernels", "attention") if row["head_dim"] == 32]
     assert {row["cut"] for row in rows} == {str(config) for config in HALF_CONFIGS}
-    for row in rows:
-        assert row["tensor core"] == 0, row
-        assert row["spilled"] > 0, row
+    assert all(row["tensor core"] == 0 for row in rows), rows
+    assert any(row["spilled"] > 0 for row in rows), rows
 
 
 def every_config(head_dim: int) -> set[str]:
