@@ -105,7 +105,7 @@ def network_rows(subject: str, conditions: Sequence[str], folder: str, seconds: 
             ) as process,
         ):
             assert process.stdin is not None and process.stdout is not None
-            if process.stdout.readline() != "ready\n":
+            if "ready\n" not in iter(process.stdout.readline, ""):  # after lines of the log
                 raise RuntimeError(f"{subject} did not start")
             for condition in selected:
                 with busy_programs(BUSY.get(condition, 0)):
