@@ -1,5 +1,6 @@
 """Kernels that are not PyTorch's: Triton kernels and NATTEN, on the backing tensors."""
 
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -15,6 +16,9 @@ from tests.rehearsal.fake_gpu.tensors import FakeGpuTensor, is_on_gpu, unwrap
 MAX_INTERPRETED_PROGRAMS = {"attend": 8, "linear": 2, "mlp": 2, "look_up": 2}
 """Triton's interpreter takes milliseconds per program: larger launches, and those of graphs, are computed by PyTorch from the
 kernel's arguments."""
+
+_interpreter = threading.Lock()
+"""Held while a kernel is interpreted: the interpreter replaces functions of Triton for all threads."""
 
 
 class TritonKernel:
@@ -46,7 +50,8 @@ class TritonKernel:
 
             is_small = grid[0] * grid[1] * grid[2] <= MAX_INTERPRETED_PROGRAMS[self._kernel.__name__]
             if is_small and not backing[0].is_meta and current_capture() is None:
-                self._kernel[grid](*backing, **kwargs)
+                with _interpreter:
+                    self._kernel[grid](*backing, **kwargs)
             else:
                 replay()
             *inputs, out = tensors
