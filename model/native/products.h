@@ -8,8 +8,9 @@
 #define HAS_HALVES 1
 #endif
 
-/* STEP_ROWS: most rows of one step of a product, two AMX tiles.  VECTOR_ROWS: rows of a step by vectors: their 24 sums, two
- * weights and one input fit the 32 registers.  TOGETHER: rows are computed in whole groups of this size. */
+/* STEP_ROWS: most rows of one step of a product, two AMX tiles.  VECTOR_ROWS: rows of a step by vectors, or one more if one
+ * would remain, as of 7 x 7: their 26 sums, two weights and one input fit the 32 registers.  TOGETHER: fewer rows are computed
+ * in whole groups of this size. */
 enum { STEP_ROWS = 32, VECTOR_ROWS = 12, TOGETHER = 4 };
 
 /* weight: panels of PANEL outputs; in each, blocks of PANEL inputs; in each, two parts of 16 outputs. A row of a part, 64
@@ -91,13 +92,13 @@ static ALWAYS_INLINE void finish(const step *s, int64_t begin, int64_t end, cons
 static ALWAYS_INLINE void sum_products(const uint32_t *x, int64_t panel_words, const uint32_t *weight, int64_t inner,
                                        int64_t line, int64_t lines, floats (*sums)[2], const int rows, const int is_half) {
     const int words_per_row = is_half ? PANEL / 2 : PANEL, part = words_per_row * LANES;
-    floats s[VECTOR_ROWS][2] = {{{0}}};
+    floats s[VECTOR_ROWS + 1][2] = {{{0}}};
     for (int64_t k = 0; k < inner; k++, x += panel_words, weight += 2 * part) {
         const uint32_t *next = weight + (inner * 2 * words_per_row + line) * LANES;
         for (int64_t i = 0; i < lines; i++) _mm_prefetch(next + i * LANES, _MM_HINT_T1);
         for (int i = 0; i < words_per_row; i++) {
             const floats left = load(weight, i * LANES, 0), right = load(weight, part + i * LANES, 0);
-#pragma GCC unroll 12
+#pragma GCC unroll 13
             for (int row = 0; row < rows; row++) {
                 const __m512i word = _mm512_set1_epi32(x[row * words_per_row + i]);
 #ifdef __AVX512BF16__
@@ -112,7 +113,7 @@ static ALWAYS_INLINE void sum_products(const uint32_t *x, int64_t panel_words, c
             }
         }
     }
-#pragma GCC unroll 12
+#pragma GCC unroll 13
     for (int row = 0; row < rows; row++) memcpy(sums[row], s[row], sizeof s[row]);
 }
 
@@ -122,24 +123,28 @@ static ALWAYS_INLINE void multiply_by_vectors(matrix x, const linear *w, matrix 
                                               int64_t parts, const epilogue after, const int is_half) {
     const int words_per_row = is_half ? PANEL / 2 : PANEL;
     const int64_t panels = w->outputs / PANEL, inner = w->inputs / PANEL;
-    const int64_t groups = (rows + VECTOR_ROWS - 1) / VECTOR_ROWS, lines = (2 * words_per_row + groups - 1) / groups;
+    const int64_t groups = rows > 1 ? (rows + VECTOR_ROWS - 2) / VECTOR_ROWS : 1;
+    const int64_t lines = (2 * words_per_row + groups - 1) / groups; /* to prefetch per step */
     const int64_t panel_words = x.panel_stride * words_per_row / PANEL;
     step now;
     for (int64_t panel = panels * part / parts; panel < panels * (part + 1) / parts; panel++)
-        for (int64_t row = 0; row < rows; row += VECTOR_ROWS) {
+        for (int64_t row = 0; row < rows; row += now.count) {
+            const int64_t rest = rows - row, most = rest == VECTOR_ROWS + 1 ? rest : VECTOR_ROWS;
             const uint32_t *from = (const uint32_t *)x.data + row * words_per_row;
             const uint32_t *weight = (const uint32_t *)w->weight + panel * inner * 2 * words_per_row * LANES;
             const int64_t line = row / VECTOR_ROWS * lines;
             now.row = row;
             now.column = panel * PANEL;
-            now.count = rows - row < VECTOR_ROWS ? rows - row : VECTOR_ROWS;
-            if (now.count > 2 * TOGETHER)
+            now.count = rest < most ? rest : most;
+            if (now.count > VECTOR_ROWS)
+                sum_products(from, panel_words, weight, inner, line, lines, now.sums, VECTOR_ROWS + 1, is_half);
+            else if (now.count > 2 * TOGETHER)
                 sum_products(from, panel_words, weight, inner, line, lines, now.sums, VECTOR_ROWS, is_half);
             else if (now.count > TOGETHER)
                 sum_products(from, panel_words, weight, inner, line, lines, now.sums, 2 * TOGETHER, is_half);
             else
                 sum_products(from, panel_words, weight, inner, line, lines, now.sums, TOGETHER, is_half);
-            finish(&now, 0, VECTOR_ROWS, w->bias, add, out, after, is_half);
+            finish(&now, 0, now.count, w->bias, add, out, after, is_half);
         }
 }
 
