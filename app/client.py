@@ -9,6 +9,7 @@ Requests are built without a connection (`_classify` and so on), so that both cl
 import asyncio
 import io
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -155,8 +156,11 @@ class _RetryBudget:
         return seconds if time.monotonic() + seconds <= self._deadline else None
 
 
-class _Client:
-    """Configuration of both clients."""
+HttpT = TypeVar("HttpT", httpx.Client, httpx.AsyncClient)
+
+
+class _Client(ABC, Generic[HttpT]):
+    """Configuration of both clients, and their connections."""
 
     def __init__(self, url: str, api_key: str | None = None, retry_seconds: float = RETRY_SECONDS, timeout: float = 60) -> None:
         self._retry_seconds = retry_seconds
@@ -165,9 +169,14 @@ class _Client:
         url = url if "://" in url else f"http://{url}"  # as curl does
         self._options: dict[str, Any] = {"base_url": url, "headers": headers, "timeout": timeout}
         self._proxy = _proxy(url)
+        self._http: HttpT = self._connect()
+
+    @abstractmethod
+    def _connect(self) -> HttpT:
+        """Return an HTTP client with this configuration."""
 
 
-class DinatClient(_Client):
+class DinatClient(_Client[httpx.Client]):
     """Synchronous client of the service. Its connections are closed by close, or at the end of a with statement.
 
     A request is retried while the service is busy or loading, and if an instance of it crashes. All methods raise
@@ -179,10 +188,6 @@ class DinatClient(_Client):
         retry_seconds: Longest time to retry a request; 0 disables retries.
         timeout: Timeout of httpx, in seconds.
     """
-
-    def __init__(self, url: str, api_key: str | None = None, retry_seconds: float = RETRY_SECONDS, timeout: float = 60) -> None:
-        super().__init__(url, api_key, retry_seconds, timeout)
-        self._http = self._connect()
 
     def _connect(self) -> httpx.Client:
         return httpx.Client(**self._options, transport=httpx.HTTPTransport(proxy=self._proxy))
@@ -234,12 +239,8 @@ class DinatClient(_Client):
         return self._send(_HEALTH)
 
 
-class AsyncDinatClient(_Client):
+class AsyncDinatClient(_Client[httpx.AsyncClient]):
     """Asynchronous client of the service; see DinatClient."""
-
-    def __init__(self, url: str, api_key: str | None = None, retry_seconds: float = RETRY_SECONDS, timeout: float = 60) -> None:
-        super().__init__(url, api_key, retry_seconds, timeout)
-        self._http = self._connect()
 
     def _connect(self) -> httpx.AsyncClient:
         return httpx.AsyncClient(**self._options, transport=httpx.AsyncHTTPTransport(proxy=self._proxy))
