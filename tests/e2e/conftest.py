@@ -1,10 +1,14 @@
-"""Which proxies are installed, and the fixture of tests with each of them."""
+"""Fixtures: each installed proxy, a server, and a browser."""
 
 import shutil
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
+
+from tests.e2e.processes import Server
 
 
 def envoy() -> str | None:
@@ -25,3 +29,17 @@ def kind(request: pytest.FixtureRequest) -> str:
     if MISSING[name] is not None:
         pytest.skip(str(MISSING[name]))
     return name
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[Server]:
+    with Server() as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    from tests.e2e.browser import chromium  # skips where playwright is not installed
+
+    with chromium() as running:
+        yield running

@@ -1,13 +1,12 @@
 """axe-core finds no violation on the page, in any state and color scheme."""
 
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.e2e.browser import MARKS, SEVEN, chromium, playwright, visiting
+from tests.e2e.browser import MARKS, SEVEN, playwright, visiting
 from tests.e2e.processes import Server
 
 AXE = Path(sys.prefix) / "web" / "node_modules" / "axe-core" / "axe.min.js"
@@ -16,18 +15,6 @@ pytestmark = [
     *MARKS,
     pytest.mark.skipif(not AXE.exists(), reason="axe-core is not installed (make test installs it where npm is installed)"),
 ]
-
-
-@pytest.fixture(scope="module")
-def server() -> Iterator[Server]:
-    with Server() as running:
-        yield running
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Any]:
-    with chromium() as running:
-        yield running
 
 
 @pytest.mark.slow

@@ -7,7 +7,6 @@ import re
 import shutil
 import subprocess
 import threading
-from collections.abc import Iterator
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -18,24 +17,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tests.e2e.browser import MARKS, SEVEN, chromium, playwright, visiting
+from tests.e2e.browser import MARKS, SEVEN, playwright, visiting
 from tests.e2e.processes import Server, free_port
 
 pytestmark = MARKS
 
 WEB = Path(__file__).parents[2] / "app" / "web"
-
-
-@pytest.fixture(scope="module")
-def server() -> Iterator[Server]:
-    with Server() as running:
-        yield running
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Any]:
-    with chromium() as running:
-        yield running
 
 
 def test_chosen_image_is_classified(server: Server, browser: Any) -> None:
