@@ -268,6 +268,13 @@ class Layer(nn.Module):
         return x + self.drop_path(transformed), weights
 
 
+LAYER_MODULES: tuple[type[nn.Module], ...] = (
+    *(Layer, Attention, NeighborhoodSelfAttention, AttentionOutput, Intermediate, Output),
+    *(LayerNorm, nn.Linear, nn.Dropout, DropPath, nn.Identity),
+)
+"""Classes of all modules of an unmodified layer."""
+
+
 class Stage(nn.Module):
     """The layers of one resolution, and the downsampler to the next stage."""
 

@@ -7,8 +7,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dinat.model.attention import compiled, neighborhood_attention_with_weights
-from dinat.model.cpu.fast_layers import LayerNorm, is_unmodified, pack_module, parameters_of
-from dinat.model.dinat import Attention, AttentionOutput, DropPath, Intermediate, Layer, NeighborhoodSelfAttention, Output
+from dinat.model.cpu.fast_layers import is_unmodified, pack_module, parameters_of
+from dinat.model.dinat import LAYER_MODULES, Layer
 from dinat.model.errors import DinatError
 from dinat.model.fast_path import check_packed_input
 from dinat.model.native import Library, library
@@ -48,7 +48,7 @@ def supports_layer(layer: Layer) -> bool:
         return False
     channels, hidden = layer.output.dense.out_features, layer.output.dense.in_features
     return (
-        all(is_unmodified(module, *SUPPORTED_MODULES) for module in layer.modules())
+        all(is_unmodified(module, *LAYER_MODULES) for module in layer.modules())
         and _has_plain_parameters(layer.layernorm_before)
         and _has_plain_parameters(layer.layernorm_after)
         and layer.intermediate.activation is F.gelu
@@ -68,13 +68,6 @@ def _has_kernels(*parameters: Tensor) -> bool:
 def _has_plain_parameters(norm: nn.LayerNorm) -> bool:
     """Return whether a norm has a weight and a bias, in contiguous memory."""
     return all(parameter is not None and parameter.is_contiguous() for parameter in parameters_of(norm))
-
-
-SUPPORTED_MODULES: tuple[type[nn.Module], ...] = (
-    *(Layer, Attention, NeighborhoodSelfAttention, AttentionOutput, Intermediate, Output),
-    *(LayerNorm, nn.Linear, nn.Dropout, DropPath, nn.Identity),
-)
-"""Classes of all modules of a layer that the kernel supports."""
 
 
 class PackedLayer(nn.Module):

@@ -8,17 +8,11 @@ from torch import Tensor, nn
 
 from dinat.model.attention import neighborhood_attention
 from dinat.model.cpu.fast_layers import LayerNorm, is_unmodified
-from dinat.model.dinat import Attention, AttentionOutput, DropPath, Intermediate, Layer, NeighborhoodSelfAttention, Output
+from dinat.model.dinat import LAYER_MODULES, Layer
 from dinat.model.fast_path import is_observed, is_plain_on_gpu
 from dinat.model.gpu.steps import Linear, Mlp
 
 Network = TypeVar("Network", bound=nn.Module)
-
-FUSED_MODULES: tuple[type[nn.Module], ...] = (
-    *(Layer, Attention, NeighborhoodSelfAttention, AttentionOutput, Intermediate, Output),
-    *(LayerNorm, nn.Linear, nn.Dropout, DropPath, nn.Identity),
-)
-"""Classes of all modules of a layer that can be fused."""
 
 
 def fuse(network: Network) -> Network:
@@ -74,7 +68,7 @@ def can_fuse(layer: Layer, x: Tensor) -> bool:
     return (
         not is_observed()
         and is_plain_on_gpu(x, *parameters)
-        and all(is_unmodified(module, *FUSED_MODULES) and not module.training for module in modules)
+        and all(is_unmodified(module, *LAYER_MODULES) and not module.training for module in modules)
         and layer.intermediate.activation is F.gelu
         and all(module.bias is not None for module in modules if isinstance(module, LayerNorm | nn.Linear))
         and all(parameter.is_contiguous() for parameter in parameters)
