@@ -6,7 +6,7 @@ from typing import Any
 
 import orjson
 
-from dinat.app.errors import TooLarge
+from dinat.app.errors import TooLarge, Unprocessable
 
 JSON_TYPES = ("application/json", "text/json")
 UNSPECIFIC_TYPES = ("", "text/plain", "application/octet-stream", "application/x-www-form-urlencoded")
@@ -51,6 +51,7 @@ def load_json(body: bytes, limits: JsonLimits, length: int | None = None) -> Any
 
     Raises:
         TooLarge: The JSON exceeds a limit.
+        Unprocessable: An object has a key twice.
         ValueError: The body is not JSON.
     """
     length = len(body) if length is None else length
@@ -65,7 +66,37 @@ def load_json(body: bytes, limits: JsonLimits, length: int | None = None) -> Any
         if count > limit:
             raise TooLarge(f"the JSON has about {count:,} {name}, the maximum is {limit:,}: {limits.advice}")
     start = len(BOM_UTF8) if body.startswith(BOM_UTF8) else 0  # as PowerShell and .NET write it
-    return orjson.loads(memoryview(body)[start:length])
+    value = orjson.loads(memoryview(body)[start:length])
+    colons, _ = counts["keys"]
+    keys = _count_keys(value)
+    if keys != colons and keys != colons - _count_colons_in_strings(body[:length]):  # orjson returns the last one's value
+        raise Unprocessable("a key occurs twice in an object of the JSON: send it once")
+    return value
+
+
+def _count_keys(value: Any) -> int:
+    """Return the number of keys of all objects in a value."""
+    keys, values = 0, [value]
+    while values:
+        one = values.pop()
+        if isinstance(one, dict):
+            keys += len(one)
+            one = list(one.values())
+        if isinstance(one, list) and not {dict, list}.isdisjoint(map(type, one)):
+            values += [item for item in one if isinstance(item, dict | list)]
+    return keys
+
+
+def _count_colons_in_strings(text: bytes) -> int:
+    """Return the number of colons within the strings of a JSON text, such as that of a data: URL."""
+    if b"\\" in text:
+        text = text.replace(rb"\\", b"").replace(rb"\"", b"")
+    colons, start = 0, text.find(b'"')
+    while start >= 0:
+        end = text.find(b'"', start + 1)
+        colons += text.count(b":", start, end)
+        start = text.find(b'"', end + 1)
+    return colons
 
 
 def is_json(media_type: str, body: bytes) -> bool:

@@ -20,6 +20,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from dinat.app import main
+from dinat.app.api.json_limits import load_json, message_limits
 from dinat.app.images import decode_base64
 from tests.app.conftest import Service
 from tests.app.sample_images import encoded, noise
@@ -105,6 +106,40 @@ def test_parameter_of_wrong_type_in_json_is_named_in_the_error(
     service: Service, seven: bytes, fields: dict[str, Any], details: list[str]
 ) -> None:
     check_rejected(service.client.post("/classify", json={"image": in_base64(seven)} | fields), 422, *details)
+
+
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        ("/classify", '{"image": "IMAGE", "top_k": 1, "top_k": 2}'),
+        ("/classify", '{"image": "data:image/png;base64,IMAGE", "top_k": 1, "top_k": 1}'),
+        ("/classify", '{"image": "x", "image": "IMAGE"}'),
+        ("/classify", '{"image": "IMAGE", "top_k": 1, "top\\u005fk": 2}'),
+        ("/classify/batch", '{"images": ["IMAGE"], "images": ["IMAGE"]}'),
+        ("/", '{"inputs": "IMAGE", "parameters": {"top_k": 1, "top_k": 2}}'),
+        ("/predict", '{"instances": [{"b64": "IMAGE"}, {"b64": "x", "b64": "IMAGE"}]}'),
+        (
+            "/v2/models/digits/infer",
+            '{"id": "a\\":", "id": "b", "inputs": [{"name": "image", "data": ["IMAGE"]}]}',
+        ),
+    ],
+)
+def test_repeated_key_in_json_is_rejected(service: Service, seven: bytes, path: str, body: str) -> None:
+    content = body.replace("IMAGE", in_base64(seven))
+    response = service.client.post(path, content=content, headers={"Content-Type": "application/json"})
+    check_rejected(response, 422, "a key occurs twice in an object of the JSON: send it once")
+
+
+JSON_VALUES = st.recursive(
+    st.none() | st.booleans() | st.integers(0, 9) | st.text(':,"\\{}[]a\n', max_size=4),
+    lambda values: st.lists(values, max_size=3) | st.dictionaries(st.text(':,"\\ab', max_size=3), values, max_size=3),
+)
+
+
+@settings(max_examples=1000)
+@given(JSON_VALUES, st.booleans())
+def test_json_without_repeated_keys_is_read(value: Any, escape: bool) -> None:
+    assert load_json(json.dumps(value, ensure_ascii=escape).encode(), message_limits(128)) == value
 
 
 def test_several_images_to_classify_are_rejected_naming_the_batch_endpoint(service: Service, seven: bytes) -> None:
