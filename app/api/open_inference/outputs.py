@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import orjson
 
-from dinat.app.api.open_inference.tensors import DTYPES, Tensor, parse_object, show_name
+from dinat.app.api.open_inference.tensors import DTYPES, Tensor, parse_object, pop_bool, show_name
 from dinat.app.api.quoting import quote, shorten
 from dinat.app.api.response_size import BYTES_PER_VALUE, LABEL_BYTES, feature_values
 from dinat.app.api.results import json_array
@@ -54,8 +54,10 @@ def requested_outputs(body: Mapping[str, Any], config: DinatConfig) -> list[Outp
 
     Raises BadRequest if one is unknown or invalid, or occurs twice.
     """
-    binary_by_default = bool(parse_object(body.get("parameters"), "parameters").get("binary_data_output", False))
-    items = body.get("outputs") or [{"name": name} for name in (LOGITS, *RANKED)]
+    binary_by_default = pop_bool(parse_object(body.get("parameters"), "parameters"), "binary_data_output", False)
+    items = body.get("outputs")
+    if items is None or items == []:
+        items = [{"name": name} for name in (LOGITS, *RANKED)]
     if not isinstance(items, list):
         raise BadRequest(f"outputs must be a list, got {type(items).__name__}")
     known = [LOGITS, *RANKED, *feature_outputs(config)]
@@ -73,7 +75,7 @@ def _parse_output(item: object, known: Sequence[str], binary_by_default: bool) -
     if not isinstance(item, dict) or not isinstance(name, str) or name not in known:
         raise BadRequest(f"unknown output {show_name(name)}, supported are {', '.join(known)}")
     parameters = parse_object(item.get("parameters"), f"parameters of output {name}")
-    binary, count = bool(parameters.pop("binary_data", binary_by_default)), parameters.pop("classification", 0)
+    binary, count = pop_bool(parameters, "binary_data", binary_by_default), parameters.pop("classification", 0)
     if parameters:
         raise BadRequest(f"output {name}: unknown parameters {shorten(', '.join(sorted(parameters)))}")
     if type(count) is not int or count < 0 or (count and name not in (LOGITS, "scores")):

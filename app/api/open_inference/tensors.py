@@ -114,6 +114,14 @@ def parse_object(value: object, name: str) -> dict[str, Any]:
     return dict(value or {})
 
 
+def pop_bool(parameters: dict[str, Any], name: str, default: bool) -> bool:
+    """Remove a parameter and return its value. Raises BadRequest if it is neither true nor false."""
+    value = parameters.pop(name, default)
+    if not isinstance(value, bool):
+        raise BadRequest(f"{name} must be true or false, got {quote(value)}")
+    return value
+
+
 def show_name(value: object) -> str:
     """Return a name from JSON, which should be a string, for error messages."""
     return shorten(value) if isinstance(value, str) else quote(value)
@@ -142,7 +150,12 @@ def _parse_input(item: Mapping[str, Any], blob: memoryview, queue_limit: int) ->
     name, datatype = show_name(item.get("name")), show_name(item.get("datatype"))
     parameters = parse_object(item.get("parameters"), f"parameters of input {name}")
     check_content_type(parameters, f"input {name}")
-    size = parameters.get("binary_data_size")
+    size = parameters.pop("binary_data_size", None)
+    if parameters:
+        raise BadRequest(
+            f"input {name}: unknown parameters {shorten(', '.join(sorted(parameters)))}, supported are binary_data_size, "
+            "content_type"
+        )
     if size is not None and (type(size) is not int or not 0 <= size <= len(blob)):
         raise BadRequest(f"input {name}: binary_data_size is {quote(size)}, {len(blob)} bytes are left")
     if len(blob) != (size or 0):
@@ -171,11 +184,29 @@ def _parse_input(item: Mapping[str, Any], blob: memoryview, queue_limit: int) ->
 
 
 def _parse_numbers(data: list[Any], datatype: str, name: str) -> Tensor:
+    types = _element_types(data)
+    if types - {int, float}:  # NumPy would convert text and booleans
+        raise BadRequest(f"input {name}: the data is not {datatype}: it has elements that are not numbers")
     try:
         with np.errstate(over="ignore"):  # values that are not finite are rejected later
-            return np.array(data, DTYPES[datatype])
+            array = np.array(data, DTYPES[datatype])
     except (TypeError, ValueError, OverflowError) as error:
         raise BadRequest(f"input {name}: the data is not {datatype}: {shorten(str(error))}") from None
+    if float in types and array.dtype.kind in "iu" and (array != np.array(data)).any():
+        raise BadRequest(f"input {name}: the data is not {datatype}: it has fractions")
+    return array
+
+
+def _element_types(data: list[Any]) -> set[type]:
+    """Return the types of the elements of nested lists."""
+    types: set[type] = set()
+    lists = [data]
+    while lists:
+        one = lists.pop()
+        types.update(map(type, one))
+        if list in types:
+            lists += [item for item in one if isinstance(item, list)]
+    return types - {list}
 
 
 def _parse_bytes(item: Mapping[str, Any], blob: memoryview | None, shape: Shape, name: str, queue_limit: int) -> list[bytes]:

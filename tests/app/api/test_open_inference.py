@@ -35,6 +35,7 @@ def image_input(*images: bytes, binary: bool = True) -> triton.InferInput:
 
 IMAGE = {"name": "image", "datatype": "BYTES", "shape": [1], "data": [base64.b64encode(IMAGES[0]).decode()]}
 EMPTY = {"name": "image", "datatype": "UINT8", "data": []}
+PIXEL = {"name": "pixel_values", "datatype": "UINT8", "shape": [1, 1, 1, 3]}
 
 
 def binary_image(size: int, elements: int = 1) -> dict[str, Any]:
@@ -156,7 +157,16 @@ def test_triton_client_raises_the_errors(client: Any) -> None:
         ({"inputs": [{"name": "pixel_values", "datatype": "FP32", "shape": [1, 3, 2, 2], "data": [0] * 12}]}, "(B, 3, 64, 64)"),
         ({"inputs": [{"name": "pixel_values", "datatype": "UINT8", "shape": [1, 3, 2], "data": [0] * 6}]}, "(B, H, W, 3)"),
         ({"inputs": [{"name": "pixel_values", "datatype": "UINT8", "shape": [1, 1, 1, 3], "data": [0, 0, 300]}]}, "not UINT8"),
+        ({"inputs": [PIXEL | {"data": ["7", "1", "0"]}]}, "the data is not UINT8: it has elements that are not numbers"),
+        ({"inputs": [PIXEL | {"data": [7, 1, True]}]}, "the data is not UINT8: it has elements that are not numbers"),
+        ({"inputs": [PIXEL | {"data": [[[[7, 1, None]]]]}]}, "the data is not UINT8: it has elements that are not numbers"),
+        ({"inputs": [PIXEL | {"data": [0.5, 1, 0]}]}, "the data is not UINT8: it has fractions"),
         ({"inputs": [binary_image(9)]}, "0 bytes are left"),
+        ({"inputs": [IMAGE | {"parameters": {"compression": "gzip"}}]}, "input image: unknown parameters compression"),
+        ({"inputs": [IMAGE], "outputs": {}}, "outputs must be a list, got dict"),
+        ({"inputs": [IMAGE], "outputs": False}, "outputs must be a list, got bool"),
+        ({"inputs": [IMAGE], "parameters": {"binary_data_output": "false"}}, "binary_data_output must be true or false"),
+        ({"inputs": [IMAGE], "outputs": [{"name": "labels", "parameters": {"binary_data": 1}}]}, "binary_data must be true"),
         ({"inputs": [IMAGE | {"parameters": [1]}]}, "parameters of input image must be an object, got list"),
         ({"inputs": [IMAGE], "parameters": [None, None]}, "parameters must be an object, got list"),
         ({"inputs": [IMAGE | {"shape": [0], "data": []}]}, "input image has no image"),
@@ -187,6 +197,14 @@ def test_invalid_request_is_described_in_the_error(service: Service, body: dict[
     assert response.status_code == 400
     assert detail in response.json()["error"]
     assert response.json()["error"] == response.json()["detail"]
+
+
+def test_pixels_may_have_decimal_points(service: Service) -> None:
+    outputs = [
+        service.client.post("/v2/models/digits/infer", json={"inputs": [PIXEL | {"data": data}]}).json()["outputs"]
+        for data in ([7.0, 255.0, 0], [[[[7, 255, 0]]]])
+    ]
+    assert outputs[0] == outputs[1]
 
 
 def test_infer_endpoint_requires_post(service: Service) -> None:
