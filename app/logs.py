@@ -29,8 +29,7 @@ def configure_logs(log_format: Literal["auto", "json", "console"], level: int = 
         structlog.processors.add_log_level,
         structlog.processors.TimeStamper(fmt="iso", utc=True),
     ]
-    if not console:
-        shared.append(structlog.processors.format_exc_info)
+    shared.append(_escape_control_characters if console else structlog.processors.format_exc_info)
     structlog.configure(
         processors=[*shared, structlog.dev.ConsoleRenderer() if console else structlog.processors.JSONRenderer(_json_bytes)],
         logger_factory=lambda *_: _StandardError(),
@@ -46,6 +45,7 @@ def configure_logs(log_format: Literal["auto", "json", "console"], level: int = 
     )
     logging.basicConfig(handlers=[handler], level=level, force=True)
     logging.getLogger("httpx").setLevel(logging.WARNING)
+    logging.getLogger("python_multipart").setLevel(logging.ERROR)  # it warns of malformed forms, which get 400
 
 
 class _StandardError:
@@ -87,6 +87,17 @@ def flush_logs() -> None:
 
 
 atexit.register(flush_logs)
+
+
+def _escape_control_characters(_: Any, __: str, event: structlog.types.EventDict) -> structlog.types.EventDict:
+    """Escape what a terminal would obey in texts that a client sent. structlog quotes values that have several lines."""
+    return {name: _escaped(value) if isinstance(value, str) else value for name, value in event.items()}
+
+
+def _escaped(text: str) -> str:
+    if text.isprintable():
+        return text
+    return "".join(one if one.isprintable() or one in "\n\t" else one.encode("unicode_escape").decode() for one in text)
 
 
 def _json_bytes(event: Any, default: Callable[[Any], Any]) -> bytes:
