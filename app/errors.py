@@ -71,6 +71,12 @@ class Unauthorized(ServiceError):
     status = HTTPStatus.UNAUTHORIZED
 
 
+class PathTooLong(ServiceError):
+    """The path of the request has too many characters."""
+
+    status = HTTPStatus.REQUEST_URI_TOO_LONG
+
+
 class HeadTooLarge(ServiceError):
     """The head of the request has too many bytes or headers."""
 

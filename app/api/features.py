@@ -106,10 +106,16 @@ def flatten_features(result: InferenceResult, dtype: str) -> FeatureMaps:
     return arrays
 
 
+MAX_ACCEPT = 2000
+"""Characters of the Accept headers. Parsing takes more than a microsecond for each media type."""
+
+
 def _accepted_type(request: Request) -> str:
     """Return the media type that the Accept headers prefer; JSON without one. Raises NotAcceptable."""
     accept = ", ".join(request.headers.getlist("accept"))
     supported = [JSON, *WRITERS]
+    if len(accept) > MAX_ACCEPT:
+        raise NotAcceptable(f"Accept has more than {MAX_ACCEPT:,} characters: supported are {', '.join(supported)}")
     media_type = negotiate(accept, supported)
     if media_type is None:
         raise NotAcceptable(f"Accept is {shorten(accept)}: supported are {', '.join(supported)}")

@@ -19,7 +19,7 @@ from dinat.app.api.problems import problem_body
 from dinat.app.api.quoting import shorten
 from dinat.app.engine.backend import State
 from dinat.app.engine.engine import Engine
-from dinat.app.errors import ServiceError, Unauthorized, Unavailable
+from dinat.app.errors import PathTooLong, ServiceError, Unauthorized, Unavailable
 from dinat.app.tracing import Tracing
 
 log = structlog.get_logger("dinat")
@@ -40,6 +40,9 @@ none for accepted requests.
 TICK_SECONDS = 0.1
 """Interval in which the rate limit releases requests."""
 
+MAX_PATH_CHARACTERS = 1024
+"""Maximum length of a path. To find a file of the page, the file system is asked for each of the path's parts."""
+
 _REQUEST_ID = re.compile(rb"[\x21-\x7e]{1,128}")
 
 
@@ -47,6 +50,7 @@ class RequestMiddleware:
     """Middleware of all HTTP requests.
 
     * Sets the request id, the client's X-Request-ID or a new one, in the request's state, the log and the response header.
+    * Rejects paths of more than MAX_PATH_CHARACTERS.
     * Requires an API key, see ApiKeys.
     * When the queue is full, rejects requests with 503 before the body is read or the request is routed; the same with 504
       for requests whose deadline has passed while they waited in this process.
@@ -94,9 +98,13 @@ class RequestMiddleware:
     async def _handle(self, exchange: "_Exchange", receive: Receive, reservation: Reservation) -> None:
         scope, headers = exchange.scope, exchange.headers
         try:
+            if len(exchange.path) > MAX_PATH_CHARACTERS:
+                raise PathTooLong(
+                    f"the path has {len(exchange.path):,} characters, at most {MAX_PATH_CHARACTERS:,} are allowed"
+                )
             exchange.api_key = self._api_keys.identify(scope["method"], exchange.path, headers)
-        except Unauthorized as unauthorized:
-            error: ServiceError | None = unauthorized
+        except (PathTooLong, Unauthorized) as rejection:
+            error: ServiceError | None = rejection
         else:
             error = await self._admit(exchange)
         if error is not None:

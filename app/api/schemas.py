@@ -140,6 +140,7 @@ PROBLEMS: dict[int | str, dict[str, Any]] = {
         401: "An API key is required",
         408: "The upload took too long",
         413: "Too many bytes, or too many pixels",
+        414: "The path is too long",
         415: "The image format is not supported",
         422: "The image is damaged, or a parameter is invalid",
         503: "The queue is full (Retry-After gives the seconds to wait), or the service is loading, draining or failed",

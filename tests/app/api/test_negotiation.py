@@ -54,3 +54,6 @@ def test_features_honour_weights_of_all_accept_headers(service: Service, seven: 
     assert post(f"{JSON};q=0.1, {NPZ};q=0.9").headers["content-type"] == NPZ
     assert post(f"{JSON};q=0.1", NPZ).headers["content-type"] == NPZ
     assert post().headers["content-type"] == JSON
+    assert post(f"{JSON}," * 99).headers["content-type"] == JSON
+    rejected = post("," * 60_000)
+    assert (rejected.status_code, "Accept has more than 2,000 characters" in rejected.json()["detail"]) == (406, True)

@@ -31,6 +31,14 @@ def test_missing_file_is_a_404_problem(service: Service) -> None:
         assert response.headers["content-type"] == "application/problem+json"
 
 
+def test_long_path_is_rejected_before_files_are_searched(service: Service) -> None:
+    assert service.client.get("/web/" + "a/" * 500).status_code == 404
+    for path in ("/web/" + "a/" * 600, "/static-offline-docs/" + "a/%2e%2e/" * 300, "/" + "a" * 1024):
+        response = service.client.get(path)
+        assert (response.status_code, response.json()["status"]) == (414, 414)
+        assert "at most 1,024 are allowed" in response.json()["detail"]
+
+
 def test_page_requires_no_api_key_but_its_requests_do() -> None:
     with running(api_keys=["secret"]) as service:
         assert [service.client.get(path).status_code for path in FILES] == [200] * len(FILES)
