@@ -7,7 +7,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from dinat.app.api.bodies import OPENAPI_BODY, read_one
 from dinat.app.api.inference import infer_one
-from dinat.app.api.parameters import DEADLINE_PARAMETER, openapi_parameters
+from dinat.app.api.parameters import DEADLINE_PARAMETER, IS_NUMBER, openapi_parameters
 from dinat.app.api.response_size import BYTES_PER_VALUE, reserve_response
 from dinat.app.api.results import json_array, json_response
 from dinat.app.api.schemas import PROBLEMS, AttentionOfPoint
@@ -22,8 +22,8 @@ class Point(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    y: Annotated[float, Field(ge=0, le=1, description="0 at the top edge, 1 at the bottom edge")] = 0.5
-    x: Annotated[float, Field(ge=0, le=1, description="0 at the left edge, 1 at the right edge")] = 0.5
+    y: Annotated[float, IS_NUMBER, Field(ge=0, le=1, description="0 at the top edge, 1 at the bottom edge")] = 0.5
+    x: Annotated[float, IS_NUMBER, Field(ge=0, le=1, description="0 at the left edge, 1 at the right edge")] = 0.5
 
 
 @router.post(

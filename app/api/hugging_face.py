@@ -3,7 +3,7 @@
 https://huggingface.co/docs/inference-providers/tasks/image-classification
 """
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import numpy as np
 from fastapi import APIRouter, Request, Response
@@ -12,7 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from dinat.app.api.bodies import MULTIPART, OPENAPI_BODY, content_type, parse_json, read_body, read_one_without_json
 from dinat.app.api.inference import infer_one
 from dinat.app.api.json_limits import is_json
-from dinat.app.api.parameters import openapi_parameters, read_parameters
+from dinat.app.api.parameters import IS_NUMBER, openapi_parameters, read_parameters
 from dinat.app.api.quoting import shorten
 from dinat.app.api.response_size import PREDICTION_BYTES, reserve_response
 from dinat.app.api.results import json_response
@@ -31,7 +31,7 @@ class TaskParameters(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
 
-    top_k: int = Field(5, ge=1, description="number of labels to return; all if there are fewer")
+    top_k: Annotated[int, IS_NUMBER] = Field(5, ge=1, description="number of labels to return; all if there are fewer")
     function_to_apply: Literal["softmax", "sigmoid", "none"] | None = Field(None, description="default: that of the model")
 
 

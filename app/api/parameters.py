@@ -17,8 +17,12 @@ FeatureFormat = Literal["json", "base64"]
 
 def _reject_bool(value: object) -> object:
     if isinstance(value, bool):
-        raise ValueError("an integer is required")
+        raise ValueError("a number is required")
     return value
+
+
+IS_NUMBER = BeforeValidator(_reject_bool)
+"""Pydantic would convert true to 1."""
 
 
 def _join_list(value: object) -> object:
@@ -55,7 +59,7 @@ class Parameters(_FeatureSelection):
 
     top_k: Annotated[
         int | None,
-        BeforeValidator(_reject_bool),
+        IS_NUMBER,
         Field(description="number of labels to return, from 1 to the number of classes; default 5, or all if there are fewer"),
     ] = None
 

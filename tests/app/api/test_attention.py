@@ -1,3 +1,4 @@
+import base64
 import io
 
 import pytest
@@ -40,6 +41,12 @@ def test_invalid_point_is_rejected(service: Service, seven: bytes, parameters: d
     response = service.client.post("/attention", content=seven, params=parameters)
     assert response.status_code == 422
     assert detail in response.json()["detail"]
+
+
+def test_boolean_is_no_coordinate(service: Service, seven: bytes) -> None:
+    body = {"image": base64.b64encode(seven).decode(), "y": True}
+    response = service.client.post("/attention", json=body)
+    assert (response.status_code, response.json()["detail"]) == (422, "y is True: Value error, a number is required")
 
 
 def test_point_in_a_form_and_default_center(service: Service, seven: bytes) -> None:

@@ -96,7 +96,7 @@ def test_invalid_parameter_is_named_in_the_error(
 @pytest.mark.parametrize(
     ("fields", "details"),
     [
-        ({"top_k": True}, ["top_k is True", "an integer is required"]),
+        ({"top_k": True}, ["top_k is True", "a number is required"]),
         ({"top_k": 1.5}, ["top_k is 1.5"]),
         ({"features": [1]}, ["features"]),
         ({"top_k": {"a": 1}}, ["top_k"]),

@@ -54,6 +54,8 @@ def test_hugging_face_parameters_in_the_query_and_options(service: Service, seve
     assert len(service.client.post("/models/digits?top_k=3", json=task).json()) == 3
     twice = service.client.post("/?top_k=3", json=task | {"parameters": {"top_k": 2}})
     assert (twice.status_code, "top_k is '3' in the query and '2' in the JSON" in twice.json()["error"]) == (422, True)
+    boolean = service.client.post("/", json=task | {"parameters": {"top_k": True}})
+    assert (boolean.status_code, "top_k is True" in boolean.json()["error"]) == (422, True)
     unknown = service.client.post("/?topk=2", content=seven)
     assert (unknown.status_code, "did you mean top_k?" in unknown.json()["error"]) == (422, True)
     option = service.client.post("/", json=task | {"options": {"wait": True}})
