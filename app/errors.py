@@ -83,6 +83,12 @@ class HeadTooLarge(ServiceError):
     status = HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE
 
 
+class UnsupportedCoding(ServiceError):
+    """The request has a transfer coding other than chunked (RFC 9112, 6.1)."""
+
+    status = HTTPStatus.NOT_IMPLEMENTED
+
+
 class UploadTooSlow(ServiceError):
     """The request body was not received in time."""
 

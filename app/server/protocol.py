@@ -28,8 +28,9 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResp
 
 from dinat.app.api.middleware import new_request_id
 from dinat.app.api.problems import problem_body
+from dinat.app.api.quoting import quote
 from dinat.app.engine.engine import Engine
-from dinat.app.errors import BadRequest, HeadTooLarge, ServiceError, Unavailable, UploadTooSlow
+from dinat.app.errors import BadRequest, HeadTooLarge, ServiceError, Unavailable, UnsupportedCoding, UploadTooSlow
 from dinat.app.server.connections import Connections
 
 log = structlog.get_logger("dinat")
@@ -388,6 +389,9 @@ def _check_head(url: bytes, headers: Sequence[tuple[bytes, bytes]]) -> None:
         size += len(name) + len(value)
         if name == b"content-length" and len(value) > MAX_LENGTH_DIGITS:
             raise BadRequest(f"Content-Length has {len(value)} digits, at most {MAX_LENGTH_DIGITS} are allowed")
+        if name == b"transfer-encoding" and value.strip().lower() != b"chunked":
+            coding = quote(value.decode("latin-1"))
+            raise UnsupportedCoding(f"Transfer-Encoding is {coding}, only chunked is supported: use Content-Encoding")
     if size > MAX_HEAD_BYTES:
         raise _head_too_large()
 

@@ -51,6 +51,7 @@ def test_malformed_requests_get_a_problem_with_a_request_id(loop: str, short_dea
         (ECHO + b"Content-Length: 99999999999999999999\r\n\r\n", 400, "not HTTP/1.1"),
         (ECHO + b"Content-Length: 1\r\nContent-Length: 2\r\n\r\nab", 400, "not HTTP/1.1"),
         (ECHO + b"Content-Length: 1\r\nTransfer-Encoding: chunked\r\n\r\n", 400, "not HTTP/1.1"),
+        (ECHO + b"Transfer-Encoding: gzip, chunked\r\n\r\n1\r\na\r\n0\r\n\r\n", 501, "only chunked is supported"),
         (ECHO + CHUNKED + b"1\r\na\r\nno size\r\n", 400, "not HTTP/1.1"),
         (ECHO + CHUNKED + b"1\r\na\r\n" * 5000, 400, "chunks"),
         (ECHO + b"X: " + b"a" * 70_000 + b"\r\n\r\n", 431, large),
