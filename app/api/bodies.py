@@ -32,6 +32,11 @@ MULTIPART, URLENCODED, JSON = "multipart/form-data", "application/x-www-form-url
 
 _JSON_NAMES = {list: "a list", dict: "an object", bool: "a boolean", int: "a number", float: "a number", type(None): "null"}
 
+EXAMPLE_IMAGE = "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAAAAAA6fptVAAAACklEQVR4nGNgAAAAAgABSK+kcQAAAABJRU5ErkJggg=="
+"""A PNG of one pixel in base64, for the OpenAPI document."""
+
+_DATA_URL = f"data:image/png;base64,{EXAMPLE_IMAGE}"
+
 _BINARY = {"schema": {"type": "string", "format": "binary"}}
 
 OPENAPI_BODY: dict[str, Any] = {
@@ -47,7 +52,7 @@ OPENAPI_BODY: dict[str, Any] = {
                 "type": "object",
                 "properties": {"image": {"type": "string", "description": "base64, or a data: URL that is base64"}},
                 "required": ["image"],
-                "example": {"image": "data:image/png;base64,iVBORw0KGgo..."},
+                "example": {"image": _DATA_URL},
             }
         },
     },
@@ -69,7 +74,7 @@ OPENAPI_BATCH_BODY: dict[str, Any] = {
                 "type": "object",
                 "properties": {"images": {"type": "array", "items": {"type": "string"}}},
                 "required": ["images"],
-                "example": {"images": ["data:image/png;base64,iVBORw0KGgo...", "data:image/png;base64,iVBORw0KGgo..."]},
+                "example": {"images": [_DATA_URL, _DATA_URL]},
             }
         },
     },

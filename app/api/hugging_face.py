@@ -9,7 +9,15 @@ import numpy as np
 from fastapi import APIRouter, Request, Response
 from pydantic import BaseModel, ConfigDict, Field
 
-from dinat.app.api.bodies import MULTIPART, OPENAPI_BODY, content_type, parse_json, read_body, read_one_without_json
+from dinat.app.api.bodies import (
+    EXAMPLE_IMAGE,
+    MULTIPART,
+    OPENAPI_BODY,
+    content_type,
+    parse_json,
+    read_body,
+    read_one_without_json,
+)
 from dinat.app.api.inference import infer_one
 from dinat.app.api.json_limits import is_json
 from dinat.app.api.parameters import IS_NUMBER, openapi_parameters, read_parameters
@@ -66,10 +74,11 @@ _BODY: dict[str, Any] = {
                 "required": ["inputs"],
                 "properties": {
                     "inputs": {"type": "string"},
-                    "parameters": TaskParameters.model_json_schema(),
-                    "options": TaskOptions.model_json_schema(),
+                    "parameters": {"anyOf": [TaskParameters.model_json_schema(), {"type": "null"}]},
+                    "options": {"anyOf": [TaskOptions.model_json_schema(), {"type": "null"}]},
                 },
                 "additionalProperties": False,
+                "example": {"inputs": EXAMPLE_IMAGE, "parameters": {"top_k": 3}},
             }
         },
     },

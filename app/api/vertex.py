@@ -9,7 +9,7 @@ from fastapi import APIRouter, Request, Response
 from fastapi.responses import PlainTextResponse
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from dinat.app.api.bodies import read_json
+from dinat.app.api.bodies import EXAMPLE_IMAGE, read_json
 from dinat.app.api.health import NOT_READY, plain_text_readiness
 from dinat.app.api.inference import infer_all
 from dinat.app.api.parameters import Parameters
@@ -65,6 +65,7 @@ _BODY: dict[str, Any] = {
                     "parameters": Parameters.model_json_schema(),
                 },
                 "additionalProperties": False,
+                "example": {"instances": [{"b64": EXAMPLE_IMAGE}], "parameters": {"top_k": 3}},
             }
         }
     },

@@ -11,7 +11,7 @@ from fastapi import APIRouter, Request, Response
 from fastapi.responses import JSONResponse
 from starlette.convertors import PathConvertor, register_url_convertor
 
-from dinat.app.api.bodies import parse_body, read_body
+from dinat.app.api.bodies import EXAMPLE_IMAGE, parse_body, read_body
 from dinat.app.api.inference import infer_all
 from dinat.app.api.open_inference.outputs import (
     RANKED,
@@ -119,6 +119,10 @@ _BODY: dict[str, Any] = {
                     "outputs": {"type": "array", "items": {"type": "object", "required": ["name"]}},
                     "parameters": {"type": "object"},
                 },
+                "example": {
+                    "inputs": [{"name": "image", "datatype": "BYTES", "shape": [1], "data": [EXAMPLE_IMAGE]}],
+                    "outputs": [{"name": "labels"}],
+                },
             }
         },
         BINARY: {"schema": {"type": "string", "format": "binary"}},
@@ -126,7 +130,19 @@ _BODY: dict[str, Any] = {
 }
 
 
-@router.post("/models/{name:path}/infer", openapi_extra={"requestBody": _BODY, "parameters": [DEADLINE_PARAMETER]})
+_HEADER_PARAMETER: dict[str, Any] = {
+    "name": HEADER,
+    "in": "header",
+    "required": False,
+    "description": "length of the JSON in bytes, if a binary tensor follows it",
+    "schema": {"type": "integer", "minimum": 0},
+}
+
+
+@router.post(
+    "/models/{name:path}/infer",
+    openapi_extra={"requestBody": _BODY, "parameters": [DEADLINE_PARAMETER, _HEADER_PARAMETER]},
+)
 async def infer(request: Request, name: str) -> Response:
     """Classify images, sent as image files (`image`, BYTES), pixels (`pixel_values`, UINT8) or normalized values (FP32)."""
     name = _model_name(request, name)

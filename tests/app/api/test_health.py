@@ -80,3 +80,12 @@ def test_openapi_is_valid_and_lists_all_bodies_and_errors(service: Service) -> N
         "application/json",
     }
     assert {"200", "400", "413", "415", "422", "503"} <= set(classify["responses"])
+
+
+def test_examples_in_openapi_are_answered(service: Service) -> None:
+    paths = service.client.get("/openapi.json").json()["paths"]
+    for path in ("/", "/classify", "/classify/batch", "/features", "/attention", "/predict", "/v2/models/{name}/infer"):
+        example = paths[path]["post"]["requestBody"]["content"]["application/json"]["schema"]["example"]
+        response = service.client.post(path.format(name="digits"), json=example)
+        assert response.status_code == 200, (path, response.text)
+        assert "error" not in response.text
