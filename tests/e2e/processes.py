@@ -8,7 +8,7 @@ import socket
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -24,6 +24,24 @@ def free_port() -> int:
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         return int(listener.getsockname()[1])
+
+
+Operation = tuple[str, str]
+"""Method and path, as in an OpenAPI document."""
+
+
+def operations(openapi: Mapping[str, Any]) -> set[Operation]:
+    """Return the operations that an OpenAPI document describes."""
+    return {(method.upper(), path) for path, item in openapi["paths"].items() for method in item}
+
+
+def successful_operations(events: Sequence[Mapping[str, Any]]) -> set[Operation]:
+    """Return the operations that a log has with status 200."""
+    return {
+        (event["http.request.method"], re.sub(r":\w+}", "}", event["http.route"]))
+        for event in events
+        if event.get("http.response.status_code") == 200 and "http.route" in event
+    }
 
 
 @contextmanager
