@@ -110,7 +110,8 @@ def decode(source: bytes | ImageFile, max_pixels: int, draft: tuple[int, int] | 
     except _DECODER_ERRORS as error:
         image = _decode_without_end_marker(file, max_pixels, draft)
         if image is None:
-            raise Unprocessable(f"the image is damaged: {' '.join(str(error).split())}") from error
+            reason = " ".join(str(error).split()) or "its structure is invalid"  # an assertion of Pillow has no text
+            raise Unprocessable(f"the image is damaged: {reason}") from error
         return image
 
 

@@ -489,6 +489,14 @@ def test_text_chunks_in_a_png_are_ignored(service: Service, seven: bytes) -> Non
         assert label(service.client.post("/classify", content=with_chunk(seven, extra))) == "7"
 
 
+def test_png_without_its_palette_is_rejected(service: Service) -> None:
+    png = encoded(Image.new("P", (8, 8)))
+    start = png.index(b"PLTE") - 4
+    end = start + 12 + int.from_bytes(png[start : start + 4], "big")
+    response = service.client.post("/classify", content=png[:start] + png[end:])
+    check_rejected(response, 422, "the image is damaged: its structure is invalid")
+
+
 def test_png_with_wrong_checksum_is_rejected(service: Service, seven: bytes) -> None:
     idat = seven.index(b"IDAT")
     length = struct.unpack(">I", seven[idat - 4 : idat])[0]
