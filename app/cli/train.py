@@ -59,7 +59,8 @@ def train(
 
     DATA may contain the folders train (or training) and val (or valid, validation, dev, test, testing, eval, evaluation), in
     upper or lower case, each with one subfolder per label or a metadata.csv or metadata.jsonl, or may be a table with a column
-    split of these names, or with paths in such folders. All images are checked before the training starts.
+    split of these names, a column is_valid (true or false), or paths in such folders. All images are checked before the
+    training starts.
 
     OUT is a checkpoint in the Hugging Face Hub layout with a model card. It always contains the best weights so far. To resume
     an interrupted training, run the same command again: the resulting weights are the same as without the interruption. To

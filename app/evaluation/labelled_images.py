@@ -23,6 +23,12 @@ LABEL_COLUMNS = ("label", "class", "class_name", "category", "target")
 SPLIT_COLUMNS = ("split", "subset")
 """Names of the column that says which images are for training."""
 
+IS_VALID_COLUMN = "is_valid"
+"""Name of fastai's column that says which images are for validation."""
+
+_SPLIT_OF = {"true": "valid", "1": "valid", "false": "train", "0": "train"}
+"""The split of each value of fastai's column, in lower case."""
+
 METADATA = ("metadata.csv", "metadata.jsonl")
 """Names of the table of a folder, as in Hugging Face's ImageFolder."""
 
@@ -47,7 +53,8 @@ class LabelledImages:
         images: All images.
         empty_labels: Labels without images.
         skipped: Number of files that are no images of a label, by kind, see Files.
-        splits: The images by the value of the column that divides a table (SPLIT_COLUMNS), in lower case; empty without one.
+        splits: The images by the value of the column that divides a table (SPLIT_COLUMNS), in lower case, or by fastai's
+            column (IS_VALID_COLUMN), as train and valid; empty without one.
     """
 
     images: Sequence[LabelledImage]
@@ -174,10 +181,29 @@ def _read_table(table: Path) -> LabelledImages:
         if isinstance(label, list | dict):
             raise DataError(f"{where} has the label {label!r}: give each image one label, as text or a number")
         images.append(LabelledImage(_find(table.parent, path), normalize(path_text(str(label)))))
-        column = find_column(list(row.values), SPLIT_COLUMNS)
-        if column is not None:
-            splits.setdefault(normalize(path_text(str(row.values[column]))).lower(), []).append(images[-1])
+        split = _split(row, where)
+        if split is not None:
+            splits.setdefault(split, []).append(images[-1])
     return LabelledImages(images, splits=splits)
+
+
+def _split(row: Row, where: str) -> str | None:
+    """Return the split of a row, in lower case; None without a column of splits. Raises DataError for an invalid value."""
+    columns = list(row.values)
+    column, is_valid = find_column(columns, SPLIT_COLUMNS), find_column(columns, (IS_VALID_COLUMN,))
+    if is_valid is None:
+        return None if column is None else _text(row.values[column])
+    if column is not None:
+        raise DataError(f"{where} has the columns {column} and {is_valid}, which both name the split: remove one of them")
+    split = _SPLIT_OF.get(_text(row.values[is_valid]))
+    if split is None:
+        raise DataError(f"{where} has the {is_valid} {row.values[is_valid]!r}: it must be true or false, or 1 or 0")
+    return split
+
+
+def _text(value: Any) -> str:
+    """Return a value as normalized text in lower case."""
+    return normalize(path_text(str(value))).lower()
 
 
 def _has_columns(table: Path) -> bool:

@@ -242,6 +242,33 @@ def test_column_of_splits_divides_a_table(tmp_path: Path) -> None:
     assert (len(split.train) + len(split.validation), split.is_held_out) == (7, True)
 
 
+@pytest.mark.parametrize(("yes", "no"), [("True", "False"), ("1", "0"), ("true", " FALSE ")])
+def test_fastais_column_of_validation_images_divides_a_table(yes: str, no: str, tmp_path: Path) -> None:
+    copy(tmp_path / "data", "0-1", "0-2", "1-1", "1-2")
+    table = tmp_path / "data" / "labels.csv"
+    rows = [f"{name[0]}/{name}.png,{name[0]},{yes if name.endswith('2') else no}\n" for name in ("0-1", "0-2", "1-1", "1-2")]
+    table.write_text("file_name,label,is_valid\n" + "".join(rows))
+    split = read_split(spec(table))
+    assert [image.path.name for image in split.train] == ["0-1.png", "1-1.png"]
+    assert [image.path.name for image in split.validation] == ["0-2.png", "1-2.png"]
+    assert (split.notes, split.is_held_out) == ((), False)
+
+
+@pytest.mark.parametrize(
+    ("columns", "values", "reason"),
+    [
+        ("is_valid", "maybe", "line 2, has the is_valid 'maybe': it must be true or false, or 1 or 0"),
+        ("is_valid", "", "line 2, has the is_valid '': it must be"),
+        ("split,is_valid", "train,1", "line 2, has the columns split and is_valid, which both name the split: remove one"),
+    ],
+)
+def test_ambiguous_split_of_a_row_is_rejected(columns: str, values: str, reason: str, tmp_path: Path) -> None:
+    table = tmp_path / "labels.csv"
+    table.write_text(f"file_name,label,{columns}\n0-1.png,0,{values}\n")
+    with pytest.raises(DataError, match=reason):
+        read_split(spec(table))
+
+
 def test_duplicate_images_are_described(tmp_path: Path) -> None:
     table = duplicated(tmp_path / "data")
     split = read_split(spec(table))
