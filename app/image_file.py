@@ -210,9 +210,34 @@ def _read_png(data: bytes) -> ImageFile:
         raise Unprocessable("the image is damaged: it has more than one header")
     width, height = struct.unpack(">II", chunks[1][8:16])
     exif = next((chunk[8:-4] for chunk in chunks if chunk[4:8] == b"eXIf"), b"")
-    if exif or sum(map(len, chunks)) != len(data):  # something is omitted
-        data = b"".join(chunk for chunk in chunks if chunk[4:8] != b"eXIf")
+    image_chunks = [_with_scaled_level(chunk, chunks[1]) for chunk in chunks if chunk[4:8] != b"eXIf"]
+    if image_chunks != chunks or sum(map(len, chunks)) != len(data):  # something is changed or omitted
+        data = b"".join(image_chunks)
     return ImageFile(data, "PNG", (width, height), orientation=metadata_orientation(exif, b""))
+
+
+_LEVEL_STEPS = {b"\2\0": 85, b"\4\0": 17}
+"""255 / (2^bits - 1) by bit depth and color type, for grayscale of 2 and 4 bits."""
+
+_RGB_16 = b"\x10\2"
+
+
+def _with_scaled_level(chunk: bytes, header: bytes) -> bytes:
+    """Return a chunk in which the transparent gray level, if it has one, is of 8 bits, as Pillow compares it.
+
+    Raises Unprocessable for a transparent color of 16 bits per sample, which Pillow compares with 8 bits.
+    """
+    kind = header[16:18]
+    if chunk[4:8] != b"tRNS" or kind not in (*_LEVEL_STEPS, _RGB_16):
+        return chunk
+    if kind == _RGB_16:
+        raise Unprocessable(
+            "the image is a PNG with 16 bits per sample and a transparent color, which cannot be read: save it with an alpha "
+            "channel, or with 8 bits per sample"
+        )
+    level = _u16(chunk, 8) % (1 << kind[0]) * _LEVEL_STEPS[kind]
+    content = b"tRNS" + level.to_bytes(2, "big")
+    return struct.pack(">I", 2) + content + struct.pack(">I", crc32(content))
 
 
 def _png_image_chunks(data: bytes) -> Iterator[bytes]:

@@ -249,6 +249,7 @@ _MAGIC = {
     b"\x7fELF": "an executable",
     b"MZ": "an executable",
     b"\x93NUMPY": "a NumPy array",
+    PNG + b"\0\0\0\4CgBI": "a PNG optimized for iOS (CgBI), which only Apple's decoders read: convert it to a standard PNG",
     PNG: "a PNG with a broken header",
     JPEG: "a JPEG with a broken header",
     b"GIF8": "a GIF with a broken header",

@@ -283,12 +283,19 @@ def to_rgb(image: ImageInput) -> Image.Image:
     if image.mode == "La":  # premultiplied; Pillow converts it to LA only
         image = image.convert("LA")
     if image.mode.startswith("I"):
-        levels = np.asarray(image)
-        levels = levels.clip(0, 65535) if image.mode == "I" else levels
-        return Image.fromarray((levels // 257 if image.mode != "I" or levels.max() > 255 else levels).astype(np.uint8)).convert(
-            "RGB"
-        )
+        return _scaled_to_8_bits(image).convert("RGB")
     return _on_white(image) if image.has_transparency_data else image.convert("RGB")
+
+
+def _scaled_to_8_bits(image: Image.Image) -> Image.Image:
+    """Scale 16-bit grayscale to 8 bits, with the transparent level as white."""
+    samples = np.asarray(image)
+    clipped = samples.clip(0, 65535) if image.mode == "I" else samples
+    levels = (clipped // 257 if image.mode != "I" or clipped.max() > 255 else clipped).astype(np.uint8)
+    transparent = image.info.get("transparency")  # of a PNG; Pillow ignores it in these modes
+    if transparent is not None:
+        levels[samples == transparent] = 255
+    return Image.fromarray(levels)
 
 
 def _is_tensor(image: object) -> "TypeGuard[Tensor]":

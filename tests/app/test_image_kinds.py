@@ -3,6 +3,7 @@
 import io
 import itertools
 import struct
+import zlib
 from typing import Any
 
 import numpy as np
@@ -11,6 +12,7 @@ import pytest
 from PIL import Image, ImageOps
 
 from dinat.app.errors import ServiceError, Unprocessable
+from dinat.app.image_file import PNG
 from dinat.app.images import decode, inspect
 from tests.app.sample_images import encoded, noise
 from tests.app.tiffs import tiff
@@ -227,6 +229,40 @@ def test_transparent_png_remains_on_white() -> None:
     image = noise(8, 8)
     image.putalpha(0)
     assert decode(encoded(image), 10**6).getextrema() == ((255, 255),) * 3
+
+
+def png(bits: int, color_type: int, samples: list[int], transparent: list[int]) -> bytes:
+    """Return a PNG of one row with a transparent level or color."""
+    channels = 3 if color_type == 2 else 1
+    packed = int("".join(f"{sample:0{bits}b}" for sample in samples), 2) << -len(samples) * bits % 8
+    row = b"\0" + packed.to_bytes(-(-len(samples) * bits // 8), "big")
+    header = struct.pack(">IIBBBBB", len(samples) // channels, 1, bits, color_type, 0, 0, 0)
+    chunks = {
+        b"IHDR": header,
+        b"tRNS": struct.pack(f">{channels}H", *transparent),
+        b"IDAT": zlib.compress(row),
+        b"IEND": b"",
+    }
+    parts = [
+        struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data)) for kind, data in chunks.items()
+    ]
+    return b"".join([PNG, *parts])
+
+
+@pytest.mark.parametrize("bits", [1, 2, 4, 8, 16])
+@pytest.mark.parametrize("transparent", [0, 1])
+def test_transparent_level_of_a_png_is_white(bits: int, transparent: int) -> None:
+    highest = 2**bits - 1
+    samples = [0, 1, highest - highest // 3, highest]
+    levels = [255 if sample == transparent else sample * 255 // highest for sample in samples]
+    assert np.asarray(decode(png(bits, 0, samples, [transparent]), 10**6))[0, :, 0].tolist() == levels
+
+
+def test_transparent_color_of_a_png() -> None:
+    samples = [10, 20, 30, 10, 20, 31]
+    assert np.asarray(decode(png(8, 2, samples, samples[:3]), 10**6)).tolist() == [[[255] * 3, samples[3:]]]
+    with pytest.raises(Unprocessable, match="a PNG with 16 bits per sample and a transparent color"):
+        inspect(png(16, 2, samples, samples[:3]))
 
 
 def test_more_tags_than_any_writer_has_are_rejected() -> None:

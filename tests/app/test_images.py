@@ -163,6 +163,13 @@ def test_header_without_a_size_is_unsupported(data: bytes) -> None:
         decode(data, 10**6)
 
 
+def test_png_optimized_for_ios_is_named() -> None:
+    """Xcode writes them: a chunk before the header, and pixels in another order without zlib's header."""
+    data = SAMPLES["PNG"][:8] + b"\0\0\0\4CgBI\x50\0\x20\2\x2b\xd5\xb3\x7f" + SAMPLES["PNG"][8:]
+    with pytest.raises(UnsupportedImage, match=r"a PNG optimized for iOS \(CgBI\).*: convert it to a standard PNG"):
+        decode(data, 10**6)
+
+
 def test_files_at_the_limits_are_decoded() -> None:
     assert decode(jpeg_segments(900, content=bytes(100)), 10**6).size == (8, 8)
     assert decode(jpeg_scans(80, 16), 10**6).size == (16, 16)

@@ -165,6 +165,12 @@ def test_16_bit_files_are_scaled_not_clipped(kind: str) -> None:
     assert np.array_equal(np.asarray(to_rgb(Image.open(buffer)))[..., 1], GRADIENT)
 
 
+def test_transparent_level_of_16_bits_becomes_white() -> None:
+    buffer = BytesIO()
+    Image.fromarray(np.array([[1000, 1001, 65535]], np.uint16)).save(buffer, "PNG", transparency=1000)
+    assert np.asarray(to_rgb(Image.open(buffer)))[0, :, 0].tolist() == [255, 3, 255]
+
+
 def test_transparent_pixels_become_white() -> None:
     image = Image.new("RGBA", (2, 1), (255, 0, 0, 255))
     image.putpixel((1, 0), (0, 0, 0, 0))
