@@ -11,6 +11,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from tempfile import NamedTemporaryFile
 from typing import Annotated, Any, Literal, TextIO
@@ -31,6 +32,7 @@ from dinat.app.cli.progress import progress_bar
 from dinat.app.engine.engine import ImageSource
 from dinat.app.engine.runtimes.runtime import InferenceResult
 from dinat.app.engine.stream import NO_DEADLINE_MS, running_engine, stream_results
+from dinat.app.errors import TooLarge
 from dinat.app.image_paths import SUFFIXES, Files, list_files, path_text
 from dinat.app.logs import configure_logs
 from dinat.app.plurals import plural
@@ -63,7 +65,10 @@ class FeatureMapOutput:
 def classify(
     paths: Annotated[
         list[str],
-        typer.Argument(metavar="PATH", help="Files, folders or glob patterns; - reads one image from standard input."),
+        typer.Argument(
+            metavar="PATH",
+            help="Files, folders or glob patterns; - reads one image from standard input, up to MAX_UPLOAD_BYTES.",
+        ),
     ],
     *,
     top_k: Annotated[
@@ -142,7 +147,8 @@ async def _classify(
     async with running_engine(settings) as engine:
         config = engine.loaded.config
         options = Parameters(top_k=top_k, features=feature_maps.names if feature_maps else "").options(config)
-        async with progress_bar(stream_results(engine, paths, options, _read), len(paths), "classifying") as results:
+        read = partial(_read, max_bytes=settings.max_upload_bytes)
+        async with progress_bar(stream_results(engine, paths, options, read), len(paths), "classifying") as results:
             async for path, result in results:
                 if isinstance(result, str):
                     errors[path] = result
@@ -159,8 +165,16 @@ async def _classify(
     return not errors
 
 
-async def _read(path: str) -> ImageSource:
-    return sys.stdin.buffer.read() if path == STDIN else Path(path)
+async def _read(path: str, max_bytes: int) -> ImageSource:
+    """Return the path of an image, or the bytes of standard input, which may have no end. Raises TooLarge."""
+    if path != STDIN:
+        return Path(path)
+    data = sys.stdin.buffer.read(max_bytes + 1)
+    if len(data) > max_bytes:
+        raise TooLarge(
+            f"standard input has more than {max_bytes:,} bytes: save the image to a file, or raise DINAT_MAX_UPLOAD_BYTES"
+        )
+    return data
 
 
 def _save_feature_maps(result: InferenceResult, output: FeatureMapOutput, path: str) -> None:

@@ -54,6 +54,15 @@ def test_image_on_standard_input() -> None:
     assert parse_lines(done.stdout.decode())[0]["predictions"][0]["label"] == "7"
 
 
+def test_standard_input_without_an_end_is_rejected() -> None:
+    command = [sys.executable, "-m", "dinat", "classify", "-", *EXACT]
+    environment = os.environ | {"DINAT_MAX_UPLOAD_BYTES": "1000"}
+    with Path("/dev/zero").open("rb") as endless:
+        done = subprocess.run(command, stdin=endless, capture_output=True, text=True, timeout=60, env=environment)
+    assert done.returncode == 1
+    assert "dinat: -: standard input has more than 1,000 bytes: save the image to a file" in done.stderr
+
+
 @pytest.mark.parametrize("output", ["jsonl", "csv"])
 def test_incomplete_output_file_is_resumed(output: str, tmp_path: Path) -> None:
     complete, half = tmp_path / "complete", tmp_path / "half"
