@@ -77,6 +77,7 @@ def train(
     Raises:
         TrainingError: The output folder has other content or its disk is full, or the network does not have a fixed input size.
         DataError: The data cannot be read, or has too few classes or images.
+        DivergedError: The validation loss is NaN or infinite. The output folder has the network of an epoch before, if any.
         CheckpointError: The checkpoint cannot be loaded.
         ConfigError: The recipe does not fit the network.
     """
@@ -156,7 +157,7 @@ def train(
             _delete_checkpoints(spec.out / CHECKPOINTS)
             write_state(spec, recipe, finished=True)
     last = trainer.history.epochs[-1]
-    if not math.isfinite(last.loss) or last.loss > DIVERGED * math.log(len(split.classes)):
+    if last.loss > DIVERGED * math.log(len(split.classes)):
         report(f"the training diverged, its last validation loss is {last.loss:.3g}: try a lower --learning-rate")
     elif fitted < FITTED:
         report(_underfits(fitted, recipe))

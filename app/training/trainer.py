@@ -1,6 +1,7 @@
 """The Trainer of transformers with soft labels, an exponential moving average, and deterministic resumption."""
 
 import json
+import math
 import os
 import shutil
 import time
@@ -26,8 +27,13 @@ from transformers import EvalPrediction, Trainer, TrainerCallback, TrainerContro
 from dinat.app.training.augmentation import mix, soft_labels
 from dinat.app.training.layers import depth_of_parameters
 from dinat.app.training.recipe import Recipe
+from dinat.model import DinatError
 
 AVERAGE_FILE, HISTORY_FILE = "average.safetensors", "progress.json"
+
+
+class DivergedError(DinatError):
+    """A training whose validation loss is NaN or infinite."""
 
 
 @dataclass
@@ -83,7 +89,7 @@ class History:
 
 
 class DinatTrainer(Trainer):
-    """Trains by a recipe.
+    """Trains by a recipe. Raises DivergedError, before anything of that epoch is saved.
 
     Args:
         model: Network to train.
@@ -202,12 +208,22 @@ class DinatTrainer(Trainer):
             metrics["eval_macro_f1"],
         )
         self.start = time.monotonic()
+        if not math.isfinite(epoch.loss):
+            raise DivergedError(self._describe_divergence(epoch))
         is_best = self.history.add(epoch)
         if self.is_world_process_zero():
             if is_best or self.recipe.keep == "last":
                 self.save(self.network)
             self.on_epoch(epoch)
         return metrics
+
+    def _describe_divergence(self, epoch: Epoch) -> str:
+        saved = (self.history.best if self.recipe.keep == "best" else -1) if self.history.epochs else None
+        what = "no network is saved" if saved is None else f"the network of epoch {self.history.epochs[saved].epoch} is saved"
+        return (
+            f"the training diverged, the validation loss of epoch {epoch.epoch} is {epoch.loss}, and {what}: use another "
+            "folder with a lower --learning-rate"
+        )
 
 
 def _averaged(network: nn.Module, decay: float) -> AveragedModel:

@@ -165,11 +165,28 @@ def test_bf16_gradient_checkpointing_kernel_size_and_input_size(
 
 
 @pytest.mark.slow
-def test_diverged_training_is_reported(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    train(data, tmp_path / "out", "--epochs", 1, "--learning-rate", 1e30)
-    log = capsys.readouterr().err
-    assert "the training diverged, its last validation loss is nan: try a lower --learning-rate" in log
-    assert "underfits" not in log
+@pytest.mark.parametrize("keep", ["best", "last"])
+def test_diverged_training_fails_and_keeps_the_network_before(
+    keep: str, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """One step an epoch; warm-up makes the learning rate of the first step zero."""
+    out = tmp_path / "out"
+    flags = [*SMALL, "--batch-size", 6, "--epochs", 4, "--warmup", 0.25, "--learning-rate", 1e30, "--keep", keep]
+    for _ in range(2):  # it diverges again if it is resumed
+        assert error_of(capsys, data, out, *flags) == (
+            "the training diverged, the validation loss of epoch 2 is nan, and the network of epoch 1 is saved: use another "
+            "folder with a lower --learning-rate"
+        )
+        assert all(value.isfinite().all() for value in load_file(out / "model.safetensors").values())
+        assert DinatForImageClassification.from_pretrained(out).config.num_labels == 6
+
+
+def test_training_that_diverges_in_the_first_epoch_saves_nothing(
+    data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    message = error_of(capsys, data, tmp_path / "out", *SMALL, "--epochs", 2, "--learning-rate", 1e30)
+    assert "the validation loss of epoch 1 is nan, and no network is saved" in message
+    assert not (tmp_path / "out" / "model.safetensors").exists()
 
 
 @pytest.mark.slow
