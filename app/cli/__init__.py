@@ -4,6 +4,8 @@ import os
 import signal
 import sys
 from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from importlib import import_module
 from io import TextIOWrapper
 from pathlib import Path
@@ -39,6 +41,16 @@ def report_skipped(skipped: Counter[str]) -> None:
 
     if skipped:
         print(f"dinat: {describe_skipped(skipped)}", file=sys.stderr)
+
+
+@contextmanager
+def interruptible(advice: Callable[[], str]) -> Iterator[None]:
+    """End the command on Ctrl-C with one line: what is saved, and how to resume."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        print(f"dinat: interrupted: {advice()}", file=sys.stderr)
+        raise typer.Exit(INTERRUPTED_STATUS) from None
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -14,7 +14,7 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
-from dinat.app.cli import INTERRUPTED_STATUS, CommandError, report_skipped
+from dinat.app.cli import CommandError, interruptible, report_skipped
 from dinat.app.cli.flags import ENGINE, settings_flags
 from dinat.app.engine.stream import NO_DEADLINE_MS
 from dinat.app.image_paths import path_text
@@ -86,11 +86,8 @@ def batch(
     spec.rows(open_checkpoint(settings.model, revision=settings.revision).config, images)  # validates the arguments
     shards = images.shards(shard)
     remaining = Results(dest).prepare(_parameters(spec) | {"shard": shard}, shards, replace)
-    try:
+    with interruptible(lambda: "run the same command again to resume"):
         results = asyncio.run(_run(spec, remaining, len(shards), workers)) if remaining else []
-    except KeyboardInterrupt:
-        print("dinat: interrupted: run the same command again to resume", file=sys.stderr)
-        raise typer.Exit(INTERRUPTED_STATUS) from None
     failed = [result for result in results if result.error is not None]
     for result in failed:
         print(f"dinat: shard {result.shard} ({path_text(shards[result.shard].files[0])}): {result.error}", file=sys.stderr)

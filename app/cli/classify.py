@@ -26,7 +26,7 @@ from safetensors.numpy import save_file
 from dinat.app.api.features import flatten_features
 from dinat.app.api.parameters import Parameters
 from dinat.app.api.results import predictions
-from dinat.app.cli import CommandError, report_skipped
+from dinat.app.cli import CommandError, interruptible, report_skipped
 from dinat.app.cli.flags import ENGINE, settings_flags
 from dinat.app.cli.progress import progress_bar
 from dinat.app.engine.engine import ImageSource
@@ -111,8 +111,16 @@ def classify(
     with writing("standard output" if to is None else path_text(to)), open_writer(output, to) as writer:
         remaining = [path for path in files.paths if path_text(path) not in writer.done]
         feature_maps = FeatureMapOutput(features, maps, maps_format) if maps else None
-        if not asyncio.run(_classify(remaining, settings, top_k, feature_maps, writer)):
+        with interruptible(lambda: _resume_advice(to)):
+            succeeded = asyncio.run(_classify(remaining, settings, top_k, feature_maps, writer))
+        if not succeeded:
             raise typer.Exit(1)
+
+
+def _resume_advice(to: Path | None) -> str:
+    if to is None:
+        return "the results are not complete; with --output jsonl --to FILE, the same command resumes"
+    return f"the results so far are in {path_text(to)}; run the same command again to resume"
 
 
 def find_images(paths: Sequence[str]) -> Files:

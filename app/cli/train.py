@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
-from dinat.app.cli import CommandError
+from dinat.app.cli import CommandError, interruptible
 from dinat.app.cli.flags import LabelledData, Revision, recipe_flags, settings_flags
 from dinat.app.settings import Settings
 from dinat.app.training.recipe import Recipe
@@ -81,7 +81,10 @@ def train(
     from dinat.app.training.train import train as run
 
     is_main = os.environ.get("RANK", "0") == "0"  # the first of accelerate's processes
-    with Progress(console=Console(stderr=True), disable=not sys.stderr.isatty(), transient=True) as progress:
+    with (
+        interruptible(lambda: _resume_advice(out)),
+        Progress(console=Console(stderr=True), disable=not sys.stderr.isatty(), transient=True) as progress,
+    ):
         result = run(
             TrainingSpec(source, revision, data, validate_on, out, recipe, max_pixels),
             device=device,
@@ -105,3 +108,8 @@ def train(
     if is_main:
         Console().print(table)
         print(f"dinat: the network is in {out}: dinat serve --model {shlex.quote(str(out))}", file=sys.stderr)
+
+
+def _resume_advice(out: Path) -> str:
+    saved = f"the network so far is in {out}" if (out / "model.safetensors").exists() else "no epoch is complete yet"
+    return f"{saved}; run the same command again to resume"

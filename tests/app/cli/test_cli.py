@@ -11,6 +11,7 @@ import httpx
 import pytest
 import torch
 
+import dinat.model
 from dinat.app.cli import COMMANDS, main
 from dinat.model import DinatConfig, DinatForImageClassification
 from tests.app.conftest import DIGITS
@@ -161,3 +162,46 @@ def test_ctrl_c_during_the_imports_prints_no_traceback(
     monkeypatch.setattr("dinat.app.cli.import_module", interrupt)
     assert main(["info", "digits"]) == 130
     assert capsys.readouterr().err == ""
+
+
+@pytest.mark.train
+@pytest.mark.parametrize(
+    ("arguments", "interrupted", "advice"),
+    [
+        (
+            ["classify", str(DIGITS)],
+            "dinat.app.cli.classify._classify",
+            "the results are not complete; with --output jsonl --to FILE, the same command resumes",
+        ),
+        (
+            ["classify", str(DIGITS), "--output", "jsonl", "--to", "{out}"],
+            "dinat.app.cli.classify._classify",
+            "the results so far are in {out}; run the same command again to resume",
+        ),
+        (
+            ["train", "data", "{out}", "--from", "digits"],
+            "dinat.app.training.train.train",
+            "no epoch is complete yet; run the same command again to resume",
+        ),
+        (
+            ["train", "data", "{digits}", "--from", "digits"],
+            "dinat.app.training.train.train",
+            "the network so far is in {digits}; run the same command again to resume",
+        ),
+    ],
+)
+def test_ctrl_c_says_what_is_saved_and_how_to_resume(
+    arguments: list[str],
+    interrupted: str,
+    advice: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def interrupt(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    names = {"out": tmp_path / "out", "digits": Path(dinat.model.__file__).parent / "digits"}
+    monkeypatch.setattr(interrupted, interrupt)
+    assert main([argument.format(**names) for argument in arguments]) == 130
+    assert capsys.readouterr().err == f"dinat: interrupted: {advice.format(**names)}\n"
