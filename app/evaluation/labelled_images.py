@@ -78,7 +78,7 @@ def read_labelled_images(source: Path) -> LabelledImages:
             PATH_COLUMNS, relative to its folder, and one of LABEL_COLUMNS; or a folder with such a table named as in METADATA.
 
     Raises:
-        DataError: The source does not exist, is invalid, or has no image.
+        DataError: The source does not exist, is invalid, or has no image, or no path in the table is a file.
         TableError: The table is malformed.
     """
     table = find_table(source)
@@ -184,6 +184,11 @@ def _read_table(table: Path) -> LabelledImages:
         split = _split(row, where)
         if split is not None:
             splits.setdefault(split, []).append(images[-1])
+    if images and not any(_is_file(image.path) for image in images):
+        raise DataError(
+            f"{path_text(table)}: none of its paths is a file, such as {path_text(images[0].path)}: paths must be absolute, or "
+            f"relative to the folder of the table, {path_text(table.parent.resolve())}"
+        )
     return LabelledImages(images, splits=splits)
 
 

@@ -165,6 +165,7 @@ def test_invalid_folder_is_one_line(create: Any, message: str, tmp_path: Path, c
         ("x.csv", "path,label\n\u200b,1\n", "line 2, must have a path and a label, it has nothing as path"),
         ("x.jsonl", '{"path": "a.png", "label": NaN}', "line 1, must have a path and a label, it has nothing as label"),
         ("x.csv", "image,label\nhttps://x.org/a.png,1\n", "line 2, has the URL https://x.org/a.png: URLs are not read"),
+        ("x.csv", "path,label\nb/a.png,1\n", "none of its paths is a file, such as"),
         ("x.jsonl", '[{"path": "a.png", "label": "1"}]', "line 1, must be an object, got list: write one object a line"),
     ],
 )

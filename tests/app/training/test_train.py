@@ -239,6 +239,8 @@ def test_invalid_data_and_flags_are_one_line(data: Path, tmp_path: Path, capsys:
     shutil.copy(DIGITS / "7-1.png", tmp_path / "one" / "7")
     assert "only one class" in error_of(capsys, tmp_path / "one", out, *SMALL)
     (tmp_path / "list.csv").write_text("path,label\n" + "".join(f"no-{i}.png,{i % 2}\n" for i in range(4)))
+    assert f"relative to the folder of the table, {tmp_path}" in error_of(capsys, tmp_path / "list.csv", out, *SMALL)
+    (tmp_path / "no-0.png").write_bytes((DIGITS / "0-1.png").read_bytes())
     assert "no-1.png: the file cannot be read: No such file" in error_of(capsys, tmp_path / "list.csv", out, *SMALL)
 
 
