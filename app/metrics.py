@@ -82,7 +82,7 @@ class Metrics:
         )
         self._parts = {part: part_seconds.labels(part) for part in ("decode", "queue", "compute", "encode")}
         self._batch_size = Histogram("dinat_batch_size_images", "Images per batch.", buckets=BATCHES, registry=registry)
-        images = Counter("dinat_images_total", "Images, by outcome.", ["outcome"], registry=registry)
+        images = Counter("dinat_images_total", "Queued images, by outcome.", ["outcome"], registry=registry)
         self._outcomes = {outcome: images.labels(outcome) for outcome in ("classified", "rejected", "late", "failed")}
         self._memory = Gauge(
             "dinat_device_memory_bytes",

@@ -20,6 +20,7 @@ def test_requests_images_and_batches_are_counted(seven: bytes) -> None:
         for body in (seven, seven, b"text"):
             service.client.post("/classify", content=body)
         service.client.post("/classify", content=seven, params={"features": "pooled"})
+        service.client.post("/classify", content=seven, params={"top_k": 99})  # rejected before its image is queued
         response = service.client.get("/metrics")
         service.client.get("/nowhere")
         after_404 = values(service.client.get("/metrics").text)
@@ -27,13 +28,15 @@ def test_requests_images_and_batches_are_counted(seven: bytes) -> None:
     counted = values(response.text)
     assert counted["dinat_requests_total", (("route", "/classify"), ("status", "200"))] == 3
     assert counted["dinat_requests_total", (("route", "/classify"), ("status", "415"))] == 1
+    assert counted["dinat_requests_total", (("route", "/classify"), ("status", "422"))] == 1
     assert counted["dinat_images_total", (("outcome", "classified"),)] == 3
     assert counted["dinat_images_total", (("outcome", "rejected"),)] == 1
+    assert sum(value for (name, _), value in counted.items() if name == "dinat_images_total") == 4
     assert counted["dinat_batch_size_images_sum", ()] == 3
     assert counted["dinat_queue_depth_images", ()] == 0
     assert counted["dinat_in_flight_bytes", (("kind", "request_bodies"),)] == 0
     assert counted["dinat_in_flight_bytes", (("kind", "responses"),)] == 0
-    assert counted["dinat_request_duration_seconds_count", (("route", "/classify"),)] == 4
+    assert counted["dinat_request_duration_seconds_count", (("route", "/classify"),)] == 5
     for part in ("decode", "queue", "compute", "encode"):
         assert counted["dinat_part_duration_seconds_count", (("part", part),)] == 3
         assert counted["dinat_part_duration_seconds_sum", (("part", part),)] > 0
