@@ -41,7 +41,7 @@ def cpu_times() -> CpuTimes | None:
 
 
 def describe_contention(before: CpuTimes | None) -> str | None:
-    """Return in one sentence what took CPU time from this process since `before`; None if nothing did, or it is unknown."""
+    """Return in one sentence what took CPU time from this process since `before`, and what to do; None if nothing is known."""
     now = cpu_times()
     if before is None or now is None:
         return None
@@ -50,7 +50,8 @@ def describe_contention(before: CpuTimes | None) -> str | None:
     waited = (now.waited - before.waited) / computed if computed >= MIN_COMPUTED else 0
     stolen = (now.stolen - before.stolen) / max(now.total - before.total, 1)
     if waited > CONTENDED:
-        causes.append(f"threads waited {waited:.1f} s for a CPU in each second of computing (other programs, or a CPU quota)")
+        causes.append(f"threads waited {waited / (1 + waited):.0%} of their time for other programs or a CPU quota")
     if stolen > STOLEN:
         causes.append(f"the hypervisor gave {stolen:.0%} of the CPU to other virtual machines")
-    return "the CPU is shared: " + ", and ".join(causes) if causes else None
+    advice = "give this process CPUs of its own, or set DINAT_THREADS to the number of free ones"
+    return f"the CPU is shared: {', and '.join(causes)}; {advice}" if causes else None

@@ -71,10 +71,13 @@ def test_contention_is_described_by_its_causes(monkeypatch: pytest.MonkeyPatch) 
     assert describe(12, 1.1, 1200, 12) is None
     assert describe(10, 1, 1000, 10) is None  # no time has passed
     assert describe(10.05, 3, 1010, 10) is None  # too little to tell
+    advice = "give this process CPUs of its own, or set DINAT_THREADS to the number of free ones"
     assert describe(12, 2, 1200, 10) == (
-        "the CPU is shared: threads waited 0.5 s for a CPU in each second of computing (other programs, or a CPU quota)"
+        f"the CPU is shared: threads waited 33% of their time for other programs or a CPU quota; {advice}"
     )
-    assert describe(12, 1, 1100, 60) == "the CPU is shared: the hypervisor gave 50% of the CPU to other virtual machines"
+    assert describe(12, 1, 1100, 60) == (
+        f"the CPU is shared: the hypervisor gave 50% of the CPU to other virtual machines; {advice}"
+    )
     assert " and the hypervisor " in (describe(12, 2, 1100, 60) or "")
     assert describe_contention(None) is None
 
