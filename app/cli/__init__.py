@@ -1,6 +1,8 @@
 """The `dinat` command. Each subcommand is a module, imported only when it runs."""
 
+import json
 import os
+import re
 import signal
 import sys
 from collections import Counter
@@ -35,12 +37,25 @@ class CommandError(Exception):
     """A user error, printed as one line."""
 
 
+_CONTROL_CHARACTER = re.compile("[\x00-\x1f\x7f-\x9f]")
+
+
+def printable(text: str) -> str:
+    """Escape control characters as JSON does: terminals obey those that a file name, label or error contains."""
+    return _CONTROL_CHARACTER.sub(lambda character: json.dumps(character[0]).strip('"'), text)
+
+
+def print_message(text: str) -> None:
+    """Print one line on standard error."""
+    print(f"dinat: {printable(text)}", file=sys.stderr, flush=True)
+
+
 def report_skipped(skipped: Counter[str]) -> None:
     """Print how many files are skipped, and why, on standard error."""
     from dinat.app.image_paths import describe_skipped
 
     if skipped:
-        print(f"dinat: {describe_skipped(skipped)}", file=sys.stderr)
+        print_message(describe_skipped(skipped))
 
 
 @contextmanager
@@ -49,7 +64,7 @@ def interruptible(advice: Callable[[], str]) -> Iterator[None]:
     try:
         yield
     except KeyboardInterrupt:
-        print(f"dinat: interrupted: {advice()}", file=sys.stderr)
+        print_message(f"interrupted: {advice()}")
         raise typer.Exit(INTERRUPTED_STATUS) from None
 
 
@@ -75,7 +90,7 @@ def main(arguments: list[str] | None = None) -> int:
 
         if not isinstance(error, CommandError | DinatError | OSError):
             raise
-        print(f"dinat: {error}", file=sys.stderr)
+        print_message(str(error))
         return 1
     raise AssertionError("unreachable: Typer ends by SystemExit")
 

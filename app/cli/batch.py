@@ -14,7 +14,7 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
-from dinat.app.cli import CommandError, interruptible, report_skipped
+from dinat.app.cli import CommandError, interruptible, print_message, report_skipped
 from dinat.app.cli.flags import ENGINE, settings_flags
 from dinat.app.engine.stream import NO_DEADLINE_MS
 from dinat.app.image_paths import path_text
@@ -90,11 +90,11 @@ def batch(
         results = asyncio.run(_run(spec, remaining, len(shards), workers)) if remaining else []
     failed = [result for result in results if result.error is not None]
     for result in failed:
-        print(f"dinat: shard {result.shard} ({path_text(shards[result.shard].files[0])}): {result.error}", file=sys.stderr)
+        print_message(f"shard {result.shard} ({path_text(shards[result.shard].files[0])}): {result.error}")
     num_images, num_errors = sum(result.num_images for result in results), sum(result.num_errors for result in results)
     skipped = f", {len(shards) - len(remaining)} done before" if len(remaining) < len(shards) else ""
     done = f"{plural(num_images, 'image')} in {len(results) - len(failed):,} of {plural(len(shards), 'shard')}"
-    print(f"dinat: {done}{skipped}; {plural(num_errors, 'row has', 'rows have')} an error", file=sys.stderr)
+    print_message(f"{done}{skipped}; {plural(num_errors, 'row has', 'rows have')} an error")
     if failed:
         raise typer.Exit(1)
 

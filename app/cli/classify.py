@@ -26,7 +26,7 @@ from safetensors.numpy import save_file
 from dinat.app.api.features import flatten_features
 from dinat.app.api.parameters import Parameters
 from dinat.app.api.results import predictions
-from dinat.app.cli import CommandError, interruptible, report_skipped
+from dinat.app.cli import CommandError, interruptible, print_message, printable, report_skipped
 from dinat.app.cli.flags import ENGINE, settings_flags
 from dinat.app.cli.progress import progress_bar
 from dinat.app.engine.engine import ImageSource
@@ -167,9 +167,9 @@ async def _classify(
                         await asyncio.to_thread(_save_feature_maps, result, feature_maps, path)
         writer.close()
     for path, error in errors.items():
-        print(f"dinat: {path_text(path)}: {error}", file=sys.stderr)
+        print_message(f"{path_text(path)}: {error}")
     if errors:
-        print(f"dinat: {len(errors)} of {plural(len(paths), 'image')} could not be classified", file=sys.stderr)
+        print_message(f"{len(errors)} of {plural(len(paths), 'image')} could not be classified")
     return not errors
 
 
@@ -270,7 +270,8 @@ class TableWriter(Writer):
     def write(self, path: str, result: Mapping[str, Any]) -> None:
         """See Writer."""
         labels = (f"{prediction['label']} {prediction['score']:.3f}" for prediction in result.get("predictions", ()))
-        self._table.add_row(Text(path_text(path)), Text(result.get("error") or ", ".join(labels)))
+        cells = (path_text(path), result.get("error") or ", ".join(labels))
+        self._table.add_row(*(Text(printable(cell)) for cell in cells))
 
     def close(self) -> None:
         """See Writer."""

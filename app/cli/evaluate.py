@@ -3,7 +3,6 @@
 import asyncio
 import json
 import logging
-import sys
 import time
 from functools import partial
 from importlib.util import find_spec
@@ -16,7 +15,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from dinat.app.cli import CommandError, report_skipped
+from dinat.app.cli import CommandError, print_message, printable, report_skipped
 from dinat.app.cli.flags import ENGINE, LabelledData, Source, settings_flags
 from dinat.app.cli.progress import progress_bar
 from dinat.app.engine.engine import Engine, ImageSource
@@ -66,11 +65,11 @@ def evaluate(
     configure_logs("auto", logging.WARNING)
     dataset = read_labelled_images(data)
     for label in dataset.empty_labels:
-        print(f"dinat: {path_text(data / label)} has no image: the class is skipped", file=sys.stderr)
+        print_message(f"{path_text(data / label)} has no image: the class is skipped")
     report_skipped(dataset.skipped)
     if len(dataset.splits) > 1:
         splits = ", ".join(f"{len(images)} of {name!r}" for name, images in dataset.splits.items())
-        print(f"dinat: the images of all splits are evaluated: {splits}", file=sys.stderr)
+        print_message(f"the images of all splits are evaluated: {splits}")
     class_names = read_lines(classes) if classes else None
     settings = settings.model_copy(update={"model": source})
     digests: dict[Path, str] = {}
@@ -83,7 +82,7 @@ def evaluate(
         part = path_text(parts.validation or parts.train)
         raise DataError(f"{no_match}; {path_text(data)} has parts, such as {part}: evaluate one of them") from None
     for line in describe_duplicates(dataset.images, digests):
-        print(f"dinat: {line}", file=sys.stderr)
+        print_message(line)
     if as_json:
         results = [evaluation.to_dict() for evaluation in evaluations]
         print(json.dumps({"source": source, "data": str(data), "results": results}, indent=2))
@@ -94,10 +93,10 @@ def evaluate(
 
         with writing(report):
             report.write_text(html_report(evaluations, f"{source} on {path_text(data)}"), encoding="utf-8")
-        print(f"dinat: report written to {report}", file=sys.stderr)
+        print_message(f"report written to {report}")
     if evaluations[0].unreadable:
         for path, error in evaluations[0].unreadable.items():
-            print(f"dinat: {path_text(path)}: {error}", file=sys.stderr)
+            print_message(f"{path_text(path)}: {error}")
         raise typer.Exit(1)
 
 
@@ -201,5 +200,7 @@ def _print_tables(evaluations: list[Evaluation]) -> None:
         title = ", ".join(evaluation.setting.values()) if len(evaluations) > 1 else None
         table = Table(*rows[0], title=title, title_justify="left")
         for row in rows:
-            table.add_row(*(f"{value:.1%}" if isinstance(value, float) else escape(str(value or "")) for value in row.values()))
+            table.add_row(
+                *(f"{value:.1%}" if isinstance(value, float) else escape(printable(str(value or ""))) for value in row.values())
+            )
         console.print(table)

@@ -2,7 +2,6 @@
 
 import inspect
 import os
-import sys
 from collections.abc import Callable, Iterable
 from functools import wraps
 from pathlib import Path
@@ -12,7 +11,7 @@ import typer
 from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
 
-from dinat.app.cli import CommandError
+from dinat.app.cli import CommandError, print_message
 from dinat.app.settings import Settings, explain, misspelt_variables
 from dinat.app.training.recipe import Recipe
 
@@ -112,7 +111,7 @@ def _flag(field: FieldInfo, name: str, show_default: bool) -> inspect.Parameter:
 
 def _report_misspelt_variables() -> None:
     for name, setting in misspelt_variables(os.environ).items():
-        print(f"dinat: {name} is not a setting: did you mean {setting}?", file=sys.stderr)
+        print_message(f"{name} is not a setting: did you mean {setting}?")
 
 
 def _explain_flags(error: ValidationError) -> str:

@@ -1,6 +1,5 @@
 """`dinat quantize`: quantize a checkpoint to 8 bits for a CPU."""
 
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from statistics import median
@@ -8,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from dinat.app.cli import report_skipped
+from dinat.app.cli import print_message, report_skipped
 from dinat.app.cli.flags import Revision, Source
 from dinat.app.doctor import WarmRuntime, forward_rates
 from dinat.app.engine.runtimes.selection import load_runtimes
@@ -49,7 +48,7 @@ def quantize(
         try:
             examples.append(decode(read_file(Path(path)), Settings.model_fields["max_pixels"].default))
         except ServiceError as error:
-            print(f"dinat: {path_text(path)} is skipped: {error.detail}", file=sys.stderr)
+            print_message(f"{path_text(path)} is skipped: {error.detail}")
     checkpoint = open_checkpoint(source, revision=revision)
     network = DinatForImageClassification.from_pretrained(checkpoint)
     processor = DinatImageProcessor.from_pretrained(checkpoint)

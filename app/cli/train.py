@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
-from dinat.app.cli import CommandError, interruptible
+from dinat.app.cli import CommandError, interruptible, print_message
 from dinat.app.cli.flags import LabelledData, Revision, recipe_flags, settings_flags
 from dinat.app.settings import Settings
 from dinat.app.training.recipe import Recipe
@@ -92,7 +92,7 @@ def train(
             skip_broken=skip_broken,
             cache_dir=settings.cache_dir,
             report_to=report_to,
-            report=lambda line: print(f"dinat: {line}", file=sys.stderr, flush=True) if is_main else None,
+            report=lambda line: print_message(line) if is_main else None,
             progress=progress,
         )
     saved = result.saved_epoch
@@ -107,7 +107,7 @@ def train(
     )
     if is_main:
         Console().print(table)
-        print(f"dinat: the network is in {out}: dinat serve --model {shlex.quote(str(out))}", file=sys.stderr)
+        print_message(f"the network is in {out}: dinat serve --model {shlex.quote(str(out))}")
 
 
 def _resume_advice(out: Path) -> str:

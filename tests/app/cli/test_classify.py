@@ -3,6 +3,7 @@ import errno
 import io
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -13,6 +14,7 @@ import pytest
 from safetensors.numpy import load_file
 
 from dinat.app.cli import main
+from dinat.model import DinatForImageClassification, DinatImageProcessor
 from tests.app.conftest import DIGITS
 
 ALL = sorted(str(path) for path in DIGITS.glob("*.png"))
@@ -46,6 +48,31 @@ def test_table_output_lists_failed_images_at_the_end(tmp_path: Path, capsys: pyt
     assert "good.png" in out.replace("\n", "")
     assert "bad.png: the image is text" in err
     assert "1 of 2 images could not be classified" in err
+
+
+def test_control_characters_of_names_and_labels_do_not_reach_the_terminal(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    names = ["\x1b[31mred\x1b]0;title\x07.png", "one\x9b2J\nline\x7f.png"]
+    network = DinatForImageClassification.from_pretrained("digits")
+    network.config.id2label[7] = "seven\x1b[2J"
+    network.save_pretrained(tmp_path / "model")
+    DinatImageProcessor.from_pretrained("digits").save_pretrained(tmp_path / "model")
+    for label, name in (("good", names[0]), ("bad", names[1])):
+        (tmp_path / label).mkdir()
+        (tmp_path / label / name).write_bytes((DIGITS / "7-1.png").read_bytes() if label == "good" else b"text")
+    flags = [*EXACT, "--model", str(tmp_path / "model")]
+    assert main(["classify", "good", "bad", *flags]) == 1
+    table = tmp_path / "table.jsonl"
+    table.write_text(json.dumps({"path": str(tmp_path / "good" / names[0]), "label": "seven\x1b[2J"}) + "\n")
+    assert main(["evaluate", str(tmp_path / "model"), str(table), *EXACT]) == 0
+    assert main(["classify", f"no/{names[0]}", *EXACT]) == 1
+    out, err = capsys.readouterr()
+    assert not re.search("[\x00-\x09\x0b-\x1f\x7f-\x9f]", out + err)
+    assert "\\u001b[31mred\\u001b]0;title\\u0007.png" in out and out.count("seven\\u001b[2J") >= 2
+    assert "one\\u009b2J\\nline\\u007f.png: the image is text" in err
+    assert err.splitlines()[-1] == "dinat: no/\\u001b[31mred\\u001b]0;title\\u0007.png does not exist"
 
 
 def test_image_on_standard_input() -> None:
