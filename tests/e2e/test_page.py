@@ -352,8 +352,21 @@ def test_page_fits_a_phone_and_follows_the_color_scheme(server: Server, browser:
         background = page.evaluate("getComputedStyle(document.body).backgroundColor")
         brightness = np.mean([int(value) for value in re.findall(r"\d+", background)])
         assert (brightness > 128) == (scheme == "light")
-        page.tap("#view", position={"x": 20, "y": 20})
+        side = page.locator("#view").bounding_box()["height"]
+        page.tap("#view", position={"x": side / 16, "y": side / 16})
         playwright.expect(page.locator("#commands")).to_contain_text("y=0.06")
+
+
+@pytest.mark.parametrize(("height", "count"), [(844, 5), (664, 1)])
+def test_labels_of_a_chosen_image_are_visible_on_a_phone(server: Server, browser: Any, height: int, count: int) -> None:
+    """Without scrolling; the browser's bars take 180 pixels of the larger height."""
+    phone = {"width": 390, "height": height}
+    with visiting(browser, server.url, viewport=phone, has_touch=True, is_mobile=True) as visit:
+        visit.wait_until_ready().choose("7-1.png", SEVEN)
+        visit.wait_for_results()
+        assert visit.page.evaluate("scrollY") == 0
+        for i in range(count):
+            playwright.expect(visit.page.locator("#labels li").nth(i)).to_be_in_viewport(ratio=1)
 
 
 def test_api_documentation_works_under_its_content_security_policy(server: Server, browser: Any) -> None:
