@@ -1,7 +1,7 @@
 """A PyTorch dataset of labelled images, and its division into training and validation images."""
 
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -24,7 +24,7 @@ class LabelledImageDataset(Dataset[dict[str, Any]]):
 
     Args:
         images: Images on disk.
-        class_of: Class index of each label.
+        classes: Labels in the order of the network's classes.
         transform: (RGB image, random seed) -> (3, H, W). The seed differs for each image and each epoch.
         max_pixels: Largest image, width times height.
         seed: Random seed of the dataset.
@@ -33,12 +33,13 @@ class LabelledImageDataset(Dataset[dict[str, Any]]):
     def __init__(
         self,
         images: Sequence[LabelledImage],
-        class_of: Mapping[str, int],
+        classes: Sequence[str],
         transform: Callable[[Image.Image, str], Tensor],
         max_pixels: int,
         seed: int = 0,
     ) -> None:
-        self._images, self._class_of, self._transform = images, class_of, transform
+        self._images, self._transform = images, transform
+        self._class_of = {label: index for index, label in enumerate(classes)}
         self._max_pixels, self._seed, self._epoch = max_pixels, seed, 0
 
     def set_epoch(self, epoch: int) -> None:

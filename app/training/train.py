@@ -87,15 +87,11 @@ def train(
     previous = find_previous(spec, split)
     if previous is not None:
         split = previous.split
-    checked = check_images([*split.train, *split.validation], spec.max_pixels, cache_file(cache_dir, spec.data))
-    if checked.failed:
-        split = _without(split, checked.failed, skip_broken, report)
-    _report_duplicates(report, split, checked.digests)
+    split = _readable(split, spec, cache_dir, skip_broken, report)
     checkpoint = open_checkpoint(spec.source, revision=spec.revision)
     arguments = _training_arguments(spec, device, workers, report_to)
-    recipe = spec.recipe
     if previous is None:
-        recipe = resolve(recipe, checkpoint.config, split.classes, len(split.train), arguments.world_size)
+        recipe = resolve(spec.recipe, checkpoint.config, split.classes, len(split.train), arguments.world_size)
     else:
         recipe = previous.recipe
     _set_schedule(arguments, recipe, len(split.train))
@@ -112,33 +108,7 @@ def train(
         processor.save_pretrained(spec.out)
         save_checkpoint(spec.out, config, best.state_dict(), architecture="DinatForImageClassification")
 
-    def report_epoch(epoch: Epoch) -> None:
-        report(
-            f"epoch {epoch.epoch} of {recipe.epochs}: training loss {epoch.train_loss:.4f}, validation loss {epoch.loss:.4f}, "
-            f"top-1 {epoch.top1:.2%}, top-5 {epoch.top5:.2%}, macro-F1 {epoch.macro_f1:.2%}, {epoch.seconds:.1f} s"
-        )
-
-    class_of = {label: index for index, label in enumerate(split.classes)}
-
-    def plain(images: list[LabelledImage]) -> LabelledImageDataset:
-        return LabelledImageDataset(images, class_of, lambda image, _: processor(image)[0], spec.max_pixels)
-
-    augmentation = Augmentation(recipe, processor)
-    training = LabelledImageDataset(split.train, class_of, augmentation, spec.max_pixels, recipe.seed)
-    weights = balanced_weights(split.train_counts, split.classes) if recipe.class_weights == "balanced" else None
-    trainer = DinatTrainer(
-        network,
-        arguments,
-        recipe,
-        save,
-        report_epoch,
-        class_weights=weights,
-        train_dataset=training,
-        eval_dataset=plain(split.validation),
-        data_collator=collate,
-    )
-    trainer.remove_callback(PrinterCallback)
-    trainer.remove_callback(ProgressCallback)
+    trainer = _create_trainer(network, arguments, recipe, split, processor, spec.max_pixels, save, report)
     if progress is not None and is_main:
         trainer.add_callback(ProgressBarCallback(progress))
     resumed = previous.checkpoint if previous else None
@@ -150,18 +120,71 @@ def train(
         seconds = time.perf_counter() - start
         images_seen = (len(trainer.history.epochs) - epochs_before) * len(split.train)
         saved = trainer.history.epochs[trainer.history.best if recipe.keep == "best" else -1]
-        fitted = trainer.accuracy(plain(_sample(split.train)))
+        fitted = trainer.accuracy(_plain_dataset(_sample(split.train), split.classes, processor, spec.max_pixels))
         result = TrainingResult(recipe, split, trainer.history, saved, seconds, images_seen / seconds, fitted)
         if is_main:
             write_model_card(spec, result, config, changes)
             _delete_checkpoints(spec.out / CHECKPOINTS)
             write_state(spec, recipe, finished=True)
-    last = trainer.history.epochs[-1]
-    if last.loss > DIVERGED * math.log(len(split.classes)):
-        report(f"the training diverged, its last validation loss is {last.loss:.3g}: try a lower --learning-rate")
-    elif fitted < FITTED:
-        report(_underfits(fitted, recipe))
+    _report_fit(report, result)
     return result
+
+
+def _create_trainer(
+    network: nn.Module,
+    arguments: TrainingArguments,
+    recipe: Recipe,
+    split: DataSplit,
+    processor: DinatImageProcessor,
+    max_pixels: int,
+    save: Callable[[nn.Module], None],
+    report: Callable[[str], None],
+) -> DinatTrainer:
+    """Create the trainer with its data sets. It reports each epoch."""
+
+    def report_epoch(epoch: Epoch) -> None:
+        report(
+            f"epoch {epoch.epoch} of {recipe.epochs}: training loss {epoch.train_loss:.4f}, validation loss {epoch.loss:.4f}, "
+            f"top-1 {epoch.top1:.2%}, top-5 {epoch.top5:.2%}, macro-F1 {epoch.macro_f1:.2%}, {epoch.seconds:.1f} s"
+        )
+
+    augmentation = Augmentation(recipe, processor)
+    trainer = DinatTrainer(
+        network,
+        arguments,
+        recipe,
+        save,
+        report_epoch,
+        class_weights=balanced_weights(split.train_counts, split.classes) if recipe.class_weights == "balanced" else None,
+        train_dataset=LabelledImageDataset(split.train, split.classes, augmentation, max_pixels, recipe.seed),
+        eval_dataset=_plain_dataset(split.validation, split.classes, processor, max_pixels),
+        data_collator=collate,
+    )
+    trainer.remove_callback(PrinterCallback)
+    trainer.remove_callback(ProgressCallback)
+    return trainer
+
+
+def _plain_dataset(
+    images: list[LabelledImage], classes: list[str], processor: DinatImageProcessor, max_pixels: int
+) -> LabelledImageDataset:
+    """Return a data set without augmentation."""
+    return LabelledImageDataset(images, classes, lambda image, _: processor(image)[0], max_pixels)
+
+
+def _readable(
+    split: DataSplit, spec: TrainingSpec, cache_dir: Path, skip_broken: bool, report: Callable[[str], None]
+) -> DataSplit:
+    """Check that all images can be read, and report duplicates. Returns the split without those that cannot.
+
+    Raises:
+        DataError: An image cannot be read, and `skip_broken` is false.
+    """
+    checked = check_images([*split.train, *split.validation], spec.max_pixels, cache_file(cache_dir, spec.data))
+    if checked.failed:
+        split = _without(split, checked.failed, skip_broken, report)
+    _report_duplicates(report, split, checked.digests)
+    return split
 
 
 BROKEN_ADVICE = "replace or remove the file, or use --skip-broken, then run the same command again"
@@ -180,6 +203,15 @@ def _without(split: DataSplit, broken: dict[Path, str], skip_broken: bool, repor
 def _sample(images: list[LabelledImage]) -> list[LabelledImage]:
     """Return every n-th image, at most PROBED."""
     return images[:: -(-len(images) // PROBED)]
+
+
+def _report_fit(report: Callable[[str], None], result: TrainingResult) -> None:
+    """Report what to change if the training diverged, or the network underfits."""
+    last = result.history.epochs[-1]
+    if last.loss > DIVERGED * math.log(len(result.split.classes)):
+        report(f"the training diverged, its last validation loss is {last.loss:.3g}: try a lower --learning-rate")
+    elif result.fitted < FITTED:
+        report(_underfits(result.fitted, result.recipe))
 
 
 def _underfits(fitted: float, recipe: Recipe) -> str:
