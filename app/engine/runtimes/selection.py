@@ -1,4 +1,4 @@
-"""Selection of the runtime."""
+"""Selection of the runtime by the settings, the hardware and the installed packages."""
 
 from collections.abc import Sequence
 from importlib.util import find_spec
@@ -32,28 +32,19 @@ def load_runtimes(settings: Settings) -> Sequence[Runtime]:
         ExportError: The graph cannot be exported.
     """
     limit_threads(settings.threads)
-    name = settings.runtime
     devices = resolve_devices(settings.device)
     checkpoint = open_checkpoint(settings.model, revision=settings.revision)
     processor = DinatImageProcessor.from_pretrained(checkpoint)
-    fixed_size = processor.output_size is not None
+    on_cpu = devices[0].type == "cpu"
     if checkpoint.processor is None and Path(settings.model).is_dir():
         log.warning(
             "the folder has no preprocessor_config.json: images are processed as for published models", size=processor.size
         )
-    on_cpu = devices[0].type == "cpu"
-    if on_cpu and settings.device == "auto" and torch.version.cuda is not None:
-        log.warning(
-            "no GPU was found, though PyTorch is a build for CUDA: the CPU is used. DINAT_DEVICE=cuda makes this an error",
-            cuda=torch.version.cuda,
-            reason=nvidia_driver.too_old() or "PyTorch finds no CUDA device",
-        )
-
+    if on_cpu:
+        _warn_about_missing_gpu(settings)
+    name = settings.runtime
     if name == "auto":
-        openvino_works = on_cpu and settings.attention in ("auto", "tiled") and settings.precision != "fp16" and fixed_size
-        prefer_openvino = openvino_works and (
-            settings.precision == "int8" or settings.attention == "tiled" or not _has_compiled_attention(checkpoint.config)
-        )
+        prefer_openvino = on_cpu and _prefer_openvino(settings, checkpoint.config, processor)
         name = "openvino" if prefer_openvino and find_spec("openvino") is not None else "torch"
     if name == "torch":
         return [
@@ -67,14 +58,7 @@ def load_runtimes(settings: Settings) -> Sequence[Runtime]:
             )
             for device in devices
         ]
-    if not on_cpu:
-        raise ConfigError(f"runtime {name} requires a CPU, device is {settings.device}: set runtime torch, or device cpu")
-    if not fixed_size:
-        raise ConfigError(
-            f"runtime {name} requires images of one size, {settings.model} keeps their aspect ratio: set runtime torch"
-        )
-    if settings.attention not in ("auto", "tiled"):
-        raise ConfigError(f"runtime {name} supports attention tiled, not {settings.attention}: set runtime torch")
+    _check_exportable(name, settings, on_cpu, processor)
     try:
         if name == "openvino":
             from dinat.app.engine.runtimes.openvino_runtime import OpenVinoRuntime
@@ -85,6 +69,35 @@ def load_runtimes(settings: Settings) -> Sequence[Runtime]:
         extra = {"openvino": "cpu", "onnxruntime": "onnx"}[name]
         raise ConfigError(f"runtime {name} is not installed: pip install 'dinat-serve[{extra}]'") from None
     return [OnnxRuntime(checkpoint, settings.precision, settings.cache_dir)]
+
+
+def _warn_about_missing_gpu(settings: Settings) -> None:
+    """Warn if PyTorch is built for CUDA but the CPU is used, unless the settings select it."""
+    if settings.device == "auto" and torch.version.cuda is not None:
+        log.warning(
+            "no GPU was found, though PyTorch is a build for CUDA: the CPU is used. DINAT_DEVICE=cuda makes this an error",
+            cuda=torch.version.cuda,
+            reason=nvidia_driver.too_old() or "PyTorch finds no CUDA device",
+        )
+
+
+def _prefer_openvino(settings: Settings, config: DinatConfig, processor: DinatImageProcessor) -> bool:
+    """Return whether OpenVINO supports the other settings, and is faster on this CPU than PyTorch or required for them."""
+    if settings.attention not in ("auto", "tiled") or settings.precision == "fp16" or processor.output_size is None:
+        return False
+    return settings.precision == "int8" or settings.attention == "tiled" or not _has_compiled_attention(config)
+
+
+def _check_exportable(runtime: str, settings: Settings, on_cpu: bool, processor: DinatImageProcessor) -> None:
+    """Raise ConfigError if a runtime of exported graphs does not support the device, the image sizes or the attention."""
+    if not on_cpu:
+        raise ConfigError(f"runtime {runtime} requires a CPU, device is {settings.device}: set runtime torch, or device cpu")
+    if processor.output_size is None:
+        raise ConfigError(
+            f"runtime {runtime} requires images of one size, {settings.model} keeps their aspect ratio: set runtime torch"
+        )
+    if settings.attention not in ("auto", "tiled"):
+        raise ConfigError(f"runtime {runtime} supports attention tiled, not {settings.attention}: set runtime torch")
 
 
 def _has_compiled_attention(config: DinatConfig) -> bool:
