@@ -18,7 +18,13 @@ from dinat.model.errors import CheckpointError, ConfigError
 from dinat.model.field_rules import Rule, check_fields, flag, integer, number, optional, sequence, shown, text
 from dinat.model.writing import writing
 
+DEFAULT_DEPTHS = (3, 4, 6, 5)
 DEFAULT_DILATIONS = [[1, 8, 1], [1, 4, 1, 4], [1, 2, 1, 2, 1, 2], [1, 1, 1, 1, 1]]
+
+
+def without_dilation(fields: Mapping[str, Any]) -> list[list[int]]:
+    """Return the dilations of a NAT with these configuration fields: 1 for each layer of its depths."""
+    return [[1] * depth for depth in fields.get("depths", DEFAULT_DEPTHS)]
 
 
 def _alternating(depths: Sequence[int], largest: Sequence[int]) -> list[list[int]]:
@@ -65,7 +71,7 @@ PRESETS: dict[str, dict[str, Any]] = {
 NAT_PRESETS: dict[str, dict[str, Any]] = {
     f"nat-{name}": {
         **PRESETS[name],
-        "dilations": [[1] * depth for depth in PRESETS[name].get("depths", [3, 4, 6, 5])],
+        "dilations": without_dilation(PRESETS[name]),
         "layer_scale_init_value": 1e-5 if name in ("small", "base") else 0.0,
     }
     for name in ("mini", "tiny", "small", "base")
@@ -152,7 +158,7 @@ class DinatConfig:
         patch_size: int = 4,
         num_channels: int = 3,
         embed_dim: int = 64,
-        depths: Sequence[int] = (3, 4, 6, 5),
+        depths: Sequence[int] = DEFAULT_DEPTHS,
         num_heads: Sequence[int] = (2, 4, 8, 16),
         kernel_size: int = 7,
         dilations: Sequence[Sequence[int]] | None = None,
@@ -305,7 +311,7 @@ class DinatConfig:
         if model_type not in (cls.model_type, "nat"):
             raise ConfigError(f"model_type {model_type!r} is not supported: use dinat or nat")
         if model_type == "nat" and values.get("dilations") is None:
-            values["dilations"] = [[1] * depth for depth in values.get("depths", [3, 4, 6, 5])]
+            values["dilations"] = without_dilation(values)
         other = {name: values.pop(name) for name in list(values) if name not in FIELDS}
         config = cls(**values)
         config._store({name: value for name, value in other.items() if name not in _DERIVED})

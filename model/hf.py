@@ -25,6 +25,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BackboneOutput
 
 from dinat.model.config import DinatConfig as NetworkConfig
+from dinat.model.config import without_dilation
 from dinat.model.cpu.fast_layers import LayerNorm
 from dinat.model.dinat import Embeddings, Encoder, EncoderOutput, Layer, NeighborhoodSelfAttention, PatchEmbeddings
 
@@ -64,7 +65,7 @@ class NatConfig(DinatConfig):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         if kwargs.get("dilations") is None:
-            kwargs["dilations"] = [[1] * depth for depth in kwargs.get("depths", (3, 4, 6, 5))]
+            kwargs["dilations"] = without_dilation(kwargs)
         super().__init__(*args, **kwargs)
 
 
