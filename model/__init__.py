@@ -1,4 +1,4 @@
-"""DiNAT, the Dilated Neighborhood Attention Transformer (arXiv 2209.15001), on today's PyTorch.
+"""DiNAT, the Dilated Neighborhood Attention Transformer (arXiv 2209.15001), on current PyTorch.
 
 Each public name is imported on first use: image preprocessing does not load PyTorch.
 """

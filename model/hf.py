@@ -1,6 +1,6 @@
 """transformers' DiNAT on this project's network: Auto classes, pipelines, Trainer, AutoBackbone.
 
-    import dinat.model.hf
+    import dinat.hf
     dinat.hf.register()
 
 registers these classes under transformers' names, because its own DiNAT requires a NATTEN release that current PyTorch cannot

@@ -11,7 +11,6 @@ from dinat.app.api.parameters import DEADLINE_PARAMETER, IS_NUMBER, openapi_para
 from dinat.app.api.response_size import BYTES_PER_VALUE, reserve_response
 from dinat.app.api.results import json_array, json_response
 from dinat.app.api.schemas import PROBLEMS, AttentionOfPoint
-from dinat.app.engine.engine import Engine
 from dinat.app.engine.runtimes.runtime import InferenceOptions
 
 router = APIRouter(tags=["attention"], responses=PROBLEMS)
@@ -33,8 +32,6 @@ class Point(BaseModel):
 )
 async def attention(request: Request) -> Response:
     """Return the keys and weights of the query at (y, x) in every layer, computed in float32 by the reference attention."""
-    engine: Engine = request.app.state.engine
-    engine.loaded  # noqa: B018  # raises Unavailable while no model is loaded
     image, point = await read_one(request, Point)
     result = await infer_one(request, image, InferenceOptions(1, point=(point.y, point.x)))
 

@@ -23,7 +23,7 @@ async def infer(
 ) -> list[InferenceResult | ServiceError]:
     """Submit the images of a request to the engine, see Engine.submit.
 
-    For a single image, the time of each stage is stored in the request's state, for Server-Timing.
+    For a single image, the time of each part is stored in the request's state, for Server-Timing.
 
     Args:
         request: The request, whose body has been read.

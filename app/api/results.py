@@ -94,7 +94,7 @@ async def encode(request: Request, function: Callable[[], T], size: int) -> T:
 
 
 def _record_encode_time(request: Request, seconds: float) -> None:
-    """Record the encode stage, for the metrics and Server-Timing."""
+    """Record the time of encoding, for the metrics and Server-Timing."""
     request.app.state.engine.metrics.observe_part("encode", seconds)
     if hasattr(request.state, "seconds"):
         request.state.seconds["encode"] = seconds

@@ -193,6 +193,7 @@ class LocalBackend(BatcherEvents):
     def on_crash(self, error: BaseException, runtime: Runtime, in_flight: Sequence[Job]) -> None:
         """See BatcherEvents."""
         assert self._loop is not None
+        # Stored because the event loop has only weak references to tasks.
         self._restarting = asyncio.run_coroutine_threadsafe(self._restart(error, runtime, in_flight), self._loop)
 
     async def _restart(self, error: BaseException, runtime: Runtime, in_flight: Sequence[Job]) -> None:

@@ -36,7 +36,7 @@ class NeighborhoodWorker:
 
     @cached_property
     def _network(self) -> DinatForImageClassification:
-        return DinatForImageClassification.from_pretrained(self._settings.model, revision=self._settings.revision).eval()
+        return DinatForImageClassification.from_pretrained(self._settings.model, revision=self._settings.revision)
 
     def _compute(self, job: Job, processor: DinatImageProcessor) -> None:
         assert job.pixels is not None and job.options.point is not None
