@@ -8,6 +8,7 @@ from typing import Any, TypeVar
 from fastapi import Request
 from pydantic import BaseModel, ValidationError
 
+from dinat.app.api.base64_images import decode_base64
 from dinat.app.api.forms import FormItem, parse_multipart, parse_urlencoded
 from dinat.app.api.json_limits import is_json, load_json, message_limits
 from dinat.app.api.parameters import NamedValue, ParametersT, describe_errors, read_parameters
@@ -16,7 +17,6 @@ from dinat.app.api.quoting import shorten
 from dinat.app.engine.engine import Engine
 from dinat.app.errors import BadRequest, NoImage, ServiceError, Unprocessable
 from dinat.app.image_file import SIGNATURES
-from dinat.app.images import decode_base64
 
 BodyT = TypeVar("BodyT", bound=BaseModel)
 T = TypeVar("T")

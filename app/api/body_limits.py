@@ -6,7 +6,7 @@ import time
 from starlette.types import Message, Receive, Scope
 
 from dinat.app.api.budgets import Reservation
-from dinat.app.api.quoting import parse_integer
+from dinat.app.api.parameters import parse_integer
 from dinat.app.errors import TooLarge, Unavailable, UploadTooSlow
 from dinat.app.settings import Settings
 

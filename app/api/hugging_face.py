@@ -9,6 +9,7 @@ import numpy as np
 from fastapi import APIRouter, Request, Response
 from pydantic import BaseModel, ConfigDict, Field
 
+from dinat.app.api.base64_images import decode_base64
 from dinat.app.api.bodies import (
     EXAMPLE_IMAGE,
     MULTIPART,
@@ -28,7 +29,6 @@ from dinat.app.api.schemas import NOT_FOUND, PROBLEMS
 from dinat.app.engine.engine import Engine
 from dinat.app.engine.runtimes.runtime import LOGITS, Array, InferenceOptions, InferenceResult
 from dinat.app.errors import NotFound
-from dinat.app.images import decode_base64
 from dinat.model import DinatConfig
 
 router = APIRouter(tags=["Hugging Face"], responses=PROBLEMS | NOT_FOUND)

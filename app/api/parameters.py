@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal, TypeVar
 from fastapi import Request
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
-from dinat.app.api.quoting import MAX_CHARACTERS, parse_integer, quote, shorten
+from dinat.app.api.quoting import MAX_CHARACTERS, quote, shorten
 from dinat.app.engine.runtimes.runtime import InferenceOptions
 from dinat.app.errors import Unprocessable
 from dinat.model.config import DinatConfig
@@ -156,6 +156,15 @@ def _suggestion(name: str, known: Iterable[str]) -> str:
     normalized = {one.replace("_", ""): one for one in known}
     matches = get_close_matches(name[:MAX_CHARACTERS].lower().replace("_", "").replace("-", ""), normalized, 1)
     return f" (did you mean {normalized[matches[0]]}?)" if matches else ""
+
+
+def parse_integer(text: str, maximum: int) -> int | None:
+    """Parse decimal digits. Return None for other text, and for integers above `maximum`."""
+    digits = text.lstrip("0") or "0"
+    if not (text.isascii() and text.isdecimal()) or len(digits) > len(str(maximum)):
+        return None
+    value = int(digits)  # Python raises ValueError for more than 4,300 digits
+    return value if value <= maximum else None
 
 
 def read_deadline(request: Request) -> int | None:

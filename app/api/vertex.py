@@ -9,6 +9,7 @@ from fastapi import APIRouter, Request, Response
 from fastapi.responses import PlainTextResponse
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from dinat.app.api.base64_images import decode_base64
 from dinat.app.api.bodies import EXAMPLE_IMAGE, read_json
 from dinat.app.api.health import NOT_READY, plain_text_readiness
 from dinat.app.api.inference import infer_all
@@ -17,7 +18,6 @@ from dinat.app.api.response_size import estimate, measure, reserve_response
 from dinat.app.api.results import classification, json_fragments, json_response
 from dinat.app.api.schemas import PROBLEMS
 from dinat.app.engine.engine import Engine
-from dinat.app.images import decode_base64
 from dinat.app.settings import Settings
 
 IMAGE_FIELDS = ("image_bytes", "bytes_inputs", "content", "image")

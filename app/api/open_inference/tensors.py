@@ -9,10 +9,11 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from dinat.app.api.base64_images import decode_base64
 from dinat.app.api.json_limits import JsonLimits, load_json, message_limits
-from dinat.app.api.quoting import parse_integer, quote, shorten
+from dinat.app.api.parameters import parse_integer
+from dinat.app.api.quoting import quote, shorten
 from dinat.app.errors import BadRequest, TooLarge
-from dinat.app.images import decode_base64
 
 HEADER = "Inference-Header-Content-Length"
 DTYPES: Mapping[str, np.dtype[Any]] = {"FP32": np.dtype("<f4"), "UINT8": np.dtype("u1"), "INT64": np.dtype("<i8")}

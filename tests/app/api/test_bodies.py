@@ -20,8 +20,8 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from dinat.app import main
+from dinat.app.api.base64_images import decode_base64
 from dinat.app.api.json_limits import load_json, message_limits
-from dinat.app.images import decode_base64
 from tests.app.conftest import Service
 from tests.app.sample_images import encoded, noise
 
