@@ -8,7 +8,7 @@ from dinat.app.api.bodies import OPENAPI_BATCH_BODY, OPENAPI_BODY, read_one, rea
 from dinat.app.api.inference import infer, infer_one
 from dinat.app.api.parameters import OPENAPI_PARAMETERS, Parameters
 from dinat.app.api.problems import problem_fields
-from dinat.app.api.response_size import estimate, measure, reserve_response
+from dinat.app.api.response_size import estimate_size, measure_size, reserve_response
 from dinat.app.api.results import classification, json_fragments, json_response
 from dinat.app.api.schemas import PROBLEMS, BatchClassification, Classification
 from dinat.app.engine.engine import Engine
@@ -34,14 +34,14 @@ async def classify_body(request: Request, body: bytes | None = None) -> Response
     loaded = engine.loaded  # read once: engine.loaded raises as soon as the service drains
     image, parameters = await read_one(request, Parameters, body)
     options, encoding = parameters.options(loaded.config), parameters.feature_format
-    reserve_response(request, estimate(loaded, options.features, encoding, options.top_k))
+    reserve_response(request, estimate_size(loaded, options.features, encoding, options.top_k))
     result = await infer_one(request, image, options)
 
     def build() -> dict[str, Any]:
         body = {"model": engine.settings.served_name, **classification(result, loaded.config, encoding)}
         return body | {"request_id": request.state.request_id}
 
-    return await json_response(request, build, reserve_response(request, measure(result, encoding)))
+    return await json_response(request, build, reserve_response(request, measure_size(result, encoding)))
 
 
 @router.post(
@@ -59,7 +59,7 @@ async def classify_batch(request: Request) -> Response:
     loaded = engine.loaded
     images, parameters = await read_several(request, Parameters)
     options, encoding = parameters.options(loaded.config), parameters.feature_format
-    reserve_response(request, estimate(loaded, options.features, encoding, options.top_k, len(images)))
+    reserve_response(request, estimate_size(loaded, options.features, encoding, options.top_k, len(images)))
     valid = [image for image in images if isinstance(image, bytes)]
     inferred = iter(await infer(request, valid, options))
     results = [next(inferred) if isinstance(image, bytes) else image for image in images]
@@ -74,5 +74,5 @@ async def classify_batch(request: Request) -> Response:
         )
         return {"model": engine.settings.served_name, "results": json_fragments(bodies), "request_id": request_id}
 
-    size = sum(PROBLEM_BYTES if isinstance(result, ServiceError) else measure(result, encoding) for result in results)
+    size = sum(PROBLEM_BYTES if isinstance(result, ServiceError) else measure_size(result, encoding) for result in results)
     return await json_response(request, build, reserve_response(request, size))

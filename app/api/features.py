@@ -14,7 +14,7 @@ from dinat.app.api.inference import infer_one
 from dinat.app.api.negotiation import negotiate
 from dinat.app.api.parameters import DEADLINE_PARAMETER, FeatureParameters, openapi_parameters
 from dinat.app.api.quoting import shorten
-from dinat.app.api.response_size import Encoding, estimate, measure, reserve_response
+from dinat.app.api.response_size import Encoding, estimate_size, measure_size, reserve_response
 from dinat.app.api.results import ChunkedResponse, encode, features, json_response
 from dinat.app.api.schemas import PROBLEMS
 from dinat.app.engine.engine import Engine
@@ -83,9 +83,9 @@ async def extract(request: Request) -> Response:
     image, parameters = await read_one(request, FeatureParameters)
     options, dtype = parameters.options(loaded.config), parameters.feature_dtype
     encoding: Encoding = parameters.feature_format if media_type == JSON else "binary"
-    reserve_response(request, estimate(loaded, options.features, encoding, top_k=0))
+    reserve_response(request, estimate_size(loaded, options.features, encoding, top_k=0))
     result = await infer_one(request, image, options)
-    size = reserve_response(request, measure(result, encoding))
+    size = reserve_response(request, measure_size(result, encoding))
     if media_type != JSON:
         body = await encode(request, lambda: WRITERS[media_type](flatten_features(result, dtype)), size)
         return ChunkedResponse(body, media_type=media_type)

@@ -68,13 +68,13 @@ def feature_values(loaded: LoadedModel) -> dict[str, int] | None:
     return values | {f"hidden_states.{i}": values for i, values in enumerate(states)}
 
 
-def estimate(loaded: LoadedModel, names: Iterable[str], encoding: Encoding, top_k: int, images: int = 1) -> float:
+def estimate_size(loaded: LoadedModel, names: Iterable[str], encoding: Encoding, top_k: int, images: int = 1) -> float:
     """Estimate the bytes of predictions and feature maps. Feature maps whose size depends on the image count as 0."""
     known = feature_values(loaded) or {}
     return images * (top_k * PREDICTION_BYTES + sum(known.get(name, 0) for name in names) * BYTES_PER_VALUE[encoding])
 
 
-def measure(result: InferenceResult, encoding: Encoding) -> float:
+def measure_size(result: InferenceResult, encoding: Encoding) -> float:
     """Return the bytes that the predictions and feature maps of a result have at most once they are encoded."""
     arrays = [array for feature in result.features.values() for array in (feature if isinstance(feature, list) else [feature])]
     return len(result.class_ids) * PREDICTION_BYTES + sum(array.size for array in arrays) * BYTES_PER_VALUE[encoding]

@@ -14,7 +14,7 @@ from dinat.app.api.bodies import EXAMPLE_IMAGE, read_json
 from dinat.app.api.health import NOT_READY, plain_text_readiness
 from dinat.app.api.inference import infer_all
 from dinat.app.api.parameters import Parameters
-from dinat.app.api.response_size import estimate, measure, reserve_response
+from dinat.app.api.response_size import estimate_size, measure_size, reserve_response
 from dinat.app.api.results import classification, json_fragments, json_response
 from dinat.app.api.schemas import PROBLEMS
 from dinat.app.engine.engine import Engine
@@ -99,11 +99,11 @@ async def predict(request: Request) -> Response:
 
     images, parameters = await read_json(request, PredictRequest, convert)
     options, encoding = parameters.options(loaded.config), parameters.feature_format
-    reserve_response(request, estimate(loaded, options.features, encoding, options.top_k, len(images)))
+    reserve_response(request, estimate_size(loaded, options.features, encoding, options.top_k, len(images)))
     results = await infer_all(request, images, options, label="instance")
 
     def build() -> dict[str, Any]:
         return {"predictions": json_fragments(classification(result, loaded.config, encoding) for result in results)}
 
-    size = reserve_response(request, sum(measure(result, encoding) for result in results))
+    size = reserve_response(request, sum(measure_size(result, encoding) for result in results))
     return await json_response(request, build, size)
