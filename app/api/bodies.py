@@ -8,13 +8,13 @@ from typing import Any, TypeVar
 from fastapi import Request
 from pydantic import BaseModel, ValidationError
 
+from dinat.app.api.app_state import engine_of
 from dinat.app.api.base64_images import decode_base64
 from dinat.app.api.forms import FormItem, parse_multipart, parse_urlencoded
 from dinat.app.api.json_limits import is_json, load_json, message_limits
 from dinat.app.api.parameters import NamedValue, ParametersT, describe_errors, read_parameters
 from dinat.app.api.parse_thread import ParseThread
 from dinat.app.api.quoting import shorten
-from dinat.app.engine.engine import Engine
 from dinat.app.errors import BadRequest, NoImage, ServiceError, Unprocessable
 from dinat.app.image_file import SIGNATURES
 
@@ -96,7 +96,7 @@ async def parse_body(request: Request, body: bytes, parse: Callable[[], T]) -> T
         DeadlinePassed: The deadline passed before the thread was free.
         ServiceError: As raised by `parse`.
     """
-    engine: Engine = request.app.state.engine
+    engine = engine_of(request)
     thread: ParseThread = request.app.state.parse_thread
 
     def parse_in_time() -> T:
@@ -223,7 +223,7 @@ def _one_in_json(request: Request, body: bytes, model: type[ParametersT]) -> tup
         if is_given:
             found = f"image is {_JSON_NAMES[type(text)]}"
         elif other is not None:
-            found = f"it has {other}: see POST / and POST {_predict_route(request)}"
+            found = f"it has {other}: see POST / and POST {engine_of(request).settings.aip_predict_route}"
         else:
             found = f"fields: {shorten(', '.join(fields)) or 'none'}"
         raise NoImage(f'the JSON has no string field image ({found}): send {{"image": "<base64 or data: URL>"}}')
@@ -250,8 +250,7 @@ def _several_in_json(request: Request, body: bytes, model: type[ParametersT]) ->
     texts = fields.pop("images", None)
     if not isinstance(texts, list) or not texts:
         raise NoImage('the JSON has no list of images: send {"images": ["<base64 or data: URL>", ...]}')
-    engine: Engine = request.app.state.engine
-    engine.check_capacity(len(texts))
+    engine_of(request).check_capacity(len(texts))
     return [_decode_item(text) for text in texts], read_parameters(request, model, "the JSON", fields.items())
 
 
@@ -265,7 +264,7 @@ def _decode_item(text: object) -> bytes | ServiceError:
 
 
 def _multipart(request: Request, body: bytes) -> list[FormItem]:
-    return parse_multipart(body, request.headers["content-type"], request.app.state.engine.settings.queue_limit)
+    return parse_multipart(body, request.headers["content-type"], engine_of(request).settings.queue_limit)
 
 
 def _split_fields(items: Sequence[FormItem]) -> tuple[list[bytes | ServiceError], list[NamedValue]]:
@@ -291,11 +290,6 @@ def _decode_field(name: str, value: str) -> bytes | ServiceError:
         )
 
 
-def _predict_route(request: Request) -> str:
-    engine: Engine = request.app.state.engine
-    return engine.settings.aip_predict_route
-
-
 def _not_json(body: bytes, error: ValueError) -> str:
     """Say why a body is not JSON."""
     if body.startswith(SIGNATURES):
@@ -304,7 +298,7 @@ def _not_json(body: bytes, error: ValueError) -> str:
 
 
 def _load_json(request: Request, body: bytes) -> Any:
-    return load_json(body, message_limits(request.app.state.engine.settings.queue_limit))
+    return load_json(body, message_limits(engine_of(request).settings.queue_limit))
 
 
 def _json_object(request: Request, body: bytes) -> dict[str, Any]:

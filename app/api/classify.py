@@ -4,6 +4,7 @@ from typing import Any
 
 from fastapi import APIRouter, Request, Response
 
+from dinat.app.api.app_state import engine_of
 from dinat.app.api.bodies import OPENAPI_BATCH_BODY, OPENAPI_BODY, read_one, read_several
 from dinat.app.api.inference import infer, infer_one
 from dinat.app.api.parameters import OPENAPI_PARAMETERS, Parameters
@@ -11,7 +12,6 @@ from dinat.app.api.problems import problem_fields
 from dinat.app.api.response_size import estimate_size, measure_size, reserve_response
 from dinat.app.api.results import classification, json_fragments, json_response
 from dinat.app.api.schemas import PROBLEMS, BatchClassification, Classification
-from dinat.app.engine.engine import Engine
 from dinat.app.errors import ServiceError
 
 router = APIRouter(tags=["classify"], responses=PROBLEMS)
@@ -30,7 +30,7 @@ async def classify(request: Request) -> Response:
 
 async def classify_body(request: Request, body: bytes | None = None) -> Response:
     """Classify the image of a request, whose body may have been read."""
-    engine: Engine = request.app.state.engine
+    engine = engine_of(request)
     loaded = engine.loaded  # read once: engine.loaded raises as soon as the service drains
     image, parameters = await read_one(request, Parameters, body)
     options, encoding = parameters.options(loaded.config), parameters.feature_format
@@ -55,7 +55,7 @@ async def classify_batch(request: Request) -> Response:
     Results are in the order of the images. An image that cannot be classified has an error in its place and does not affect
     the others.
     """
-    engine: Engine = request.app.state.engine
+    engine = engine_of(request)
     loaded = engine.loaded
     images, parameters = await read_several(request, Parameters)
     options, encoding = parameters.options(loaded.config), parameters.feature_format

@@ -9,6 +9,7 @@ import numpy.typing as npt
 from fastapi import APIRouter, Request, Response
 from safetensors.numpy import save
 
+from dinat.app.api.app_state import engine_of
 from dinat.app.api.bodies import OPENAPI_BODY, read_one
 from dinat.app.api.inference import infer_one
 from dinat.app.api.negotiation import negotiate
@@ -17,7 +18,6 @@ from dinat.app.api.quoting import shorten
 from dinat.app.api.response_size import Encoding, estimate_size, measure_size, reserve_response
 from dinat.app.api.results import ChunkedResponse, encode, features, json_response
 from dinat.app.api.schemas import PROBLEMS
-from dinat.app.engine.engine import Engine
 from dinat.app.engine.runtimes.runtime import InferenceResult
 from dinat.app.errors import NotAcceptable, Unprocessable
 
@@ -77,7 +77,7 @@ async def extract(request: Request) -> Response:
 
     The `Accept` header selects the format: JSON, NumPy's .npy (one feature map) or .npz, or safetensors.
     """
-    engine: Engine = request.app.state.engine
+    engine = engine_of(request)
     loaded = engine.loaded
     media_type = _accepted_type(request)
     image, parameters = await read_one(request, FeatureParameters)

@@ -7,9 +7,9 @@ from fastapi import APIRouter, Request, Response
 from fastapi.responses import PlainTextResponse
 from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4
 
+from dinat.app.api.app_state import engine_of
 from dinat.app.api.schemas import PROBLEMS, Disabled, Health, ModelCard, Process
 from dinat.app.engine.backend import State
-from dinat.app.engine.engine import Engine
 
 router = APIRouter(tags=["health"])
 
@@ -20,17 +20,17 @@ _UNHEALTHY = {503: {"model": Health, "description": "Not ready or failed; detail
 @router.get("/health/ready", responses=_UNHEALTHY, response_model_exclude_none=True)  # type: ignore[arg-type]
 async def ready(request: Request, response: Response) -> Health:
     """Readiness: 200 if the service accepts requests."""
-    return _health(request, response, request.app.state.engine.state is State.READY)
+    return _health(request, response, engine_of(request).state is State.READY)
 
 
 @router.get("/health/live", responses=_UNHEALTHY, response_model_exclude_none=True)  # type: ignore[arg-type]
 async def live(request: Request, response: Response) -> Health:
     """Liveness: 503 if the engine has failed and the process must be restarted."""
-    return _health(request, response, request.app.state.engine.state is not State.FAILED)
+    return _health(request, response, engine_of(request).state is not State.FAILED)
 
 
 def _health(request: Request, response: Response, healthy: bool) -> Health:
-    engine: Engine = request.app.state.engine
+    engine = engine_of(request)
     response.status_code = HTTPStatus.OK if healthy else HTTPStatus.SERVICE_UNAVAILABLE
     response.headers["Cache-Control"] = "no-store"
     read_processes = request.app.state.processes
@@ -45,7 +45,7 @@ NOT_READY: dict[int | str, dict[str, Any]] = {
 
 def plain_text_readiness(request: Request) -> Response:
     """Return the readiness as plain text, with 200 or 503, for platforms that only read the status."""
-    engine: Engine = request.app.state.engine
+    engine = engine_of(request)
     status = HTTPStatus.OK if engine.state is State.READY else HTTPStatus.SERVICE_UNAVAILABLE
     return PlainTextResponse(engine.status_detail(), status)
 
@@ -53,7 +53,7 @@ def plain_text_readiness(request: Request) -> Response:
 @router.get("/model", responses={503: PROBLEMS[503]})
 async def model(request: Request) -> ModelCard:
     """Describe the active model: labels, configuration, preprocessing, runtime, device, precision and attention backends."""
-    engine: Engine = request.app.state.engine
+    engine = engine_of(request)
     loaded = engine.loaded
     config = loaded.config
     return ModelCard(
@@ -73,4 +73,4 @@ async def model(request: Request) -> ModelCard:
 @router.get("/metrics", response_class=PlainTextResponse)
 async def metrics(request: Request) -> Response:
     """Metrics in the Prometheus text format."""
-    return Response(request.app.state.engine.metrics.exposition(), media_type=CONTENT_TYPE_PLAIN_0_0_4)
+    return Response(engine_of(request).metrics.exposition(), media_type=CONTENT_TYPE_PLAIN_0_0_4)

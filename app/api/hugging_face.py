@@ -9,6 +9,7 @@ import numpy as np
 from fastapi import APIRouter, Request, Response
 from pydantic import BaseModel, ConfigDict, Field
 
+from dinat.app.api.app_state import engine_of
 from dinat.app.api.base64_images import decode_base64
 from dinat.app.api.bodies import (
     EXAMPLE_IMAGE,
@@ -26,7 +27,6 @@ from dinat.app.api.quoting import shorten
 from dinat.app.api.response_size import PREDICTION_BYTES, reserve_response
 from dinat.app.api.results import json_response
 from dinat.app.api.schemas import NOT_FOUND, PROBLEMS
-from dinat.app.engine.engine import Engine
 from dinat.app.engine.runtimes.runtime import LOGITS, Array, InferenceOptions, InferenceResult
 from dinat.app.errors import NotFound
 from dinat.model import DinatConfig
@@ -96,8 +96,7 @@ async def task(request: Request) -> Response:
 
 async def classify_task(request: Request, body: bytes) -> Response:
     """Classify the image of a request whose body has been read."""
-    engine: Engine = request.app.state.engine
-    config = engine.loaded.config
+    config = engine_of(request).loaded.config
     image, parameters = await _read(request, body)
     options = InferenceOptions(config.num_labels, frozenset({LOGITS} if parameters.function_to_apply else ()))
     size = reserve_response(request, min(parameters.top_k, config.num_labels) * PREDICTION_BYTES)
@@ -108,7 +107,7 @@ async def classify_task(request: Request, body: bytes) -> Response:
 @router.post("/models/{name:path}", openapi_extra={"parameters": _PARAMETERS, "requestBody": _BODY})
 async def task_of_model(request: Request, name: str) -> Response:
     """Classify an image with the model of this name, as POST /."""
-    served_name = request.app.state.engine.settings.served_name
+    served_name = engine_of(request).settings.served_name
     if name != served_name:
         raise NotFound(f"model {shorten(name)} is not found, this service has {served_name}")
     return await task(request)

@@ -7,8 +7,9 @@ from typing import Any, TypeVar
 from fastapi import Request
 from starlette.requests import ClientDisconnect
 
+from dinat.app.api.app_state import engine_of
 from dinat.app.api.parameters import read_deadline
-from dinat.app.engine.engine import Engine, ImageSource
+from dinat.app.engine.engine import ImageSource
 from dinat.app.engine.runtimes.runtime import InferenceOptions, InferenceResult
 from dinat.app.errors import ServiceError
 
@@ -39,7 +40,7 @@ async def infer(
         ClientDisconnect: The client has disconnected.
         ServiceError: The engine rejected the request.
     """
-    engine: Engine = request.app.state.engine
+    engine = engine_of(request)
     deadline_ms = read_deadline(request) if deadline_ms is None else deadline_ms
     results = await cancel_on_disconnect(request, engine.submit(images, options, deadline_ms, request.state.arrived))
     if len(results) == 1 and isinstance(results[0], InferenceResult):

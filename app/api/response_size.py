@@ -6,8 +6,8 @@ from typing import Literal
 
 from fastapi import Request
 
+from dinat.app.api.app_state import engine_of
 from dinat.app.api.budgets import Reservation
-from dinat.app.engine.engine import Engine
 from dinat.app.engine.runtimes.runtime import InferenceResult, LoadedModel
 from dinat.app.errors import TooLarge
 
@@ -40,7 +40,7 @@ def reserve_response(request: Request, size: float, advice: str = ADVICE) -> int
         TooLarge: The response would be larger than MAX_RESPONSE_BYTES.
         Unavailable: The responses in flight leave no memory for it.
     """
-    engine: Engine = request.app.state.engine
+    engine = engine_of(request)
     reservation: Reservation = request.state.response_bytes
     limit = engine.settings.max_response_bytes
     if size > limit:

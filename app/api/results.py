@@ -12,6 +12,7 @@ import orjson
 from fastapi import Request, Response
 from starlette.types import Receive, Scope, Send
 
+from dinat.app.api.app_state import engine_of
 from dinat.app.api.parameters import FeatureFormat
 from dinat.app.api.parse_thread import INLINE_BYTES
 from dinat.app.engine.runtimes.runtime import Array, InferenceResult
@@ -95,7 +96,7 @@ async def encode(request: Request, function: Callable[[], T], size: int) -> T:
 
 def _record_encode_time(request: Request, seconds: float) -> None:
     """Record the time of encoding, for the metrics and Server-Timing."""
-    request.app.state.engine.metrics.observe_part("encode", seconds)
+    engine_of(request).metrics.observe_part("encode", seconds)
     if hasattr(request.state, "seconds"):
         request.state.seconds["encode"] = seconds
 

@@ -9,6 +9,7 @@ from fastapi import APIRouter, Request, Response
 from fastapi.responses import PlainTextResponse
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from dinat.app.api.app_state import engine_of
 from dinat.app.api.base64_images import decode_base64
 from dinat.app.api.bodies import EXAMPLE_IMAGE, read_json
 from dinat.app.api.health import NOT_READY, plain_text_readiness
@@ -17,7 +18,6 @@ from dinat.app.api.parameters import Parameters
 from dinat.app.api.response_size import estimate_size, measure_size, reserve_response
 from dinat.app.api.results import classification, json_fragments, json_response
 from dinat.app.api.schemas import PROBLEMS
-from dinat.app.engine.engine import Engine
 from dinat.app.settings import Settings
 
 IMAGE_FIELDS = ("image_bytes", "bytes_inputs", "content", "image")
@@ -90,7 +90,7 @@ async def health(request: Request) -> Response:
 
 async def predict(request: Request) -> Response:
     """Classify the instances. Predictions are in order, as from /classify/batch; one invalid image fails the request."""
-    engine: Engine = request.app.state.engine
+    engine = engine_of(request)
     loaded = engine.loaded
 
     def convert(body: PredictRequest) -> tuple[list[bytes], Parameters]:

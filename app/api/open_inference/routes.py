@@ -11,6 +11,7 @@ from fastapi import APIRouter, Request, Response
 from fastapi.responses import JSONResponse
 from starlette.convertors import PathConvertor, register_url_convertor
 
+from dinat.app.api.app_state import engine_of
 from dinat.app.api.bodies import EXAMPLE_IMAGE, parse_body, read_body
 from dinat.app.api.inference import infer_all
 from dinat.app.api.open_inference.outputs import (
@@ -67,26 +68,26 @@ _UNHEALTHY: dict[int | str, dict[str, Any]] = {
 @router.get("/health/live", responses=_UNHEALTHY)
 async def live(request: Request) -> Response:
     """Liveness: 503 if the engine has failed."""
-    return _health(request, "live", _engine(request).state is not State.FAILED)
+    return _health(request, "live", engine_of(request).state is not State.FAILED)
 
 
 @router.get("/health/ready", responses=_UNHEALTHY)
 async def ready(request: Request) -> Response:
     """Readiness: 200 if the service accepts requests."""
-    return _health(request, "ready", _engine(request).state is State.READY)
+    return _health(request, "ready", engine_of(request).state is State.READY)
 
 
 @router.get("/models/{name:path}/ready", responses=_UNHEALTHY)
 async def model_ready(request: Request, name: str) -> Response:
     """Readiness of the model: 200 if it accepts requests."""
     _model_name(request, name)
-    return _health(request, "ready", _engine(request).state is State.READY, name=name)
+    return _health(request, "ready", engine_of(request).state is State.READY, name=name)
 
 
 @router.post("/repository/index")
 async def index(request: Request) -> list[dict[str, str]]:
     """List the models, of which there is one."""
-    engine = _engine(request)
+    engine = engine_of(request)
     state = "READY" if engine.state is State.READY else "UNAVAILABLE"
     return [{"name": engine.settings.served_name, "version": VERSION, "state": state, "reason": engine.status_detail()}]
 
@@ -146,7 +147,7 @@ _HEADER_PARAMETER: dict[str, Any] = {
 async def infer(request: Request, name: str) -> Response:
     """Classify images, sent as image files (`image`, BYTES), pixels (`pixel_values`, UINT8) or normalized values (FP32)."""
     name = _model_name(request, name)
-    engine = _engine(request)
+    engine = engine_of(request)
     loaded = engine.loaded
     body = await read_body(request)
 
@@ -200,7 +201,7 @@ register_url_convertor("model_name", _ModelName())
 async def metadata(request: Request, name: str) -> dict[str, Any]:
     """Model metadata: names, datatypes and shapes of inputs and outputs; -1 marks a variable dimension."""
     name = _model_name(request, name)
-    loaded = _engine(request).loaded
+    loaded = engine_of(request).loaded
     height, width = loaded.processor.output_size or (-1, -1)
     labels = loaded.config.num_labels
     return {
@@ -224,21 +225,16 @@ async def metadata(request: Request, name: str) -> dict[str, Any]:
     }
 
 
-def _engine(request: Request) -> Engine:
-    engine: Engine = request.app.state.engine
-    return engine
-
-
 def _health(request: Request, key: str, healthy: bool, **fields: str) -> Response:
     status = HTTPStatus.OK if healthy else HTTPStatus.SERVICE_UNAVAILABLE
-    error = {} if healthy else {"error": _engine(request).status_detail()}
+    error = {} if healthy else {"error": engine_of(request).status_detail()}
     return JSONResponse({key: healthy, **fields, **error}, status)
 
 
 def _model_name(request: Request, path: str) -> str:
     """Return the model name in a path that may end in a version. Raises NotFound if it is not that of the active model."""
     name, _, requested_version = path.partition("/versions/")
-    served_name = _engine(request).settings.served_name
+    served_name = engine_of(request).settings.served_name
     if name not in (served_name, served_name.rstrip("/").rpartition("/")[2]) or requested_version not in ("", VERSION):
         raise NotFound(f"model {shorten(path)} is not found, this service has {served_name}, version {VERSION}")
     return name
