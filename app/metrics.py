@@ -19,9 +19,11 @@ from dinat.app.engine.job import Job
 from dinat.app.engine.runtimes.runtime import InferenceResult, LoadedModel, Runtime
 
 SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30)
+BATCHES = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
+"""Buckets of durations, and of images per batch."""
+
 VERSION = version("dinat-serve")
 """Read once: each scrape would read the package's metadata from disk."""
-BATCHES = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
 
 
 @dataclass(frozen=True)
@@ -91,7 +93,6 @@ class Metrics:
             multiprocess_mode="mostrecent",
             registry=registry,
         )
-
         self._in_flight = Gauge(
             "dinat_in_flight_bytes",
             "Bytes that requests in progress hold above 64 KiB each: request_bodies and responses, each of which has a limit.",

@@ -103,7 +103,7 @@ class Engine(BackendEvents):
             Unavailable: The engine does not accept work now; the message says why.
         """
         if self.backend.loaded is None or not self._accepts_work:
-            raise Unavailable(self.status_detail(), headers={"Retry-After": "1"})
+            raise self._unavailable()
         return self.backend.loaded
 
     @property
@@ -114,6 +114,9 @@ class Engine(BackendEvents):
     @property
     def _accepts_work(self) -> bool:
         return self.backend.state is State.READY and not self._closed
+
+    def _unavailable(self) -> Unavailable:
+        return Unavailable(self.status_detail(), {"Retry-After": "1"})
 
     def status_detail(self) -> str:
         """One sentence about the state, for clients."""
@@ -169,7 +172,7 @@ class Engine(BackendEvents):
             TooLarge: `count` exceeds the queue limit.
         """
         if not self._accepts_work:
-            raise Unavailable(self.status_detail(), headers={"Retry-After": "1"})
+            raise self._unavailable()
         limit = self.settings.queue_limit
         if count > limit:
             raise TooLarge(
@@ -306,7 +309,7 @@ class Engine(BackendEvents):
         assert self._processes is not None and isinstance(file, ImageFile)
         try:
             if loaded is None:
-                raise Unavailable(self.status_detail(), headers={"Retry-After": "1"})
+                raise self._unavailable()
             job.pixels = await self._processes.decode(file, loaded.processor, self._draft(loaded.processor))
             job.source = b""
             await asyncio.get_running_loop().run_in_executor(self._decoders, self._put, job, started)

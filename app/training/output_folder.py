@@ -59,7 +59,7 @@ def find_previous(spec: TrainingSpec, split: DataSplit) -> Previous | None:
     assert recipe.epochs is not None
     epochs = spec.recipe.epochs or recipe.epochs
     kind = "a finished" if stored["finished"] else "an interrupted"
-    differences = replace_epochs(spec.recipe, requested).differences(requested)
+    differences = spec.recipe.model_copy(update={"epochs": requested.epochs}).differences(requested)
     if epochs < recipe.epochs:
         differences.insert(0, f"epochs is {epochs}, was {recipe.epochs}")
     current = _source(spec)
@@ -80,11 +80,6 @@ def find_previous(spec: TrainingSpec, split: DataSplit) -> Previous | None:
     before = _read_split(split_file, split)
     same, num_missing = _still_there(before, split, spec)
     return Previous(recipe.model_copy(update={"epochs": epochs}), same, num_missing, checkpoint)
-
-
-def replace_epochs(recipe: Recipe, other: Recipe) -> Recipe:
-    """Return a recipe with the number of epochs of another one."""
-    return recipe.model_copy(update={"epochs": other.epochs})
 
 
 def create(spec: TrainingSpec, recipe: Recipe, split: DataSplit) -> None:
