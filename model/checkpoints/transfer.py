@@ -57,36 +57,20 @@ def transfer(
         CheckpointError: The weights cannot be read.
     """
     old = checkpoint.config
-    if getattr(old, "problem_type", None) not in (None, "single_label_classification"):
+    if old.problem_type not in (None, "single_label_classification"):
         raise ConfigError(f"{checkpoint.source} is trained for {old.problem_type}, only single-label classifiers are supported")
+    config = _adapted_config(old, labels, size or _image_size(old), kernel_size or old.kernel_size, drop_path_rate)
     changes = []
-    old_size = getattr(old, "image_size", 224)
-    new_size, new_kernel = size or old_size, kernel_size or old.kernel_size
-    dilations = old.dilations
-    if (new_size, new_kernel) != (old_size, old.kernel_size):
-        dilations = [
-            [_dilation(d, old_size // stride // old.kernel_size, new_size // stride // new_kernel) for d in stage]
-            for stage, stride in zip(old.dilations, (4 * 2**i for i in range(len(old.depths))), strict=True)
-        ]
-    if new_size != old_size:
-        changes.append(f"images of {new_size} pixels (before: {old_size})")
-    if dilations != old.dilations:
-        changes.append(f"dilations {dilations} (before: {old.dilations})")
-    values = old.to_dict() | {
-        "kernel_size": new_kernel,
-        "dilations": dilations,
-        "image_size": new_size,
-        "id2label": dict(enumerate(labels)),
-        "label2id": {label: index for index, label in enumerate(labels)},
-    }
-    values |= {} if drop_path_rate is None else {"drop_path_rate": drop_path_rate}
-    config = DinatConfig.from_dict({name: value for name, value in values.items() if name != "num_labels"})
+    if _image_size(config) != _image_size(old):
+        changes.append(f"images of {_image_size(config)} pixels (before: {_image_size(old)})")
+    if config.dilations != old.dilations:
+        changes.append(f"dilations {config.dilations} (before: {old.dilations})")
     state_dict = checkpoint.state_dict()
-    if new_kernel != old.kernel_size:
+    if config.kernel_size != old.kernel_size:
         state_dict = {
-            key: _interpolate(value, new_kernel) if key.endswith(".rpb") else value for key, value in state_dict.items()
+            key: _interpolate(value, config.kernel_size) if key.endswith(".rpb") else value for key, value in state_dict.items()
         }
-        changes.append(f"kernel {new_kernel} (before: {old.kernel_size}): relative positional biases are interpolated")
+        changes.append(f"kernel {config.kernel_size} (before: {old.kernel_size}): relative positional biases are interpolated")
     old_rows = {label: row for row, label in old.id2label.items()}
     if all(key in state_dict for key in HEAD):
         existing = [label for label in labels if label in old_rows]
@@ -95,6 +79,33 @@ def transfer(
             changes.append(f"a head for {len(labels)} classes: {len(existing)} from the checkpoint{others}")
         state_dict |= _head(state_dict, [old_rows.get(label) for label in labels], old.initializer_range)
     return TransferResult(config, state_dict, changes)
+
+
+def _adapted_config(
+    old: DinatConfig, labels: Sequence[str], size: int, kernel_size: int, drop_path_rate: float | None
+) -> DinatConfig:
+    """Return a configuration with these labels, this image size and kernel size, and the dilations for them."""
+    old_size = _image_size(old)
+    dilations = old.dilations
+    if (size, kernel_size) != (old_size, old.kernel_size):
+        dilations = [
+            [_dilation(d, old_size // stride // old.kernel_size, size // stride // kernel_size) for d in stage]
+            for stage, stride in zip(old.dilations, (4 * 2**i for i in range(len(old.depths))), strict=True)
+        ]
+    values = old.to_dict() | {
+        "kernel_size": kernel_size,
+        "dilations": dilations,
+        "image_size": size,
+        "id2label": dict(enumerate(labels)),
+        "label2id": {label: index for index, label in enumerate(labels)},
+    }
+    values |= {} if drop_path_rate is None else {"drop_path_rate": drop_path_rate}
+    return DinatConfig.from_dict({name: value for name, value in values.items() if name != "num_labels"})
+
+
+def _image_size(config: DinatConfig) -> int:
+    """Return the side of the images in pixels; that of the published networks if the configuration has none."""
+    return getattr(config, "image_size", 224)
 
 
 def _dilation(old: int, old_limit: int, new_limit: int) -> int:
