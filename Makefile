@@ -90,7 +90,7 @@ soak: .venv/test
 chaos: .venv/test
 	$(PYTEST) -s -m chaos
 
-# The tests of the kernels with GCC's sanitizers in them: memory, and undefined behaviour. Each has caches of its own.
+# The tests of the kernels with GCC's sanitizers in them: memory, and undefined behavior. Each has caches of its own.
 SANITIZED := tests/model/native tests/model/cpu tests/model/test_as_a_module.py -m "not emulator and not slow" --timeout 600
 sanitize: .venv/test
 	cache=$$(mktemp -d) && XDG_CACHE_HOME=$$cache TMPDIR=$$cache CC="gcc -g -fsanitize=undefined -fno-sanitize-recover=all" \

@@ -61,7 +61,7 @@ def write_textures(folder: Path) -> None:
     rng = np.random.default_rng(SEED)
     for label, (name, area) in TEXTURES.items():
         with Image.open(Path(skimage.__file__).parent / "data" / name) as image:
-            pixels = image.convert("L").crop(area)  # in colour, the mean alone would identify the class
+            pixels = image.convert("L").crop(area)  # in color, the mean alone would identify the class
         border = int(pixels.width * 0.7)
         for part, count, left, right in (("train", 45, 0, border), ("val", 15, border, pixels.width)):
             for number in range(count):

@@ -246,7 +246,7 @@ def _check_format(output_fmt: str) -> None:
 
 
 def _check_feature_arguments(kwargs: dict[str, Any]) -> None:
-    """Remove arguments of features_only that change nothing here. Raises ValueError for those that cannot be honoured."""
+    """Remove arguments of features_only that change nothing here. Raises ValueError for those that cannot be honored."""
     stride = kwargs.pop("output_stride", 32)
     if stride != 32:
         raise ValueError(

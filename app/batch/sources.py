@@ -26,7 +26,7 @@ from dinat.app.plurals import plural
 TAR_SUFFIXES = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz")
 
 IMAGE_COLUMNS = ("image", "img", "picture", "jpg", "jpeg", "png", "webp", "bytes", "content", "image_bytes")
-"""Names of Parquet columns that are recognised as images, in order of preference."""
+"""Names of Parquet columns that are recognized as images, in order of preference."""
 
 BUFFER_BYTES = 4 * 2**20
 """Bytes of a Parquet column to read at once. A whole row group of images may exceed the memory."""
@@ -338,10 +338,10 @@ def _image_column(schema: pa.Schema) -> str:
     if not candidates:
         types = ", ".join(f"{field.name} ({field.type})" for field in schema)
         raise BatchError(f"no column holds encoded images, as binary or a struct with bytes: its columns are {types}")
-    recognised = [name for name in IMAGE_COLUMNS if name in candidates]
-    if len(candidates) != 1 and not recognised:
+    recognized = [name for name in IMAGE_COLUMNS if name in candidates]
+    if len(candidates) != 1 and not recognized:
         raise BatchError(f"the image column cannot be detected: set --column to one of {', '.join(candidates)}")
-    return recognised[0] if recognised else candidates[0]
+    return recognized[0] if recognized else candidates[0]
 
 
 def _image_data(value: Any) -> bytes | Callable[[], bytes] | None:

@@ -47,7 +47,7 @@ def evaluate(
         Preprocessing,
         typer.Option(
             help="checkpoint: the checkpoint's own; original: that of the published accuracies (resize the short side, then "
-            "centre crop)."
+            "center crop)."
         ),
     ] = "checkpoint",
     classes: Annotated[

@@ -31,7 +31,7 @@ QUIET_SECONDS = 0.25
 
 
 class _ForwardedHeaders(ProxyHeadersMiddleware):
-    """Adds X-Forwarded-Prefix to the headers of a trusted proxy that uvicorn honours, as the root path."""
+    """Adds X-Forwarded-Prefix to the headers of a trusted proxy that uvicorn honors, as the root path."""
 
     async def __call__(self, scope: Scope, receive: ASGIReceiveCallable, send: ASGISendCallable) -> None:
         if scope["type"] == "http" and scope["client"] and scope["client"][0] in self.trusted_hosts:

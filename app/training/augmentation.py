@@ -79,7 +79,7 @@ def random_box(size: tuple[int, int], min_area: float, rng: Random) -> tuple[int
 def trivial_augment(image: Image.Image, rng: Random) -> Image.Image:
     """Apply a random operation of TrivialAugment's wide set with a random strength (arXiv 2103.10158, table 2).
 
-    Pixels outside the image are grey.
+    Pixels outside the image are gray.
     """
     strength = rng.randrange(LEVELS) / (LEVELS - 1)
     signed = strength * rng.choice((-1, 1))
@@ -87,7 +87,7 @@ def trivial_augment(image: Image.Image, rng: Random) -> Image.Image:
     def affine(*matrix: float) -> Image.Image:
         width, height = image.size
         a, b, c, d, e, f = matrix
-        x, y = width / 2, height / 2  # the centre stays fixed
+        x, y = width / 2, height / 2  # the center stays fixed
         return image.transform(
             image.size,
             Image.Transform.AFFINE,
@@ -109,7 +109,7 @@ def trivial_augment(image: Image.Image, rng: Random) -> Image.Image:
             return image.rotate(135 * signed, Image.Resampling.BILINEAR, fillcolor=(128, 128, 128))
         case "brightness":
             return ImageEnhance.Brightness(image).enhance(1 + 0.99 * signed)
-        case "colour":
+        case "color":
             return ImageEnhance.Color(image).enhance(1 + 0.99 * signed)
         case "contrast":
             return ImageEnhance.Contrast(image).enhance(1 + 0.99 * signed)
@@ -134,7 +134,7 @@ OPERATIONS = (
     "translate y",
     "rotate",
     "brightness",
-    "colour",
+    "color",
     "contrast",
     "sharpness",
     "posterize",

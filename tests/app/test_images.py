@@ -65,7 +65,7 @@ def test_pipes_and_devices_are_not_read(tmp_path: Path) -> None:
 
 
 def test_only_first_frame_of_an_animation_is_decoded() -> None:
-    frames = [Image.new("RGB", (4, 4), colour) for colour in ("red", "blue")]
+    frames = [Image.new("RGB", (4, 4), color) for color in ("red", "blue")]
     animation = encoded(frames[0], "GIF", save_all=True, append_images=frames[1:])
     assert decode(animation, 100).getpixel((0, 0)) == (255, 0, 0)
 

@@ -77,15 +77,15 @@ def test_requests_sent_up_to_a_second_after_sigterm_are_answered(frontends: int)
         async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=64), trace_configs=[trace]) as session:
             clients = [asyncio.create_task(client_loop(session)) for _ in range(64)]
             await in_flight.wait()
-            signalled = time.monotonic()
+            signaled = time.monotonic()
             server.process.send_signal(signal.SIGTERM)
             await asyncio.gather(*clients)
-        return signalled
+        return signaled
 
     with Server(frontends=frontends) as server:
-        signalled = asyncio.run(load(server))
+        signaled = asyncio.run(load(server))
         assert server.wait() == 0
-    in_time = [outcome for at, outcome in sent if at < signalled + 0.95]  # later ones may arrive after the second
+    in_time = [outcome for at, outcome in sent if at < signaled + 0.95]  # later ones may arrive after the second
     assert len(in_time) > 200
     assert set(in_time) == {200}
-    assert any(signalled < at < math.inf for at, _ in sent)
+    assert any(signaled < at < math.inf for at, _ in sent)

@@ -39,7 +39,7 @@ def predict(network: DinatForImageClassification, images: list[Image.Image]) -> 
 def test_held_out_accuracy(network: DinatForImageClassification) -> None:
     training, _, held_out, labels = split()
     assert (len(training), len(held_out)) == (1437, 360)
-    assert np.mean(np.equal(predict(network, [upscaled_image(grey) for grey in held_out]), labels)) >= 0.985
+    assert np.mean(np.equal(predict(network, [upscaled_image(gray) for gray in held_out]), labels)) >= 0.985
 
 
 def test_example_images_are_classified_correctly(network: DinatForImageClassification) -> None:
@@ -67,7 +67,7 @@ def test_every_attention_backend_in_bf16_matches_float32(
     if attention != "tiled":
         pytest.importorskip(attention, reason=f"{attention} is not installed")
     half = DinatForImageClassification.from_pretrained("digits", attention=attention, dtype=torch.bfloat16)
-    images = [Image.fromarray(np.asarray(grey)) for grey in split()[2][:count]]
+    images = [Image.fromarray(np.asarray(gray)) for gray in split()[2][:count]]
     pixels = DinatImageProcessor.from_pretrained("digits")(images)
     with torch.inference_mode():
         expected, logits = network(pixels).logits, half.classify(pixels.bfloat16())[0]

@@ -78,7 +78,7 @@ def test_features_may_be_a_list_in_json(service: Service, seven: bytes) -> None:
         ({"params": {"topk": 1}}, ["unknown parameter topk", "did you mean top_k?"]),
         ({"params": {"TopK": 1}}, ["did you mean top_k?"]),
         ({"params": {"feature": "stage1"}}, ["did you mean features?"]),
-        ({"params": {"colour": "red"}}, ["unknown parameter colour, supported are features, feature_format, top_k"]),
+        ({"params": {"color": "red"}}, ["unknown parameter color, supported are features, feature_format, top_k"]),
         ({"params": [("top_k", 1), ("top_k", 2)]}, ["top_k occurs twice in the query"]),
         ({"params": {"top_k": 2}, "data": {"top_k": "3"}}, ["top_k is '2' in the query and '3' in the form"]),
         ({"data": {"top_k": ["2", "2"]}}, ["top_k occurs twice in the form"]),
@@ -549,9 +549,9 @@ def test_samples_without_defined_range_are_rejected(service: Service, image: Ima
 
 
 def test_16_bit_samples_are_scaled(service: Service, seven: bytes) -> None:
-    grey = np.asarray(Image.open(io.BytesIO(seven)).convert("L")).astype(np.uint16) * 257
+    gray = np.asarray(Image.open(io.BytesIO(seven)).convert("L")).astype(np.uint16) * 257
     for kind in ("PNG", "TIFF"):
-        assert label(service.client.post("/classify", content=encoded(Image.fromarray(grey), kind))) == "7"
+        assert label(service.client.post("/classify", content=encoded(Image.fromarray(gray), kind))) == "7"
 
 
 @pytest.mark.parametrize(

@@ -134,7 +134,7 @@ def statuses(data: bytes) -> list[int]:
 
 
 def wait_until(condition: Callable[[], bool], seconds: float = 10) -> None:
-    """Wait for a condition that another thread fulfils."""
+    """Wait for a condition that another thread fulfills."""
     end = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < end

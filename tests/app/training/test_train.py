@@ -327,11 +327,11 @@ def test_translation_distance() -> None:
 def test_targets_are_mixed_like_the_pixels(mixup: float, cutmix: float) -> None:
     labels = torch.tensor([0, 1, 2, 3])
     one_hot = soft_labels(labels, 4, 0)
-    colours = torch.eye(4)[:, :, None, None].expand(4, 4, 40, 40)  # a channel for each class
+    colors = torch.eye(4)[:, :, None, None].expand(4, 4, 40, 40)  # a channel for each class
     torch.manual_seed(0)
     changed = 0
     for _ in range(30):
-        pixels, targets = mix(colours, one_hot, mixup, cutmix)
+        pixels, targets = mix(colors, one_hot, mixup, cutmix)
         torch.testing.assert_close(pixels.mean((2, 3)), targets, atol=1e-5, rtol=0)
         torch.testing.assert_close(targets.sum(1), torch.ones(4))
         changed += bool((targets != one_hot).any())
