@@ -17,7 +17,7 @@ from dinat.model.attention import neighborhood_attention, neighborhood_attention
 from dinat.model.attention.tiled import padded_operator
 from dinat.model.checkpoints.pretrained import PreTrainedModel
 from dinat.model.config import DinatConfig
-from dinat.model.cpu.fast_layers import LayerNorm, fused_linear
+from dinat.model.cpu.fast_layers import LayerNorm, fused_linear, is_unmodified
 from dinat.model.errors import ConfigError, DinatError
 from dinat.model.fast_path import is_autocast, is_symbolic, is_transformed
 from dinat.model.field_rules import shown
@@ -268,11 +268,31 @@ class Layer(nn.Module):
         return x + self.drop_path(transformed), weights
 
 
-LAYER_MODULES: tuple[type[nn.Module], ...] = (
-    *(Layer, Attention, NeighborhoodSelfAttention, AttentionOutput, Intermediate, Output),
-    *(LayerNorm, nn.Linear, nn.Dropout, DropPath, nn.Identity),
-)
-"""Classes of all modules of an unmodified layer."""
+LAYER_MODULES: dict[str, tuple[type[nn.Module], ...]] = {
+    "layernorm_before": (LayerNorm,),
+    "attention": (Attention,),
+    "attention.self": (NeighborhoodSelfAttention,),
+    "attention.self.qkv": (nn.Linear,),
+    "attention.output": (AttentionOutput,),
+    "attention.output.dense": (nn.Linear,),
+    "attention.output.dropout": (nn.Dropout,),
+    "drop_path": (DropPath, nn.Identity),
+    "layernorm_after": (LayerNorm,),
+    "intermediate": (Intermediate,),
+    "intermediate.dense": (nn.Linear,),
+    "output": (Output,),
+    "output.dense": (nn.Linear,),
+    "output.dropout": (nn.Dropout,),
+}
+"""Classes of all modules of an unmodified layer, by name."""
+
+
+def has_unmodified_modules(layer: Layer) -> bool:
+    """Return whether a layer has the modules that it was created with, without hooks or a replaced forward."""
+    modules = {name: module for name, module in layer.named_modules(remove_duplicate=False) if name}
+    return modules.keys() == LAYER_MODULES.keys() and all(
+        is_unmodified(module, *LAYER_MODULES[name]) for name, module in modules.items()
+    )
 
 
 class Stage(nn.Module):

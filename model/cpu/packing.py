@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from dinat.model.attention import compiled, neighborhood_attention_with_weights
 from dinat.model.cpu.fast_layers import is_unmodified, pack_module, parameters_of
-from dinat.model.dinat import LAYER_MODULES, Layer
+from dinat.model.dinat import Layer, has_unmodified_modules
 from dinat.model.errors import DinatError
 from dinat.model.fast_path import check_packed_input
 from dinat.model.native import Library, library
@@ -41,15 +41,14 @@ def pack(network: Network) -> Network:
 
 def supports_layer(layer: Layer) -> bool:
     """Return whether the kernel for whole layers is available and supports this layer."""
-    attention = layer.attention.self
-    if attention.qkv is None or not _has_kernels(*layer.parameters()):
+    if not (is_unmodified(layer, Layer) and has_unmodified_modules(layer) and _has_kernels(*layer.parameters())):
         return False
+    attention = layer.attention.self
     if attention.backend not in ("auto", "compiled"):
         return False
     channels, hidden = layer.output.dense.out_features, layer.output.dense.in_features
     return (
-        all(is_unmodified(module, *LAYER_MODULES) for module in layer.modules())
-        and _has_plain_parameters(layer.layernorm_before)
+        _has_plain_parameters(layer.layernorm_before)
         and _has_plain_parameters(layer.layernorm_after)
         and layer.intermediate.activation is F.gelu
         and channels % PANEL == hidden % PANEL == 0

@@ -170,6 +170,17 @@ def test_nan_affects_only_its_neighborhood(dtype: torch.dtype) -> None:
     assert output[1].isfinite().all() and output[0, 4:].isfinite().all()  # tiles have four rows
 
 
+class ReplacedOutput(nn.Module):
+    """The second half of an MLP, with another name for its linear layer."""
+
+    def __init__(self, linear: nn.Module) -> None:
+        super().__init__()
+        self.linear = linear
+
+    def forward(self, x: Tensor, add: Tensor) -> Tensor:
+        return add + self.linear(x)
+
+
 def test_unsupported_layers_are_not_packed(dtype: torch.dtype) -> None:
     def with_hook(layer: Layer) -> Layer:
         layer.output.dense.register_forward_hook(lambda module, inputs, output: output * 2)
@@ -183,11 +194,16 @@ def test_unsupported_layers_are_not_packed(dtype: torch.dtype) -> None:
         layer.attention.self.backend = "tiled"
         return layer
 
+    def with_replaced_output(layer: Layer) -> Layer:
+        layer.output = ReplacedOutput(layer.output.dense)  # type: ignore[assignment]
+        return layer
+
     def random(**fields: Any) -> Layer:
         return random_layer(dtype, **fields)
 
     configured = random(hidden_act="relu"), random(mlp_ratio=0.75), random(kernel_size=15)
-    for layer in (*configured, with_hook(random()), with_split_qkv(random()), with_tiled_attention(random())):
+    changed = (change(random()) for change in (with_hook, with_split_qkv, with_tiled_attention, with_replaced_output))
+    for layer in (*configured, *changed):
         x = torch.randn(1, 13, 14, 64).to(dtype)
         expected = float64_output(layer, x)
         [packed] = pack(nn.ModuleList([layer]))

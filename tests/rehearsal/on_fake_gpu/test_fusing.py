@@ -1,15 +1,18 @@
 """Fused layers on the fake GPU: each candidate computes what Layer does, and none runs where a kernel may not compute."""
 
+import copy
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from dinat.model import DinatConfig
+from dinat.model import DinatConfig, DinatForImageClassification
 from dinat.model.dinat import Layer
 from dinat.model.gpu import fusing, steps
 from dinat.model.gpu.fusing import FusedLayer, fuse
+from dinat.model.neighborhoods import neighborhoods
 from tests.rehearsal.fake_gpu import devices
 from tests.rehearsal.fake_gpu.counts import counted
 
@@ -36,7 +39,7 @@ def layer(dtype: torch.dtype = torch.bfloat16, channels: int = 64, dilation: int
 
 
 def fused(original: Layer) -> FusedLayer:
-    (created,) = fuse(nn.ModuleList([original]))
+    created = fuse(fuse(original))  # the second time has no effect
     assert isinstance(created, FusedLayer)
     return created
 
@@ -96,23 +99,33 @@ def replace_module(module: FusedLayer) -> None:
     class Adapter(nn.Linear):
         pass
 
-    dense = module.layer.output.dense
-    module.layer.output.dense = Adapter(dense.in_features, dense.out_features).to(CUDA, torch.bfloat16)
+    dense = module.output.dense
+    module.output.dense = Adapter(dense.in_features, dense.out_features).to(CUDA, torch.bfloat16)
+
+
+class Adapted(nn.Module):
+    """Another module in place of an attention."""
+
+    def forward(self, x: Tensor, with_weights: bool, add: Tensor) -> tuple[Tensor, None]:
+        return x + add, None
 
 
 OBSERVED: dict[str, Callable[[FusedLayer], object]] = {
-    "a hook": lambda module: module.layer.output.dense.register_forward_hook(lambda *_: None),
+    "a hook": lambda module: module.output.dense.register_forward_hook(lambda *_: None),
     "a replaced module": replace_module,
-    "a replaced forward": lambda module: setattr(module.layer.layernorm_before, "forward", lambda x: x),
-    "another activation": lambda module: setattr(module.layer.intermediate, "activation", torch.relu),
-    "active dropout": lambda module: module.layer.output.dropout.train(),
-    "active stochastic depth": lambda module: module.layer.drop_path.train(),
-    "separate projections": lambda module: (module.layer.attention.self.split_qkv(), module.to(CUDA, torch.bfloat16)),
-    "weights of another dtype": lambda module: module.layer.output.float() and module.layer.output.bfloat16().dense.float(),
+    "a replaced attention": lambda module: setattr(module, "attention", Adapted()),
+    "a removed norm": lambda module: setattr(module, "layernorm_before", nn.Identity()),
+    "an additional module": lambda module: module.add_module("adapter", nn.Identity()),
+    "a replaced forward": lambda module: setattr(module.layernorm_before, "forward", lambda x: x),
+    "another activation": lambda module: setattr(module.intermediate, "activation", torch.relu),
+    "active dropout": lambda module: module.output.dropout.train(),
+    "active stochastic depth": lambda module: module.drop_path.train(),
+    "separate projections": lambda module: (module.attention.self.split_qkv(), module.to(CUDA, torch.bfloat16)),
+    "weights of another dtype": lambda module: module.output.float() and module.output.bfloat16().dense.float(),
     "weights that are not contiguous": lambda module: setattr(
-        module.layer.output.dense,
+        module.output.dense,
         "weight",
-        nn.Parameter(module.layer.output.dense.weight.t().contiguous().t(), requires_grad=False),
+        nn.Parameter(module.output.dense.weight.t().contiguous().t(), requires_grad=False),
     ),
 }
 
@@ -120,7 +133,7 @@ OBSERVED: dict[str, Callable[[FusedLayer], object]] = {
 @pytest.mark.parametrize("change", OBSERVED)
 def test_no_kernel_computes_a_changed_layer(change: str, monkeypatch: pytest.MonkeyPatch) -> None:
     module = fused_on_gpu()
-    assert fusing.can_fuse(module.layer, images())
+    assert fusing.can_fuse(module, images())
     OBSERVED[change](module)
     calls: list[Tensor] = []
     monkeypatch.setattr(Layer, "forward", lambda self, x, with_weights=False: calls.append(x) or (x, None))
@@ -139,22 +152,22 @@ MODES: dict[str, Callable[[], object]] = {
 @pytest.mark.parametrize("mode", MODES)
 def test_no_kernel_computes_while_operations_are_observed(mode: str) -> None:
     module, x = fused_on_gpu(), images()
-    assert fusing.can_fuse(module.layer, x)
+    assert fusing.can_fuse(module, x)
     with torch.inference_mode(False), torch.no_grad():
-        assert fusing.can_fuse(module.layer, x)
+        assert fusing.can_fuse(module, x)
         with MODES[mode]():  # type: ignore[attr-defined]
-            assert not fusing.can_fuse(module.layer, x)
+            assert not fusing.can_fuse(module, x)
 
 
 def test_functional_transforms_and_hooks_of_all_modules_are_observed(monkeypatch: pytest.MonkeyPatch) -> None:
     module, x = fused_on_gpu(), images()
     seen: list[bool] = []
-    torch.func.vmap(lambda _: seen.append(fusing.can_fuse(module.layer, x)) or torch.zeros(1))(torch.zeros(1))
+    torch.func.vmap(lambda _: seen.append(fusing.can_fuse(module, x)) or torch.zeros(1))(torch.zeros(1))
     handle = nn.modules.module.register_module_forward_hook(lambda *_: None)
-    seen.append(fusing.can_fuse(module.layer, x))
+    seen.append(fusing.can_fuse(module, x))
     handle.remove()
     monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
-    seen.append(fusing.can_fuse(module.layer, x))
+    seen.append(fusing.can_fuse(module, x))
     assert seen == [False] * 3
 
 
@@ -167,6 +180,17 @@ def test_other_devices_dtypes_and_attention_weights_take_the_layer(monkeypatch: 
     assert launches(fused_on_gpu(torch.float32), images(dtype=torch.float32)) == unfused
     monkeypatch.setattr(devices.PROPERTIES, "major", 7)
     assert launches(fused_on_gpu(), images()) == unfused
+
+
+def test_names_of_parameters_remain(tmp_path: Path) -> None:
+    original = DinatForImageClassification.from_pretrained("digits")
+    network = fuse(copy.deepcopy(original))
+    assert network.load_state_dict(original.state_dict())
+    network.save_pretrained(tmp_path)
+    saved = DinatForImageClassification.from_pretrained(tmp_path)
+    images = torch.randn(1, 3, 64, 64)
+    torch.testing.assert_close(saved(images).logits, original(images).logits)
+    assert len(neighborhoods(network, images, 0.5, 0.5)) == len(neighborhoods(original, images, 0.5, 0.5))
 
 
 def test_convolution_weights_are_laid_out_once() -> None:
