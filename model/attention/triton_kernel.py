@@ -220,13 +220,14 @@ def launch(
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     strides = [stride for x in (q, k, v) for stride in (x.stride(0), x.stride(2), x.stride(3))]
     (tiles, queries), keys = table.queries.shape, table.keys.shape[1]
-    attend[(tiles, heads, batch)](
-        q, k, v, bias, table.queries, table.keys, table.kinds, out,
-        *strides, bias.stride(0), 0 if bias.shape[1] == 1 else bias.stride(1), out.stride(0),
-        heads, scale,
-        **constants(q.dtype, head_dim, queries, keys, config),
-        num_warps=config.warps, num_stages=config.stages,
-    )  # fmt: skip
+    with torch.cuda.device_of(q):  # type: ignore[no-untyped-call]  # Triton launches on the current device
+        attend[(tiles, heads, batch)](
+            q, k, v, bias, table.queries, table.keys, table.kinds, out,
+            *strides, bias.stride(0), 0 if bias.shape[1] == 1 else bias.stride(1), out.stride(0),
+            heads, scale,
+            **constants(q.dtype, head_dim, queries, keys, config),
+            num_warps=config.warps, num_stages=config.stages,
+        )  # fmt: skip
     return out
 
 

@@ -175,10 +175,11 @@ def launch(
     rows = x.numel() // inputs
     out = torch.empty((*x.shape[:-1], outputs), dtype=x.dtype, device=x.device)
     norm_weight, norm_bias, eps = (None, None, 0.0) if norm is None else (norm.weight, norm.bias, norm.eps)
-    linear[(triton.cdiv(rows, config.rows) * triton.cdiv(outputs, config.columns), 1, 1)](
-        x, norm_weight, norm_bias, layer.weight, layer.bias, scale, add, out,
-        rows, inputs, outputs, eps,
-        **constants(x.dtype, inputs, is_gelu, config),
-        num_warps=config.warps, num_stages=config.stages,
-    )  # fmt: skip
+    with torch.cuda.device_of(x):  # type: ignore[no-untyped-call]  # Triton launches on the current device
+        linear[(triton.cdiv(rows, config.rows) * triton.cdiv(outputs, config.columns), 1, 1)](
+            x, norm_weight, norm_bias, layer.weight, layer.bias, scale, add, out,
+            rows, inputs, outputs, eps,
+            **constants(x.dtype, inputs, is_gelu, config),
+            num_warps=config.warps, num_stages=config.stages,
+        )  # fmt: skip
     return out

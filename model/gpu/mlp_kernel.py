@@ -134,10 +134,11 @@ def launch(x: Tensor, norm: nn.LayerNorm, up: nn.Linear, down: nn.Linear, scale:
     hidden, channels = up.weight.shape
     rows = x.numel() // channels
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    mlp[(triton.cdiv(rows, config.rows), 1, 1)](
-        x, norm.weight, norm.bias, up.weight, up.bias, down.weight, down.bias, scale, out,
-        rows, hidden, norm.eps,
-        **constants(x.dtype, channels, hidden, config),
-        num_warps=config.warps, num_stages=config.stages,
-    )  # fmt: skip
+    with torch.cuda.device_of(x):  # type: ignore[no-untyped-call]  # Triton launches on the current device
+        mlp[(triton.cdiv(rows, config.rows), 1, 1)](
+            x, norm.weight, norm.bias, up.weight, up.bias, down.weight, down.bias, scale, out,
+            rows, hidden, norm.eps,
+            **constants(x.dtype, channels, hidden, config),
+            num_warps=config.warps, num_stages=config.stages,
+        )  # fmt: skip
     return out

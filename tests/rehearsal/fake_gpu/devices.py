@@ -38,6 +38,14 @@ def set_current(device: Any) -> None:
     _thread.index = with_index(device).index
 
 
+def exchange_current(index: int) -> int:
+    """Set the calling thread's current device, and return the one before; -1 changes nothing, as in PyTorch."""
+    before = current() if index >= 0 else -1
+    if index >= 0:
+        set_current(index)
+    return before
+
+
 def with_index(device: Any) -> torch.device:
     """Convert a device, its name or its index to a torch.device; "cuda" and None become the current device."""
     device = torch.device("cuda", device) if isinstance(device, int) else torch.device("cuda" if device is None else device)

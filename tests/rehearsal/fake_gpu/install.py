@@ -20,6 +20,8 @@ CUDA_FUNCTIONS: dict[str, Any] = {
     "device_count": devices.count,
     "current_device": devices.current,
     "set_device": devices.set_current,
+    "_exchange_device": devices.exchange_current,
+    "_maybe_exchange_device": devices.exchange_current,
     "get_device_capability": lambda device=None: (PROPERTIES.major, PROPERTIES.minor),
     "get_device_name": lambda device=None: PROPERTIES.name,
     "get_device_properties": lambda device=None: PROPERTIES,

@@ -6,7 +6,12 @@ import torch
 
 from dinat.app.engine.runtimes.runtime import InferenceOptions
 from dinat.app.engine.runtimes.torch_runtime import TorchRuntime, resolve_devices
+from dinat.model import DinatConfig
+from dinat.model.attention import neighborhood_attention, run_candidate
 from dinat.model.checkpoints.checkpoint import open_checkpoint
+from dinat.model.dinat import Layer
+from dinat.model.gpu import pixels_kernel, steps
+from dinat.model.gpu.fusing import fuse
 from tests.rehearsal.fake_gpu import clocks, devices
 
 pytestmark = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="requires two GPUs")
@@ -34,10 +39,27 @@ def test_second_gpu_computes_while_the_first_is_current() -> None:
                 np.testing.assert_allclose(actual.scores, reference.scores, rtol=0, atol=1e-5)
 
 
-def test_fake_gpu_rejects_triton_launches_for_a_device_that_is_not_current() -> None:
-    with pytest.raises(ValueError, match="cannot be accessed from Triton"):
-        from dinat.model.attention.triton_kernel import launch
-
+def test_kernels_compute_on_the_device_of_their_input(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    qkv, rpb = torch.randn(3, 1, 7, 7, 1, 16), torch.randn(1, 5, 5)
+    layer = Layer(DinatConfig(kernel_size=3), 32, 1, 1, 0.0, "triton").eval().bfloat16()
+    x, pixels = torch.randn(1, 7, 7, 32).bfloat16(), torch.zeros(1, 4, 4, 3, dtype=torch.uint8)
+    with torch.inference_mode():
+        expected = run_candidate("tiled", *qkv, rpb, 3, 1, 0.25), layer(x)[0]
+        monkeypatch.setattr(steps, "select", lambda step: step.names[-1])
         torch.cuda.set_device(0)
-        launch(*torch.randn(3, 1, 7, 7, 1, 16, device="cuda:1"), None, 3, 1, 0.25)
+        second = torch.device("cuda", 1)
+        attended = neighborhood_attention(*qkv.to(second), rpb.to(second), 3, 1, 0.25, backend="triton")
+        torch.testing.assert_close(attended.cpu(), expected[0], rtol=0, atol=1e-5)
+        output = fuse(layer.to(second))(x.to(second))[0]
+        torch.testing.assert_close(output.cpu(), expected[1], rtol=0.02, atol=0.05)
+        table = torch.zeros(3, 256, device=second)
+        assert steps.normalize(pixels.to(second), table, torch.float32, lambda: pytest.fail("no kernel")).device == second
     assert devices.current() == 0
+
+
+def test_fake_gpu_rejects_triton_launches_for_a_device_that_is_not_current() -> None:
+    tensors = torch.zeros(3, dtype=torch.uint8), torch.zeros(3, 256), torch.zeros(3)
+    torch.cuda.set_device(0)
+    with pytest.raises(ValueError, match="cannot be accessed from Triton"):
+        pixels_kernel.look_up[(1, 1, 1)](*(x.to("cuda:1") for x in tensors), 3, BLOCK=16)
