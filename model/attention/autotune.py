@@ -68,7 +68,7 @@ class Step:
         fallbacks: Candidates used when all others are disabled; the last one is not checked, because it is the reference.
         run: Computes the step by a candidate's name, on the input that the candidates are timed with.
         relative_error: Returns a candidate's error against the reference.
-        weights: Identifies the weights that the error depends on.
+        weights: The weights that the error depends on, compared by identity.
     """
 
     key: Key
@@ -218,12 +218,12 @@ def autotuning(check: bool = True, file: Path | None = None) -> Iterator[None]:
             candidate is checked again.
     """
     global _session
-    _session = _Session(check, _read(file))
+    _session = session = _Session(check, _read(file))
     try:
         yield
         if file is not None:
             with suppress(OSError):  # without a file, the next process tunes again
-                _write(file)
+                _write(file, session.selected)
     finally:
         _session = None
 
@@ -234,11 +234,14 @@ class _Session:
 
     Attributes:
         stored: Selections from the file, by file_key.
-        errors: Relative error by step (of a batch larger than 1), identifier of its weights, and candidate.
+        selected: Selections made or checked, all of one device.
+        errors: Relative error by step (of a batch larger than 1), its weights, and candidate. The weights are held, so that
+            no others are created at their address.
     """
 
     check: bool
     stored: dict[str, Selection]
+    selected: dict[Key, Selection] = field(default_factory=dict)
     errors: dict[tuple[Key, Hashable, str], float] = field(default_factory=dict)
 
     def relative_error(self, step: Step, name: str) -> float:
@@ -276,7 +279,7 @@ def select_backend(
     def run(name: str) -> Tensor:
         return attend(name, q, k, v, rpb)
 
-    return select(Step(layer, names, FALLBACKS, run, check.relative_error, id(rpb)))
+    return select(Step(layer, names, FALLBACKS, run, check.relative_error, rpb))
 
 
 def is_autotuning() -> bool:
@@ -293,7 +296,7 @@ def select(step: Step) -> str:
     key = step.key
     selection = selections.get(key)
     if _session is not None:
-        selection = selections[key] = _autotune(_session, step, selection)
+        selection = selections[key] = _session.selected[key] = _autotune(_session, step, selection)
         _failed.update((key.device, key.kind, name) for name in selection.disabled)
     selection = selection or selections.get(with_batch(key, not key.is_single))
     if selection is not None:
@@ -370,12 +373,17 @@ class _ErrorCheck:
         """Return the norm of a candidate's error over the norm of the reference output; NaN if the candidate returns NaN."""
         layer = self._layer
         if self._expected is None:
-            shape = (2, layer.height, layer.width, 3, layer.heads, layer.head_dim)
-            self._qkv = torch.randn(shape, device=layer.device).to(layer.dtype)
+            shape = (layer.height, layer.width, 3, layer.heads, layer.head_dim)
+            self._qkv = random_images(shape, layer.dtype, torch.device(layer.device))
             self._expected = float64_reference(self._qkv, self._rpb, layer.kernel_size, layer.dilation, layer.scale)
         q, k, v = self._qkv.unbind(3)
         output = self._attend(name, q, k, v, self._rpb)
         return float((output.double() - self._expected).norm() / self._expected.norm())
+
+
+def random_images(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Return two images for the comparison of candidates: the same in each call, without the global generator."""
+    return torch.randn(2, *shape, generator=torch.Generator(device).manual_seed(0), device=device).to(dtype)
 
 
 def float64_reference(qkv: Tensor, rpb: Tensor | None, kernel_size: int, dilation: int, scale: float) -> Tensor:
@@ -399,7 +407,7 @@ def float64_reference(qkv: Tensor, rpb: Tensor | None, kernel_size: int, dilatio
     return torch.cat(heads, dim=3)
 
 
-def reason(error: Exception) -> str:
+def reason(error: BaseException) -> str:
     """Return an exception's type and message in one line of at most 200 characters."""
     return " ".join(f"{type(error).__name__}: {error}".split())[:200]
 
@@ -447,14 +455,14 @@ def _read(file: Path | None) -> dict[str, Selection]:
     """Return the stored selections by file_key; none if the file does not exist or cannot be read."""
     try:
         rows = json.loads(file.read_text()) if file is not None else {}
-        return {str(key): Selection(**row) for key, row in rows.items()}
-    except (OSError, ValueError, TypeError, AttributeError):
+        return {str(key): Selection(row["backend"], dict(row["seconds"]), dict(row["errors"])) for key, row in rows.items()}
+    except (OSError, ValueError, LookupError, TypeError, AttributeError):
         return {}
 
 
-def _write(file: Path) -> None:
-    """Add the selections to a file atomically. Those with disabled candidates are not stored: the cause may be temporary."""
-    rows = _read(file) | {file_key(key): selection for key, selection in selections.items() if not selection.disabled}
+def _write(file: Path, selected: dict[Key, Selection]) -> None:
+    """Add selections to a file atomically. Those with disabled candidates are not stored: the cause may be temporary."""
+    rows = _read(file) | {file_key(key): selection for key, selection in selected.items() if not selection.disabled}
     file.parent.mkdir(parents=True, exist_ok=True)
     temporary = file.with_suffix(f".{time.monotonic_ns()}")
     temporary.write_text(json.dumps({key: asdict(selection) for key, selection in rows.items()}, indent=1))

@@ -84,7 +84,7 @@ class Linear:
             [DEFINITION],
             lambda name: self.by(name, x, add),
             lambda name: self.relative_error(name, _example(x), None if add is None else _example(add)),
-            id(self.layer.weight),
+            self.layer.weight,
         )
         return self.by(select(step), x, add)
 
@@ -151,7 +151,7 @@ class Mlp:
             [TWO_STEPS],
             lambda name: self.by(name, x),
             lambda name: self.relative_error(name, _example(x)),
-            id(self.up.weight),
+            self.up.weight,
         )
         return self.by(select(step), x)
 
@@ -206,11 +206,11 @@ def normalize(pixels: Tensor, table: Tensor, dtype: torch.dtype, definition: Cal
         return relative_error(run(name), definition().double())
 
     key = StepKey.of(PIXELS, pixels, (3, 3), dtype)
-    return run(select(Step(key, [DEFINITION, "look-up"], [DEFINITION], run, error, id(table))))
+    return run(select(Step(key, [DEFINITION, "look-up"], [DEFINITION], run, error, table)))
 
 
 def relative_error(output: Tensor, exact: Tensor, add: Tensor | None = None) -> float:
-    """Return the norm of an output's error over that of the exact result.
+    """Return the norm of an output's error over that of the exact result; 0 if both are zeros.
 
     Args:
         output: Output of a candidate.
@@ -219,14 +219,14 @@ def relative_error(output: Tensor, exact: Tensor, add: Tensor | None = None) -> 
             is a sixth of the error that autotune allows.
     """
     if add is None:
-        return float((output.double() - exact).norm() / exact.norm())
+        return float((output.double() - exact).norm() / exact.norm().clamp_min(torch.finfo(torch.float64).tiny))
     total = exact + add.double()
     return float((output.double() - total).norm() / (exact.norm() + 0.5 * total.norm()))
 
 
 def _example(x: Tensor) -> Tensor:
     """Return random input for the comparison of candidates: two images of the shape of x (B, H, W, channels)."""
-    return torch.randn(2, *x.shape[1:], device=x.device).to(x.dtype)
+    return autotune.random_images(x.shape[1:], x.dtype, x.device)
 
 
 def _has_kernels(x: Tensor) -> bool:

@@ -1,5 +1,6 @@
 """Selection of a backend by error and time, on any machine."""
 
+import json
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -137,12 +138,22 @@ def test_stored_selection_that_fails_its_check_is_replaced(tmp_path: Path) -> No
     assert tune("incorrect", "tiled", file=file).backend == "tiled"
 
 
-@pytest.mark.parametrize("content", ["", "[]", '{"x": 1}', '{"x": {"unknown": 1}}'])
+NULL_TIMES = json.dumps({autotune.file_key(LAYER): {"backend": "tiled", "seconds": None, "errors": {}, "disabled": None}})
+
+
+@pytest.mark.parametrize("content", ["", "[]", '{"x": 1}', '{"x": {"unknown": 1}}', NULL_TIMES])
 def test_unreadable_file_is_ignored_and_replaced(content: str, tmp_path: Path) -> None:
     file = tmp_path / "selections.json"
     file.write_text(content)
     assert tune("tiled", file=file).backend == "tiled"
     assert autotune._read(file).keys() == {autotune.file_key(LAYER)}
+
+
+def test_only_selections_of_this_session_are_written(tmp_path: Path) -> None:
+    """Others may be of another GPU model, which has its own file."""
+    autotune.selections[LayerKey.of(Q, 7, 3, 1.0)] = Selection("tiled")
+    tune("tiled", file=tmp_path / "selections.json")
+    assert autotune._read(tmp_path / "selections.json").keys() == {autotune.file_key(LAYER)}
 
 
 def test_file_that_cannot_be_written_is_ignored(tmp_path: Path) -> None:
@@ -176,6 +187,21 @@ def test_every_layer_of_a_shape_checks_the_selection_with_its_own_bias_table() -
         assert select_backend(layer, ["imprecise"], attend_with_error, Q, K, V, large) == "tiled"
         assert select_backend(layer, ["imprecise"], attend_with_error, Q, K, V, small) == "tiled"
     assert "relative error 0.0001 exceeds" in autotune.selections[layer].disabled["imprecise"]
+
+
+def test_weights_created_later_are_checked_too() -> None:
+    """Weights that were freed would leave their address to those created next."""
+    layer = LayerKey.of(Q, 7, 1, 1.0)
+    with autotuning():
+        for factor in (1.0, 100.0):
+            selected = select_backend(layer, ["imprecise"], attend_with_error, Q, K, V, torch.full((1, 13, 13), factor))
+    assert selected == "tiled"
+
+
+def test_selection_does_not_change_the_global_random_generator() -> None:
+    before = torch.get_rng_state()
+    tune("reference", "tiled")
+    assert torch.equal(torch.get_rng_state(), before)
 
 
 def test_batches_of_one_have_their_own_selection() -> None:

@@ -155,6 +155,15 @@ def test_nan_stays_nan_in_its_row(step: str) -> None:
     assert not output[:, [0, 1, 3, 4]].isnan().any()
 
 
+def test_zero_weights_have_no_error() -> None:
+    x = torch.randn(2, 5, 1, 16).half()
+    step = Linear(nn.Linear(16, 16, bias=False).half(), random_norm(16, torch.float16), is_gelu=True)
+    step.layer.weight.zero_()
+    output = linear_kernel.launch(x, step.norm, step.layer, True, None, None, linear_kernel.CONFIGS[0])
+    assert relative_error(output, step.exact(x)) == 0
+    assert relative_error(output + 1, step.exact(x)) > 1
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("size", [(1, 1, 1), (2, 33, 35)])
 def test_pixels_match_the_definition(size: tuple[int, int, int], dtype: torch.dtype) -> None:

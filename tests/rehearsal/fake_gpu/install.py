@@ -72,6 +72,13 @@ def _register_device_guard() -> None:
     registry[1] = registry[0]  # the CPU's guard, which does nothing
 
 
+class Generator(torch.Generator):
+    """torch.Generator for a GPU too, which the CPU build does not support."""
+
+    def __new__(cls, device: Any = "cpu") -> "Generator":
+        return super().__new__(cls, "cpu")
+
+
 def _patch_torch() -> None:
     torch_to, torch_tensor, torch_grad = torch.Tensor.to, torch.tensor, torch.autograd.grad
 
@@ -90,6 +97,7 @@ def _patch_torch() -> None:
 
     torch.Tensor.to, torch.tensor, torch.autograd.grad, torch.empty = to, tensor, grad, tensors.empty  # type: ignore
     torch.Tensor.cuda = lambda self, device=None, **_: self.to(with_index(device))  # type: ignore
+    torch.Generator = Generator  # type: ignore[misc]
     torch.compile = lambda call=None, **_: call if call is not None else lambda call: call  # type: ignore
     torch.__future__.set_overwrite_module_params_on_conversion(True)
     torch.version.cuda = "13.0"
