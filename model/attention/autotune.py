@@ -305,6 +305,16 @@ def select(step: Step) -> str:
     return next(enabled, step.fallbacks[-1])
 
 
+def forget_disabled(device: str) -> None:
+    """Forget what was disabled on a device, and the selections among the rest, after a batch that did not fit into memory.
+
+    Candidates that ran out of memory may support a smaller batch.
+    """
+    for key in [key for key, selection in selections.items() if key.device == device and selection.disabled]:
+        del selections[key]
+    _failed.difference_update([entry for entry in _failed if entry[0] == device])
+
+
 def with_batch(key: Any, is_single: bool) -> Key:
     """Return the key of the same step for a batch of one image, or of several."""
     changed: Key = replace(key, is_single=is_single)

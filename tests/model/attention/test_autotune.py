@@ -204,6 +204,16 @@ def test_selection_does_not_change_the_global_random_generator() -> None:
     assert torch.equal(torch.get_rng_state(), before)
 
 
+def test_disabled_candidates_are_tried_again_after_they_are_forgotten() -> None:
+    assert tune("absent", "tiled").disabled.keys() == {"absent"}
+    autotune.selections[LayerKey.of(Q, 7, 3, 1.0)] = Selection("tiled")
+    autotune.forget_disabled("cuda:0")
+    assert len(autotune.selections) == 2
+    autotune.forget_disabled("cpu")
+    assert list(autotune.selections) == [LayerKey.of(Q, 7, 3, 1.0)]
+    assert select_backend(LAYER, ["absent"], attend, Q, K, V, None) == "absent"
+
+
 def test_batches_of_one_have_their_own_selection() -> None:
     single, several = (LayerKey.of(Q.expand(count, *Q.shape[1:]), 7, 1, 1.0, has_rpb=False) for count in (1, 2))
     autotune.selections[several] = Selection("tiled")

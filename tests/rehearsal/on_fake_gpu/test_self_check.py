@@ -16,6 +16,7 @@ from torch import Tensor
 from dinat.app.engine.runtimes.torch_runtime import PRECISIONS, TorchRuntime
 from dinat.model import DinatForImageClassification, attention
 from dinat.model.attention import autotune
+from dinat.model.checkpoints.checkpoint import open_checkpoint
 from dinat.model.gpu import linear_kernel, mlp_kernel, pixels_kernel, steps
 from tests.app.conftest import DIGITS, Service, running
 from tests.rehearsal.fake_gpu import clocks
@@ -204,6 +205,48 @@ def test_batch_that_does_not_fit_into_memory_is_halved(monkeypatch: pytest.Monke
 
     monkeypatch.setattr(TorchRuntime, "_compute", limited)
     assert disabled(serve(max_batch=8)) == {"batches over 2": "out of memory on cuda:0"}
+
+
+def corrupt_large_batches(monkeypatch: pytest.MonkeyPatch, kernel: Any, corrupt: Callable[[Tensor], Tensor]) -> None:
+    """Apply `corrupt` to a kernel's output for batches over 2, the size with which candidates are compared."""
+    launch = kernel.launch
+
+    def corrupted(x: Tensor, *args: Any) -> Tensor:
+        return corrupt(launch(x, *args)) if x.shape[0] > 2 else launch(x, *args)
+
+    monkeypatch.setattr(kernel, "launch", corrupted)
+
+
+def warmed(max_batch: int) -> TorchRuntime:
+    runtime = TorchRuntime(open_checkpoint("digits"), torch.device("cuda", 0), "bf16", "tiled")
+    runtime.warm(max_batch)
+    return runtime
+
+
+def test_kernels_that_require_a_smaller_batch_are_used_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    def out_of_memory(x: Tensor) -> Any:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    compute = TorchRuntime._compute
+    monkeypatch.setattr(TorchRuntime, "_compute", lambda self, x: out_of_memory(x) if x.shape[0] > 2 else compute(self, x))
+    for kernel in (linear_kernel, mlp_kernel):
+        corrupt_large_batches(monkeypatch, kernel, out_of_memory)
+    assert [entry.name for entry in warmed(4).disabled] == ["batches over 2"]
+
+
+def test_kernels_that_are_wrong_only_for_large_batches_are_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(steps, "select", lambda step: step.names[-1])
+    corrupt_large_batches(monkeypatch, linear_kernel, lambda y: y.flip(1))
+    runtime = warmed(4)
+    assert runtime.precision == "fp32"
+    assert [entry.name for entry in runtime.disabled] == ["precision bf16"]
+
+
+def test_backend_that_is_wrong_only_for_single_images_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    corrupt_backends(monkeypatch, ["tiled"], lambda y: y.flip(1) if y.shape[0] == 1 else y)
+    report = serve(precision="fp32", attention="tiled")
+    assert report[0]["device"] == "cpu"
+    assert "against float32 on the CPU" in disabled(report)["device cuda:0"]
 
 
 def test_nothing_is_compared_without_the_self_check(tmp_path: Path) -> None:
