@@ -3,18 +3,21 @@
     python -m benchmarks.first_contact [--results FILE] [--seconds 540] [--parts NAME ...]
 
 Requires torch and Triton, and the last part pytest and hypothesis. Each part runs in a process of its own that is
-killed at its deadline. A result is one line of JSON, appended to FILE (benchmarks/results/first-contact.jsonl by
-default) as it comes: after a crash, a hang or a kill, the results so far are there. The exit status is 1 if a part
-failed.
+killed at its deadline, with those that it started. A result is one line of JSON, printed and appended to FILE
+(benchmarks/results/first-contact.jsonl by default) as it comes: after a crash, a hang or a kill, the results so far are
+there. The exit status is 1 if a part failed.
 """
 
 import argparse
 import json
+import os
 import shutil
+import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +28,7 @@ from torch import nn
 from benchmarks import gpu
 from dinat.app import doctor
 from dinat.app.engine.runtimes.cuda_graphs import CapturedComputation
-from dinat.app.engine.runtimes.runtime import InferenceOptions, examples
+from dinat.app.engine.runtimes.runtime import DeviceLost, InferenceOptions, examples
 from dinat.app.engine.runtimes.torch_runtime import TorchRuntime
 from dinat.model import DinatConfig, DinatForImageClassification, DinatImageProcessor
 from dinat.model.attention import neighborhood_attention, run_candidate
@@ -143,7 +146,9 @@ def core() -> Iterator[Row]:
         count = runtime.warm(4)
         disabled = [[entry.name, entry.reason] for entry in runtime.disabled]
         row: Row = {"precision": runtime.precision, "attention": runtime.attention(), "disabled": disabled}
-        yield row | {"warm s": time.monotonic() - started}
+        yield (
+            row | {"warm s": time.monotonic() - started} | ({"failed": "the self-check disabled something"} if disabled else {})
+        )
         pixels, options = examples(runtime.processor, count), [InferenceOptions(10)] * count
         scores = [
             np.stack([one.scores[np.argsort(one.class_ids)] for one in each.run(pixels, options)]) for each in (runtime, cpu)
@@ -241,7 +246,7 @@ def run_part(name: str, results: Path) -> bool:
             for row in PARTS[name][0]():
                 write(results, {"part": name} | row)
                 passed &= "failed" not in row
-    except Exception as failure:
+    except (Exception, DeviceLost) as failure:
         write(results, {"part": name, "failed": reason(failure)})
         return False
     return passed
@@ -257,20 +262,35 @@ def run_parts(names: list[str], results: Path, seconds: float) -> bool:
         command = [sys.executable, *sys.orig_argv[1 : -len(sys.argv) + 1 or None], "--part", name, "--results", str(results)]
         status: int | str = "no time left"
         if limit > 0:
-            try:
-                status = subprocess.run(command, timeout=limit, check=False).returncode
-            except subprocess.TimeoutExpired:
-                status = f"killed at its deadline of {limit:.0f} s"
+            status = run_until(command, limit)
         write(results, {"part": name, "status": status, "seconds": time.monotonic() - started})
         passed &= status == 0
     return passed
 
 
+def run_until(command: list[str], limit: float) -> int | str:
+    """Run a command; after `limit` seconds, kill it and what it started. Return its exit status, or that it was killed."""
+    process = subprocess.Popen(command, start_new_session=True)
+    try:
+        return process.wait(limit)
+    except subprocess.TimeoutExpired:
+        return f"killed at its deadline of {limit:.0f} s"
+    finally:
+        if process.returncode is None:
+            os.killpg(process.pid, signal.SIGKILL)
+            with suppress(subprocess.TimeoutExpired):  # a process ends only when the driver returns
+                process.wait(10)
+
+
 def write(results: Path, row: Row) -> None:
+    """Print a result, and append it to a file. A full disk does not stop the other parts."""
     line = json.dumps(row, default=str)
-    with results.open("a") as file:
-        file.write(line + "\n")
     print(line, flush=True)
+    try:
+        with results.open("a") as file:
+            file.write(line + "\n")
+    except OSError as error:
+        print(f"{results}: {error}", file=sys.stderr)
 
 
 def main() -> int:
@@ -282,6 +302,8 @@ def main() -> int:
     arguments = parser.parse_args()
     if not torch.cuda.is_available():  # pragma: no cover
         parser.error("PyTorch finds no CUDA GPU: run this where nvidia-smi lists one")
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # ends the part that is running
+    arguments.results.parent.mkdir(parents=True, exist_ok=True)
     if arguments.part:
         return 0 if run_part(arguments.part, arguments.results) else 1
     return 0 if run_parts(arguments.parts, arguments.results, arguments.seconds) else 1

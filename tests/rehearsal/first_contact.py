@@ -39,7 +39,7 @@ def main() -> int:
         doctor.BATCH["cuda"] = 2
         if "kernels" in sys.argv:
             attention.BACKENDS["natten"] = natten_without_float32
-        if "fused" in sys.argv:
+        if {"fused", "core"} & set(sys.argv):
             mlp_kernel.launch = raises
         without_values = {"networks", "profiler", "attention"} & set(sys.argv) if "--part" in sys.argv else set()
         with clocks.single_host_thread():
