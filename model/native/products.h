@@ -10,8 +10,9 @@
 
 /* STEP_ROWS: most rows of one step of a product, two AMX tiles.  VECTOR_ROWS: rows of a step by vectors, or one more if one
  * would remain, as of 7 x 7: their 26 sums, two weights and one input fit the 32 registers.  TOGETHER: fewer rows are computed
- * in whole groups of this size. */
-enum { STEP_ROWS = 32, VECTOR_ROWS = 12, TOGETHER = 4 };
+ * in whole groups of this size.  RESIDENT_WORDS: weights, 16 KiB, that stay in the L1 cache (32 or 48 KiB) with the inputs and
+ * sums of GROUP_STEPS steps by vectors. */
+enum { STEP_ROWS = 32, VECTOR_ROWS = 12, TOGETHER = 4, RESIDENT_WORDS = 4096, GROUP_STEPS = 8 };
 
 /* weight: panels of PANEL outputs; in each, blocks of PANEL inputs; in each, two parts of 16 outputs. A row of a part, 64
  * bytes, is a word (32 bits) of each of 16 outputs: one float32, or inputs 2i and 2i + 1 as a pair of bfloat16. With pairs, a
@@ -87,15 +88,27 @@ static ALWAYS_INLINE void finish(const step *s, int64_t begin, int64_t end, cons
     }
 }
 
-/* Sum the products of `rows` rows and a panel of weights, by vectors. x: the rows in their first panel, as words.  inner:
- * number of panels of x.  lines: cache lines of the next panel of weights to prefetch for each block, from line `line` on. */
-static ALWAYS_INLINE void sum_products(const uint32_t *x, int64_t panel_words, const uint32_t *weight, int64_t inner,
-                                       int64_t line, int64_t lines, floats (*sums)[2], const int rows, const int is_half) {
+/* A part of a panel of weights for a step by vectors.  words: its weights, of `blocks` blocks of PANEL inputs.  next: what to
+ * prefetch of the next panel, `lines` cache lines for each block. */
+typedef struct {
+    const uint32_t *words, *next;
+    int64_t blocks, lines;
+    int is_first; /* whether the sums of the step start from zero */
+} weights;
+
+/* Add the products of `rows` rows and a part of a panel to the sums, by vectors. x: the rows in the part's first panel of inputs,
+ * as words. */
+static ALWAYS_INLINE void add_rows(const uint32_t *x, int64_t panel_words, const weights *w, floats (*sums)[2], const int rows,
+                                   const int is_half) {
     const int words_per_row = is_half ? PANEL / 2 : PANEL, part = words_per_row * LANES;
+    const uint32_t *weight = w->words, *next = w->next;
     floats s[VECTOR_ROWS + 1][2] = {{{0}}};
-    for (int64_t k = 0; k < inner; k++, x += panel_words, weight += 2 * part) {
-        const uint32_t *next = weight + (inner * 2 * words_per_row + line) * LANES;
-        for (int64_t i = 0; i < lines; i++) _mm_prefetch(next + i * LANES, _MM_HINT_T1);
+    if (!w->is_first)
+#pragma GCC unroll 13
+        for (int row = 0; row < rows; row++) memcpy(s[row], sums[row], sizeof s[row]);
+    for (int64_t k = 0; k < w->blocks; k++, x += panel_words, weight += 2 * part, next += 2 * part) {
+        for (int64_t i = 0; i < w->lines; i++) _mm_prefetch(next + i * LANES, _MM_HINT_T1);
+#pragma GCC unroll 4
         for (int i = 0; i < words_per_row; i++) {
             const floats left = load(weight, i * LANES, 0), right = load(weight, part + i * LANES, 0);
 #pragma GCC unroll 13
@@ -117,35 +130,42 @@ static ALWAYS_INLINE void sum_products(const uint32_t *x, int64_t panel_words, c
     for (int row = 0; row < rows; row++) memcpy(sums[row], s[row], sizeof s[row]);
 }
 
-/* Compute the columns of a product that belong to one of `parts` parts, by vectors. x: panels of rows, a multiple of TOGETHER,
- * of which `rows` are valid. */
+static ALWAYS_INLINE void add_step(const uint32_t *x, int64_t panel_words, const weights *w, step *now, const int is_half) {
+    if (now->count > VECTOR_ROWS)
+        add_rows(x, panel_words, w, now->sums, VECTOR_ROWS + 1, is_half);
+    else if (now->count > 2 * TOGETHER)
+        add_rows(x, panel_words, w, now->sums, VECTOR_ROWS, is_half);
+    else if (now->count > TOGETHER)
+        add_rows(x, panel_words, w, now->sums, 2 * TOGETHER, is_half);
+    else
+        add_rows(x, panel_words, w, now->sums, TOGETHER, is_half);
+}
+
+/* Compute the columns of a product that belong to one of `parts` parts, by vectors. A part of a panel of weights stays in the L1
+ * cache for a group of steps. x: panels of rows, a multiple of TOGETHER, of which `rows` are valid. */
 static ALWAYS_INLINE void multiply_by_vectors(matrix x, const linear *w, matrix add, matrix out, int64_t rows, int64_t part,
                                               int64_t parts, const epilogue after, const int is_half) {
-    const int words_per_row = is_half ? PANEL / 2 : PANEL;
-    const int64_t panels = w->outputs / PANEL, inner = w->inputs / PANEL;
-    const int64_t groups = rows > 1 ? (rows + VECTOR_ROWS - 2) / VECTOR_ROWS : 1;
-    const int64_t lines = (2 * words_per_row + groups - 1) / groups; /* to prefetch per step */
-    const int64_t panel_words = x.panel_stride * words_per_row / PANEL;
-    step now;
+    const int words_per_row = is_half ? PANEL / 2 : PANEL, block = 2 * words_per_row * LANES;
+    const int64_t panels = w->outputs / PANEL, inner = w->inputs / PANEL, panel_words = x.panel_stride * words_per_row / PANEL;
+    const int64_t steps = rows > 1 ? (rows + VECTOR_ROWS - 2) / VECTOR_ROWS : 1;
+    const int64_t lines = (2 * words_per_row + steps - 1) / steps; /* to prefetch per step */
+    const int64_t most = steps > 1 ? RESIDENT_WORDS / block : inner;
+    step group[GROUP_STEPS];
     for (int64_t panel = panels * part / parts; panel < panels * (part + 1) / parts; panel++)
-        for (int64_t row = 0; row < rows; row += now.count) {
-            const int64_t rest = rows - row, most = rest == VECTOR_ROWS + 1 ? rest : VECTOR_ROWS;
-            const uint32_t *from = (const uint32_t *)x.data + row * words_per_row;
-            const uint32_t *weight = (const uint32_t *)w->weight + panel * inner * 2 * words_per_row * LANES;
-            const int64_t line = row / VECTOR_ROWS * lines;
-            now.row = row;
-            now.column = panel * PANEL;
-            now.count = rest < most ? rest : most;
-            if (now.count > VECTOR_ROWS)
-                sum_products(from, panel_words, weight, inner, line, lines, now.sums, VECTOR_ROWS + 1, is_half);
-            else if (now.count > 2 * TOGETHER)
-                sum_products(from, panel_words, weight, inner, line, lines, now.sums, VECTOR_ROWS, is_half);
-            else if (now.count > TOGETHER)
-                sum_products(from, panel_words, weight, inner, line, lines, now.sums, 2 * TOGETHER, is_half);
-            else
-                sum_products(from, panel_words, weight, inner, line, lines, now.sums, TOGETHER, is_half);
-            finish(&now, 0, now.count, w->bias, add, out, after, is_half);
-        }
+        for (int64_t first = 0; first < steps; first += GROUP_STEPS)
+            for (int64_t k = 0; k < inner; k += most)
+                for (int64_t i = first; i < steps && i < first + GROUP_STEPS; i++) {
+                    const uint32_t *words = (const uint32_t *)w->weight + (panel * inner + k) * block;
+                    const uint32_t *next = words + inner * block + i * lines * LANES;
+                    const int64_t blocks = inner - k < most ? inner - k : most;
+                    step *now = &group[i - first];
+                    now->row = i * VECTOR_ROWS;
+                    now->column = panel * PANEL;
+                    now->count = i < steps - 1 ? VECTOR_ROWS : rows - now->row;
+                    add_step((const uint32_t *)x.data + k * panel_words + now->row * words_per_row, panel_words,
+                             &(weights){words, next, blocks, lines, k == 0}, now, is_half);
+                    if (k + blocks == inner) finish(now, 0, now->count, w->bias, add, out, after, is_half);
+                }
 }
 
 #ifdef __AMX_BF16__
