@@ -283,14 +283,14 @@ def run_until(command: list[str], limit: float) -> int | str:
 
 
 def write(results: Path, row: Row) -> None:
-    """Print a result, and append it to a file. A full disk does not stop the other parts."""
+    """Append a result to a file, and print it. A full disk does not stop the other parts."""
     line = json.dumps(row, default=str)
-    print(line, flush=True)
     try:
         with results.open("a") as file:
             file.write(line + "\n")
     except OSError as error:
         print(f"{results}: {error}", file=sys.stderr)
+    print(line, flush=True)
 
 
 def main() -> int:
