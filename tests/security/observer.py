@@ -49,12 +49,18 @@ class Observation:
 
 
 def resident_memory(pid: int) -> int:
-    """Resident memory of a process and its children, in bytes; shared pages count once for each process."""
+    """Resident memory of a process and its children, in bytes; shared pages count once for each process.
+
+    A child that has just been started shares all memory of its parent (vfork) until it runs its program: it does not count.
+    """
     total = 0
     try:
         parent = psutil.Process(pid)
-        for process in (parent, *parent.children(recursive=True)):
-            total += process.memory_info().rss
+        own = parent.memory_info()
+        total = own.rss
+        for process in parent.children(recursive=True):
+            memory = process.memory_info()
+            total += memory.rss if memory.vms != own.vms else 0
     except psutil.NoSuchProcess:
         pass
     return total
