@@ -186,11 +186,13 @@ def openapi_parameters(model: type[BaseModel]) -> list[dict[str, Any]]:
     ]
 
 
-DEADLINE_PARAMETER: dict[str, Any] = {
-    "name": DEADLINE,
-    "in": "header",
-    "required": False,
-    "description": "maximum time in milliseconds to wait for the answer, capped by the service's own limit",
-    "schema": {"type": "integer", "minimum": 1},
-}
+def openapi_header(name: str, description: str, minimum: int) -> dict[str, Any]:
+    """Describe an optional header with an integer for OpenAPI."""
+    schema = {"type": "integer", "minimum": minimum}
+    return {"name": name, "in": "header", "required": False, "description": description, "schema": schema}
+
+
+DEADLINE_PARAMETER = openapi_header(
+    DEADLINE, "maximum time in milliseconds to wait for the answer, capped by the service's own limit", minimum=1
+)
 OPENAPI_PARAMETERS = [*openapi_parameters(Parameters), DEADLINE_PARAMETER]

@@ -32,7 +32,7 @@ from dinat.app.api.open_inference.tensors import (
     parse_object,
     parse_request,
 )
-from dinat.app.api.parameters import DEADLINE_PARAMETER, read_deadline
+from dinat.app.api.parameters import DEADLINE_PARAMETER, openapi_header, read_deadline
 from dinat.app.api.quoting import quote, shorten
 from dinat.app.api.response_size import reserve_response
 from dinat.app.api.results import ChunkedResponse, encode
@@ -131,13 +131,7 @@ _BODY: dict[str, Any] = {
 }
 
 
-_HEADER_PARAMETER: dict[str, Any] = {
-    "name": HEADER,
-    "in": "header",
-    "required": False,
-    "description": "length of the JSON in bytes, if a binary tensor follows it",
-    "schema": {"type": "integer", "minimum": 0},
-}
+_HEADER_PARAMETER = openapi_header(HEADER, "length of the JSON in bytes, if a binary tensor follows it", minimum=0)
 
 
 @router.post(
