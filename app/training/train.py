@@ -119,7 +119,8 @@ def train(
         trainer.train(resume_from_checkpoint=str(resumed) if resumed else None)
         seconds = time.perf_counter() - start
         images_seen = (len(trainer.history.epochs) - epochs_before) * len(split.train)
-        saved = trainer.history.epochs[trainer.history.best if recipe.keep == "best" else -1]
+        saved = trainer.history.saved(recipe.keep)
+        assert saved is not None
         fitted = trainer.accuracy(_plain_dataset(_sample(split.train), split.classes, processor, spec.max_pixels))
         result = TrainingResult(recipe, split, trainer.history, saved, seconds, images_seen / seconds, fitted)
         if is_main:

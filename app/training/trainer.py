@@ -87,6 +87,12 @@ class History:
             self.best = len(self.epochs) - 1
         return is_best
 
+    def saved(self, keep: str) -> Epoch | None:
+        """Return the epoch whose network is saved, by the recipe's `keep`; None before the first."""
+        if not self.epochs:
+            return None
+        return self.epochs[self.best if keep == "best" else -1]
+
 
 class DinatTrainer(Trainer):
     """Trains by a recipe. Raises DivergedError, before anything of that epoch is saved.
@@ -218,8 +224,8 @@ class DinatTrainer(Trainer):
         return metrics
 
     def _describe_divergence(self, epoch: Epoch) -> str:
-        saved = (self.history.best if self.recipe.keep == "best" else -1) if self.history.epochs else None
-        what = "no network is saved" if saved is None else f"the network of epoch {self.history.epochs[saved].epoch} is saved"
+        saved = self.history.saved(self.recipe.keep)
+        what = "no network is saved" if saved is None else f"the network of epoch {saved.epoch} is saved"
         return (
             f"the training diverged, the validation loss of epoch {epoch.epoch} is {epoch.loss}, and {what}: use another "
             "folder with a lower --learning-rate"
