@@ -41,6 +41,7 @@ from dinat.app.threads import limit_threads
 from dinat.model import DinatConfig, DinatForImageClassification, DinatImageProcessor, attention, native
 from dinat.model.attention import autotune
 from dinat.model.checkpoints.checkpoint import open_checkpoint
+from dinat.model.config import image_size
 from dinat.model.cpu.features import has_bf16
 
 PACKAGES = ("dinat-serve", "torch", "triton", "natten", "openvino", "onnxruntime", "transformers", "pillow", "numpy")
@@ -265,7 +266,7 @@ def save_random_network(preset: str, folder: Path) -> DinatImageProcessor:
     config = DinatConfig.preset(preset)
     torch.manual_seed(0)
     DinatForImageClassification(config).save_pretrained(folder)
-    processor = DinatImageProcessor(size=getattr(config, "image_size", 224), resample=3)
+    processor = DinatImageProcessor(size=image_size(config), resample=3)
     processor.save_pretrained(folder)
     return processor
 

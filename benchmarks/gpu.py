@@ -29,6 +29,7 @@ import torch
 from dinat.model import DinatConfig, DinatError, DinatForImageClassification
 from dinat.model.attention import autotune, bias_cache, run_candidate
 from dinat.model.attention.autotune import candidates, float64_reference
+from dinat.model.config import image_size
 from dinat.model.gpu.fusing import fuse
 
 CUDA = torch.device("cuda")
@@ -119,7 +120,7 @@ def network_rows(presets: Sequence[str], batches: Sequence[int]) -> list[dict[st
     rows = []
     for preset in presets:
         config = DinatConfig.preset(preset)
-        side = getattr(config, "image_size", 224)
+        side = image_size(config)
         for attention in ("auto", "reference", "tiled", "triton", "natten"):
             row = {"network": preset, "attention": attention}
             try:

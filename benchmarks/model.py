@@ -28,6 +28,7 @@ from PIL import Image
 from benchmarks.timing import matrix_product, matrix_product_flops, median_seconds, report
 from dinat.app.server.heap import keep_freed_memory
 from dinat.model import DinatConfig, DinatForImageClassification, DinatImageProcessor
+from dinat.model.config import image_size
 from dinat.model.cpu.packing import pack
 from dinat.model.export import quantize
 
@@ -80,7 +81,7 @@ def load(implementation: str, folder: Path) -> Forward:
 def save(preset: str, folder: Path, int8: bool) -> None:
     torch.manual_seed(0)
     config = DinatConfig.preset(preset)
-    network, size = DinatForImageClassification(config).eval(), getattr(config, "image_size", 224)
+    network, size = DinatForImageClassification(config).eval(), image_size(config)
     processor = DinatImageProcessor(size=size, resample=3)
     network.save_pretrained(folder)
     processor.save_pretrained(folder)

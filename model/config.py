@@ -22,6 +22,11 @@ DEFAULT_DEPTHS = (3, 4, 6, 5)
 DEFAULT_DILATIONS = [[1, 8, 1], [1, 4, 1, 4], [1, 2, 1, 2, 1, 2], [1, 1, 1, 1, 1]]
 
 
+def image_size(config: "DinatConfig") -> int:
+    """Return the side of a network's images in pixels: the configuration's image_size, or that of the published networks."""
+    return getattr(config, "image_size", 224)
+
+
 def without_dilation(fields: Mapping[str, Any]) -> list[list[int]]:
     """Return the dilations of a NAT with these configuration fields: 1 for each layer of its depths."""
     return [[1] * depth for depth in fields.get("depths", DEFAULT_DEPTHS)]

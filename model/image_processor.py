@@ -128,6 +128,7 @@ class DinatImageProcessor:
         """
         from dinat.model.checkpoints.checkpoint import Checkpoint, open_checkpoint
         from dinat.model.checkpoints.files import PROCESSOR, find_files
+        from dinat.model.config import image_size
 
         if not isinstance(source, Checkpoint):
             values = find_files(source, **options).read_json(PROCESSOR)
@@ -136,8 +137,7 @@ class DinatImageProcessor:
             source = open_checkpoint(source, **options)
         if source.processor is not None:
             return cls.from_dict(source.processor)
-        size = getattr(source.config, "image_size", 224)
-        return cls(size=size, resample=3, image_mean=_IMAGENET_MEAN, image_std=_IMAGENET_STD)
+        return cls(size=image_size(source.config), resample=3, image_mean=_IMAGENET_MEAN, image_std=_IMAGENET_STD)
 
     def to_dict(self) -> dict[str, Any]:
         """Return the contents of preprocessor_config.json, readable by transformers."""

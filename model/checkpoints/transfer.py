@@ -9,7 +9,7 @@ from torch import Tensor
 
 from dinat.model.checkpoints.checkpoint import Checkpoint
 from dinat.model.checkpoints.files import StateDict
-from dinat.model.config import DinatConfig
+from dinat.model.config import DinatConfig, image_size
 from dinat.model.errors import ConfigError
 
 HEAD = ("classifier.weight", "classifier.bias")
@@ -59,10 +59,10 @@ def transfer(
     old = checkpoint.config
     if old.problem_type not in (None, "single_label_classification"):
         raise ConfigError(f"{checkpoint.source} is trained for {old.problem_type}, only single-label classifiers are supported")
-    config = _adapted_config(old, labels, size or _image_size(old), kernel_size or old.kernel_size, drop_path_rate)
+    config = _adapted_config(old, labels, size or image_size(old), kernel_size or old.kernel_size, drop_path_rate)
     changes = []
-    if _image_size(config) != _image_size(old):
-        changes.append(f"images of {_image_size(config)} pixels (before: {_image_size(old)})")
+    if image_size(config) != image_size(old):
+        changes.append(f"images of {image_size(config)} pixels (before: {image_size(old)})")
     if config.dilations != old.dilations:
         changes.append(f"dilations {config.dilations} (before: {old.dilations})")
     state_dict = checkpoint.state_dict()
@@ -85,7 +85,7 @@ def _adapted_config(
     old: DinatConfig, labels: Sequence[str], size: int, kernel_size: int, drop_path_rate: float | None
 ) -> DinatConfig:
     """Return a configuration with these labels, this image size and kernel size, and the dilations for them."""
-    old_size = _image_size(old)
+    old_size = image_size(old)
     dilations = old.dilations
     if (size, kernel_size) != (old_size, old.kernel_size):
         dilations = [
@@ -101,11 +101,6 @@ def _adapted_config(
     }
     values |= {} if drop_path_rate is None else {"drop_path_rate": drop_path_rate}
     return DinatConfig.from_dict({name: value for name, value in values.items() if name != "num_labels"})
-
-
-def _image_size(config: DinatConfig) -> int:
-    """Return the side of the images in pixels; that of the published networks if the configuration has none."""
-    return getattr(config, "image_size", 224)
 
 
 def _dilation(old: int, old_limit: int, new_limit: int) -> int:
