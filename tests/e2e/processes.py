@@ -156,3 +156,8 @@ class Server:
             if ready and self.url:
                 self._ready.set()
         self._ready.set()
+
+
+def check_log(server: Server) -> None:
+    """Check that the log of a stopped server has JSON only, and no warning or error."""
+    assert not [event for event in server.events if event.get("level") != "info"]

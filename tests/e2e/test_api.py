@@ -6,7 +6,7 @@ from pathlib import Path
 import httpx
 import pytest
 
-from tests.e2e.processes import Server, operations, successful_operations
+from tests.e2e.processes import Server, check_log, operations, successful_operations
 
 SECONDS = 120
 
@@ -26,6 +26,6 @@ def test_schemathesis_finds_no_failure() -> None:
         done = subprocess.run(command, check=False)
         assert server.stop() == 0
     assert done.returncode == 0
-    assert not [event for event in server.events if event.get("level") != "info"]
+    check_log(server)
     missing = described - successful_operations(server.events)
     assert not missing, f"only errors from {missing}"

@@ -27,7 +27,7 @@ from dinat.app.errors import ServiceError
 from dinat.app.images import decode, formats
 from tests.app.sample_images import encoded, noise
 from tests.app.tiffs import tiff
-from tests.e2e.processes import DIGITS, Server, operations, successful_operations
+from tests.e2e.processes import DIGITS, Server, check_log, operations, successful_operations
 
 IMAGES = 200_000
 REQUESTS = IMAGES // 10
@@ -362,11 +362,6 @@ def test_mutated_requests_never_get_500() -> None:
         assert server.stop() == 0
     assert not described - successful_operations(server.events)
     check_log(server)
-
-
-def check_log(server: Server) -> None:
-    """Check that the log of a stopped server has JSON only, and no warning or error."""
-    assert not [event for event in server.events if event.get("level") != "info"]
 
 
 FIELDS = [
