@@ -130,7 +130,7 @@ def thread_times() -> tuple[float, float]:
         try:
             with open(THREADS / thread / "schedstat") as file:
                 times = file.read().split()
-        except FileNotFoundError:  # it has just ended
+        except (FileNotFoundError, ProcessLookupError):  # it ended before the file was opened, or read
             continue
         computed, waited = computed + int(times[0]), waited + int(times[1])
     return computed / 1e9, waited / 1e9

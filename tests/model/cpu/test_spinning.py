@@ -4,7 +4,9 @@ import ctypes
 import json
 import subprocess
 import sys
+import threading
 from pathlib import Path
+from typing import TextIO
 
 import psutil
 import pytest
@@ -112,6 +114,25 @@ def test_nothing_is_started_where_no_thread_can_be(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr("threading.Thread.start", start)
     state._decide(state._computed + 1, state._waited + 1)
     assert not state.is_short
+
+
+def test_thread_that_ends_while_its_times_are_read_is_skipped(monkeypatch: pytest.MonkeyPatch) -> None:
+    can_end = threading.Event()
+    thread = threading.Thread(target=can_end.wait)
+    thread.start()
+
+    def open_until_the_thread_ends(path: Path) -> TextIO:
+        file = open(path)  # noqa: SIM115  # closed by thread_times
+        if path.parent.name == str(thread.native_id):
+            can_end.set()
+            thread.join()
+            while path.exists():  # the kernel ends it a little later
+                pass
+        return file
+
+    monkeypatch.setattr(spinning, "open", open_until_the_thread_ends, raising=False)
+    assert thread_times() > (0, 0)
+    assert can_end.is_set()
 
 
 def test_times_of_threads_grow() -> None:
