@@ -113,14 +113,17 @@ class RequestMiddleware:
         if scope["method"] == "GET":  # or HEAD, see _Exchange; a body has no meaning, and none is read
             await self._app(scope, receive, exchange.send)
             return
-        settings = self._engine.settings
-        limited = exchange.body = LimitedBody(receive, scope, headers.get(b"content-length", b"0"), settings, reservation)
+        with self._engine.in_flight():
+            await self._app(scope, self._limited_body(exchange, receive, reservation), exchange.send)
+
+    def _limited_body(self, exchange: "_Exchange", receive: Receive, reservation: Reservation) -> Receive:
+        settings, headers = self._engine.settings, exchange.headers
+        length = headers.get(b"content-length", b"0")
+        limited = exchange.body = LimitedBody(receive, exchange.scope, length, settings, reservation)
         encoding = headers.get(b"content-encoding", b"").decode("latin-1").strip().lower()
         if encoding in ("", "identity"):
-            await self._app(scope, limited, exchange.send)
-        else:
-            body = DecompressedBody(limited, encoding, settings.max_upload_bytes, reservation)
-            await self._app(scope, body, exchange.send)
+            return limited
+        return DecompressedBody(limited, encoding, settings.max_upload_bytes, reservation)
 
     def _endpoint(self, path: str) -> str | None:
         return next((endpoint for pattern, endpoint in self._endpoints if pattern.match(path)), None)
@@ -137,6 +140,7 @@ class RequestMiddleware:
 
     def _capacity_error(self, arrived: float) -> ServiceError | None:
         try:
+            self._engine.check_accepted(arrived)
             self._engine.check_capacity()
         except Unavailable as error:
             return error

@@ -1,10 +1,11 @@
 """The inference engine: the one interface through which endpoints and commands classify images."""
 
 import asyncio
+import contextlib
 import math
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -74,8 +75,7 @@ class Engine(BackendEvents):
         self.metrics.add_engine(settings.served_name, lambda: self.backend.waiting, lambda: self.backend.loaded)
         self.on_started: Callable[[], object] = lambda: None
         self._draining = False
-        self._closes_at = math.inf
-        self._closed = False
+        self._closed_at = math.inf
         self._drain_until = math.inf
         self._in_flight = 0
         self._idle = asyncio.Event()
@@ -86,7 +86,7 @@ class Engine(BackendEvents):
 
     @property
     def state(self) -> State:
-        """State of the service. While it is DRAINING the engine may still accept work: see drain."""
+        """State of the service. While it is DRAINING the engine may still accept work: see announce_drain."""
         draining = self._draining and self.backend.state is not State.FAILED
         return State.DRAINING if draining else self.backend.state
 
@@ -100,9 +100,9 @@ class Engine(BackendEvents):
         """The loaded model.
 
         Raises:
-            Unavailable: The engine does not accept work now; the message says why.
+            Unavailable: It is not ready; the message says why.
         """
-        if self.backend.loaded is None or not self._accepts_work:
+        if self.backend.loaded is None or self.backend.state is not State.READY:
             raise self._unavailable()
         return self.backend.loaded
 
@@ -110,10 +110,6 @@ class Engine(BackendEvents):
     def waiting(self) -> int:
         """Number of queued images: accepted and not running yet, including those being decoded."""
         return self.backend.waiting
-
-    @property
-    def _accepts_work(self) -> bool:
-        return self.backend.state is State.READY and not self._closed
 
     def _unavailable(self) -> Unavailable:
         return Unavailable(self.status_detail(), {"Retry-After": "1"})
@@ -135,26 +131,34 @@ class Engine(BackendEvents):
         await self.backend.start()
         self.on_started()
 
-    async def drain(self, lame_duck_seconds: float = 0) -> None:
-        """Stop accepting work after a delay, and wait until all accepted work has ended, DRAIN_SECONDS at most.
-
-        `state` is DRAINING from the start, so that load balancers send requests elsewhere.
-
-        Args:
-            lame_duck_seconds: How long work is still accepted.
-        """
-        now = time.monotonic()
+    def announce_drain(self) -> None:
+        """Change the state to DRAINING, so that load balancers send requests elsewhere. Work is still accepted."""
         self._draining = True
-        self._closes_at = min(self._closes_at, now + lame_duck_seconds)
-        self._drain_until = min(self._drain_until, self._closes_at + self.settings.drain_seconds)
-        await asyncio.sleep(self._closes_at - now)
-        self._closed = True  # set by the loop, not by the clock: requests that arrived in time are handled before this
+
+    async def drain(self) -> None:
+        """Reject work that arrives from now on, and wait until the accepted work has ended, DRAIN_SECONDS at most."""
+        self.announce_drain()
+        now = time.monotonic()
+        self._closed_at = min(self._closed_at, now)
+        self._drain_until = min(self._drain_until, now + self.settings.drain_seconds)
         try:
-            async with asyncio.timeout(self._drain_until - time.monotonic()):
+            async with asyncio.timeout(self._drain_until - now):
                 await self._idle.wait()
         except TimeoutError:
             if self._in_flight:
-                log.warning("drain timed out", requests=self._in_flight)
+                log.warning("drain timed out: accepted requests have not ended")
+
+    @contextlib.contextmanager
+    def in_flight(self) -> Iterator[None]:
+        """While accepted work is done: `drain` waits until it has ended."""
+        self._in_flight += 1
+        self._idle.clear()
+        try:
+            yield
+        finally:
+            self._in_flight -= 1
+            if self._in_flight == 0:
+                self._idle.set()
 
     async def stop(self) -> None:
         """Drain, fail the remaining jobs, and stop the threads."""
@@ -164,14 +168,23 @@ class Engine(BackendEvents):
             await self._processes.stop()
         self._decoders.shutdown(cancel_futures=True)
 
+    def check_accepted(self, arrived: float) -> None:
+        """Check that the engine accepts work that arrived at a time, in seconds of time.monotonic.
+
+        Raises:
+            Unavailable: The model is not ready, or the work arrived after the start of the drain.
+        """
+        if self.backend.state is not State.READY or arrived > self._closed_at:
+            raise self._unavailable()
+
     def check_capacity(self, count: int = 1) -> None:
         """Check that `count` more images can be queued.
 
         Raises:
-            Unavailable: The engine does not accept work now, or the queue is full; Retry-After says when to retry.
+            Unavailable: The model is not ready, or the queue is full; Retry-After says when to retry.
             TooLarge: `count` exceeds the queue limit.
         """
-        if not self._accepts_work:
+        if self.backend.state is not State.READY:
             raise self._unavailable()
         limit = self.settings.queue_limit
         if count > limit:
@@ -216,8 +229,9 @@ class Engine(BackendEvents):
             Unavailable: The engine does not accept work now, or the queue is full.
             TooLarge: There are more images than the queue holds.
         """
-        self.check_capacity(len(images))
         arrived = time.monotonic() if arrived is None else arrived
+        self.check_accepted(arrived)
+        self.check_capacity(len(images))
         limit_ms = self.settings.deadline_ms
         deadline = arrived + min(limit_ms, limit_ms if deadline_ms is None else deadline_ms) / 1000
         loop = asyncio.get_running_loop()
@@ -226,15 +240,9 @@ class Engine(BackendEvents):
             return []
         if not self.backend.reserve(jobs):
             raise Unavailable("the queue is full: retry later", {"Retry-After": "1"})  # filled by another frontend process
-        self._in_flight += 1
-        self._idle.clear()
-        decoding = [self._decoders.submit(self._decode, job) for job in jobs]
-        try:
+        with self.in_flight():
+            decoding = [self._decoders.submit(self._decode, job) for job in jobs]
             return await self._wait_for_results(jobs, decoding)
-        finally:
-            self._in_flight -= 1
-            if self._in_flight == 0:
-                self._idle.set()
 
     def on_batch_start(self, batch: Sequence[Job]) -> None:
         """See BackendEvents."""

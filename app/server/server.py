@@ -44,9 +44,10 @@ class _ForwardedHeaders(ProxyHeadersMiddleware):
 class Server(uvicorn.Server):
     """The HTTP server.
 
-    On a signal the engine accepts work for LAME_DUCK_SECONDS more and then drains, while the server still answers; new work
-    gets 503. The server closes once no request has come for QUIET_SECONDS, LINGER_SECONDS after the drain at the latest. A
-    second SIGTERM or SIGINT ends the process at once. It also ends if that takes longer than DRAIN_SECONDS allows.
+    On a signal the engine accepts requests that arrive within LAME_DUCK_SECONDS and then drains, while the server still
+    answers; later requests get 503. The server closes once no request has come for QUIET_SECONDS, LINGER_SECONDS after the
+    drain at the latest. A second SIGTERM or SIGINT ends the process at once. It also ends if that takes longer than
+    DRAIN_SECONDS allows.
 
     Args:
         app: The application.
@@ -167,11 +168,20 @@ class Server(uvicorn.Server):
             status=1,
             on_exit=lambda: log.error("process ended after timeout"),
         )
-        await self._engine.drain(settings.lame_duck_seconds)
+        self._engine.announce_drain()
+        await asyncio.sleep(settings.lame_duck_seconds)
+        await self._read_waiting()
+        await self._engine.drain()
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(LINGER_SECONDS):
                 await self._wait_until_quiet()
         self.should_exit = True
+
+    async def _read_waiting(self) -> None:
+        """Read the requests that have arrived: after a long iteration of the event loop, timers are handled before them."""
+        await self._accept_waiting()
+        for _ in range(8):  # a connection that is accepted is read three iterations later
+            await asyncio.sleep(0)
 
     async def _wait_until_quiet(self) -> None:
         requests = -1

@@ -2,12 +2,16 @@ import asyncio
 import math
 import signal
 import time
+from collections.abc import AsyncIterator
+from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
 import aiohttp
 import httpx
+import psutil
 import pytest
 
+from dinat.app.server.protocol import LINGER_SECONDS, SHUTDOWN_SECONDS
 from tests.e2e.processes import DIGITS, Server, load_until_rejected
 
 pytestmark = pytest.mark.process
@@ -43,6 +47,47 @@ def test_sigterm_under_load_answers_all_requests_and_exits_with_0() -> None:
     assert sorted(logged) == sorted(statuses)
     details = [event["detail"] for event in server.events if event["event"] == "request" and "detail" in event]
     assert len(details) == statuses.count(503) and all(details)
+
+
+@pytest.mark.parametrize("frontends", [1, pytest.param(2, marks=pytest.mark.slow)])
+def test_request_that_arrives_in_time_is_answered_if_it_is_read_late(frontends: int) -> None:
+    image = (DIGITS / "5-2.png").read_bytes()
+    with Server(frontends=frontends) as server, ThreadPoolExecutor(1) as threads:
+        processes = [psutil.Process(server.process.pid)]
+        processes += [child for child in processes[0].children() if frontends > 1]
+        server.process.send_signal(signal.SIGTERM)
+        time.sleep(0.3)
+        for process in processes:
+            process.suspend()
+        response = threads.submit(httpx.post, f"{server.url}/classify", content=image, timeout=30)
+        time.sleep(1.5)  # more than what is left of LAME_DUCK_SECONDS
+        assert not response.done()
+        for process in processes:
+            process.resume()
+        assert response.result().status_code == 200, response.result().text
+        assert server.wait() == 0
+
+
+def test_request_whose_body_arrives_during_the_drain_is_answered() -> None:
+    image = (DIGITS / "5-2.png").read_bytes()
+
+    async def slow_image() -> AsyncIterator[bytes]:
+        yield image[:50]
+        server.process.send_signal(signal.SIGTERM)
+        while (await client.post("/classify", content=image)).status_code == 200:
+            await asyncio.sleep(0.05)
+        await asyncio.sleep(SHUTDOWN_SECONDS + LINGER_SECONDS + 1)  # a server that does not wait for the body has ended
+        yield image[50:]
+
+    async def upload() -> httpx.Response:
+        async with client:
+            return await client.post("/classify", content=slow_image())
+
+    with Server() as server:
+        client = httpx.AsyncClient(base_url=server.url, timeout=30)
+        response = asyncio.run(upload())
+        assert (response.status_code, response.json()["predictions"][0]["label"]) == (200, "5")
+        assert server.wait() == 0
 
 
 @pytest.mark.slow

@@ -87,17 +87,13 @@ def test_drain_answers_accepted_requests_and_rejects_new_ones(seven: bytes) -> N
 
 def test_lame_duck_accepts_work_and_reports_not_ready(seven: bytes) -> None:
     with running() as service:
-        engine = service.engine
-        assert engine._loop is not None
-        draining = asyncio.run_coroutine_threadsafe(engine.drain(lame_duck_seconds=60), engine._loop)
+        service.engine.announce_drain()
         with connect(service) as client:
-            while (ready := client.get("/health/ready")).status_code == 200:
-                pass
-            assert ready.json()["status"] == "draining"
+            ready = client.get("/health/ready")
+            assert (ready.status_code, ready.json()["status"]) == (503, "draining")
             assert client.get("/health/live").status_code == 200
             response = client.post("/classify", content=seven)
             assert (response.status_code, response.headers["connection"]) == (200, "close")
-        draining.cancel()
 
 
 @pytest.mark.parametrize(("sent", "status"), [(b"", b""), (b"POST /classify HTTP/1.1\r\nHost: x\r\nContent-Le", b"408")])
