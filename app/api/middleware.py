@@ -183,9 +183,7 @@ class _Exchange:
         self.state: dict[str, Any] = scope.setdefault("state", {})
         self.arrived: float = self.state.setdefault("arrived", time.monotonic())
         self.headers = dict(scope["headers"])
-        client_id = self.headers.get(b"x-request-id", b"")
-        self.request_id = client_id.decode() if _REQUEST_ID.fullmatch(client_id) else new_request_id()
-        self.state["request_id"] = self.request_id
+        self.request_id = read_request_id(scope)
         self.scope = {**scope, "method": "GET"} if self._is_head else scope
         self.path: str = scope["path"].removeprefix(scope.get("root_path", ""))
 
@@ -216,6 +214,8 @@ class _Exchange:
 
     def record(self, route: str) -> None:
         """Count the request in the metrics, and log it."""
+        if "rejection" in self.state:  # the connection has rejected the request while its body was received
+            self._status, self.state["detail"] = self.state["rejection"].status, self.state["rejection"].detail
         seconds = time.monotonic() - self.arrived
         self._engine.metrics.count_request(route, self._status, seconds)
         log.info("request", **self._fields(route, seconds))
@@ -243,6 +243,15 @@ class _Exchange:
 def _server_timing(parts: dict[str, float], total: float) -> bytes:
     """Format the Server-Timing header (https://www.w3.org/TR/server-timing/), in milliseconds."""
     return ", ".join(f"{name};dur={seconds * 1e3:.2f}" for name, seconds in (*parts.items(), ("total", total))).encode()
+
+
+def read_request_id(scope: Any) -> str:
+    """Return the id of a request, the client's X-Request-ID or a new one. It is stored in the request's state."""
+    state: dict[str, str] = scope["state"]
+    if "request_id" not in state:
+        client_id = next((value for name, value in scope["headers"] if name == b"x-request-id"), b"")
+        state["request_id"] = client_id.decode() if _REQUEST_ID.fullmatch(client_id) else new_request_id()
+    return state["request_id"]
 
 
 def new_request_id() -> str:

@@ -23,10 +23,10 @@ from typing import Any
 
 import httptools
 import structlog
-from uvicorn._types import ASGI3Application
+from uvicorn._types import ASGI3Application, HTTPScope
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
-from dinat.app.api.middleware import new_request_id
+from dinat.app.api.middleware import new_request_id, read_request_id
 from dinat.app.api.problems import problem_body
 from dinat.app.api.quoting import quote
 from dinat.app.engine.engine import Engine
@@ -98,8 +98,8 @@ class Connection(HttpToolsProtocol):
         """Whether this is the first request, a probe, and was received at once."""
         self._ended = False
         """Whether the client sends no further request, or is to send none."""
-        self._rejection: ServiceError | None = None
-        """The last response, once the requests before it are answered."""
+        self._rejection: tuple[ServiceError, HTTPScope | None] | None = None
+        """The last response, once the requests before it are answered, and the request if the application has it."""
         self._num_headers = 0
         """Headers and trailers of the current request so far."""
         self._bytes_without_progress = 0
@@ -324,8 +324,10 @@ class Connection(HttpToolsProtocol):
     def _reject(self, error: ServiceError) -> None:
         """Respond with an error, after the responses to the requests before it, and close."""
         self._ended = True
-        if self._phase is not Phase.BODY or not self.cycle.response_started:
-            self._rejection = error
+        if self._phase is not Phase.BODY:
+            self._rejection = error, None
+        elif not self.cycle.response_started:
+            self._rejection = error, self.cycle.scope if self.cycle is self._answering else None
         self._drop_incomplete()
         if self._answering is None:
             self._send_rejection()
@@ -334,7 +336,14 @@ class Connection(HttpToolsProtocol):
 
     def _send_rejection(self) -> None:
         if self._rejection is not None:
-            self._raw.write(_response(self._rejection, self._engine))
+            error, scope = self._rejection
+            if scope is None:
+                request_id = new_request_id()
+                _record(error, request_id, self._engine)
+            else:
+                request_id = read_request_id(scope)
+                scope["state"]["rejection"] = error  # RequestMiddleware records it
+            self._raw.write(_response(error, request_id))
         self.close()
 
     def _drop_incomplete(self) -> None:
@@ -400,11 +409,13 @@ def _head_too_large() -> HeadTooLarge:
     return HeadTooLarge(f"the request's head has more than {MAX_HEAD_BYTES:,} bytes or {MAX_HEADERS} headers")
 
 
-def _response(error: ServiceError, engine: Engine) -> bytes:
-    """Return a response to a request that reaches no endpoint. Logs and counts it."""
-    request_id = new_request_id()
+def _record(error: ServiceError, request_id: str, engine: Engine) -> None:
+    """Log and count a request that does not reach the application."""
     engine.metrics.count_request("none", error.status, 0)
     log.info("request", request_id=request_id, detail=error.detail, **{"http.response.status_code": int(error.status)})
+
+
+def _response(error: ServiceError, request_id: str) -> bytes:
     body, headers = problem_body(error, request_id, "")
     fields = [*headers, (b"x-request-id", request_id.encode()), (b"connection", b"close")]
     status = b"HTTP/1.1 %d %b" % (error.status, error.status.phrase.encode())

@@ -1,6 +1,7 @@
 """Connections, deadlines and shutdown, over real sockets."""
 
 import asyncio
+import re
 import socket
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -8,9 +9,11 @@ from typing import Any
 
 import httpx
 import pytest
+from structlog.testing import capture_logs
 
 from dinat.app.api.middleware import _RateLimit
 from tests.app.conftest import Service, running
+from tests.app.server.raw_http import received, statuses
 from tests.app.server.test_overload import PausedBackend, send_head
 
 
@@ -112,6 +115,29 @@ def test_connection_without_a_complete_request_head_is_closed(seven: bytes, sent
             while connection.recv(4096):
                 pass
         assert service.client.post("/classify", content=seven).status_code == 200
+
+
+@pytest.mark.parametrize("together", [True, False], ids=["one packet", "two packets"])
+def test_request_that_the_connection_rejects_is_logged_and_counted_once(together: bool) -> None:
+    head = b"POST /classify HTTP/1.1\r\nHost: x\r\nX-Request-ID: mine\r\nTransfer-Encoding: chunked\r\n\r\n"
+    with running() as service, capture_logs() as events:
+        url = service.client.base_url
+        with socket.create_connection((url.host, url.port)) as connection:
+            connection.settimeout(30)
+            if together:
+                connection.sendall(head + b"1\r\na\r\nno size\r\n")
+            else:
+                connection.sendall(head + b"1\r\na\r\n")
+                while service.engine._in_flight == 0:  # until the application reads the body
+                    time.sleep(0.01)
+                connection.sendall(b"no size\r\n")
+            data = received(connection)
+        assert (statuses(data), b"x-request-id: mine\r\n" in data) == ([400], True)
+        counted = service.client.get("/metrics").text
+    (logged,) = [event for event in events if event.get("http.request.method") != "GET" and event["event"] == "request"]
+    assert (logged["http.response.status_code"], logged["http.route"]) == (400, "/classify")
+    (line,) = re.findall("dinat_requests_total{.*", counted)
+    assert line == 'dinat_requests_total{route="/classify",status="400"} 1.0'
 
 
 def test_rejections_are_rate_limited() -> None:
