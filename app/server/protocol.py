@@ -191,7 +191,9 @@ class Connection(HttpToolsProtocol):
         self._ended = True
 
     def shutdown(self) -> None:
-        """Close, after the responses in flight; called when the server stops."""
+        """Close, after the responses in flight; called when the server stops. A request that is incomplete is rejected."""
+        if self._phase in (Phase.HEAD, Phase.BODY):
+            self._reject(Unavailable(self._engine.status_detail(), {"Retry-After": "1"}))
         super().shutdown()
         self._close_by = self.loop.time() + (LINGER_SECONDS if self._answering is None else SHUTDOWN_SECONDS)
         self._enter(self._phase, self._deadline)

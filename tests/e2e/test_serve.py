@@ -1,9 +1,11 @@
 import asyncio
 import math
 import signal
+import socket
 import time
 from collections.abc import AsyncIterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from types import SimpleNamespace
 
 import aiohttp
@@ -12,6 +14,7 @@ import psutil
 import pytest
 
 from dinat.app.server.protocol import LINGER_SECONDS, SHUTDOWN_SECONDS
+from tests.app.server.raw_http import received, statuses
 from tests.e2e.processes import DIGITS, Server, load_until_rejected
 
 pytestmark = pytest.mark.process
@@ -88,6 +91,25 @@ def test_request_whose_body_arrives_during_the_drain_is_answered() -> None:
         response = asyncio.run(upload())
         assert (response.status_code, response.json()["predictions"][0]["label"]) == (200, "5")
         assert server.wait() == 0
+
+
+@pytest.mark.parametrize("frontends", [1, pytest.param(2, marks=pytest.mark.slow)])
+def test_incomplete_requests_are_rejected_once_the_drain_has_timed_out(frontends: int) -> None:
+    head = b"POST /classify HTTP/1.1\r\nHost: x\r\nContent-Length: 99\r\n\r\n"
+    incomplete = [head + b"a", head[:-2]]
+    with Server(frontends=frontends, drain_seconds=0.5) as server, ExitStack() as stack:
+        url = httpx.URL(server.url)
+        connections = [stack.enter_context(socket.create_connection((url.host, url.port or 0))) for _ in incomplete]
+        for connection, data in zip(connections, incomplete, strict=True):
+            connection.settimeout(30)
+            connection.sendall(data)
+        server.process.send_signal(signal.SIGTERM)
+        responses = [received(connection) for connection in connections]
+        assert server.wait() == 0
+    assert [statuses(response) for response in responses] == [[503], [503]]
+    assert all(b"the service is stopping: retry on another instance" in response for response in responses)
+    logged = [event["http.response.status_code"] for event in server.events if event["event"] == "request"]
+    assert logged == [503, 503]
 
 
 @pytest.mark.slow
