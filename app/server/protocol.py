@@ -14,6 +14,7 @@ and "answering" when none is. Above MAX_CONNECTIONS, a connection gets one respo
 
 import asyncio
 import math
+import re
 import socket
 import time
 from collections.abc import Sequence
@@ -60,6 +61,9 @@ MAX_CHUNKS = 4096
 MAX_PIPELINED = 64
 
 PEER_CHECK_SECONDS = 0.1
+
+_HOST = re.compile(rb"(?:\[[\w:.%~-]*\]|[\w.~!$&'()*+,;=%-]*)(?::\d*)?")
+"""A host, which may be empty, and a port (RFC 3986, 3.2)."""
 
 
 class Phase(StrEnum):
@@ -217,6 +221,7 @@ class Connection(HttpToolsProtocol):
     def on_headers_complete(self) -> None:
         """The head is complete."""
         _check_head(self.url, self.headers)
+        _check_host(self.parser.get_http_version(), self.headers)
         if self.parser.should_upgrade():
             if self.parser.get_method() == b"CONNECT":
                 raise BadRequest("CONNECT is not supported: this is not a proxy")
@@ -405,6 +410,15 @@ def _check_head(url: bytes, headers: Sequence[tuple[bytes, bytes]]) -> None:
             raise UnsupportedCoding(f"Transfer-Encoding is {coding}, only chunked is supported: use Content-Encoding")
     if size > MAX_HEAD_BYTES:
         raise _head_too_large()
+
+
+def _check_host(version: str, headers: Sequence[tuple[bytes, bytes]]) -> None:
+    """Check that a head has one Host, which HTTP/1.0 does not require (RFC 9112, 3.2)."""
+    hosts = [value for name, value in headers if name == b"host"]
+    if len(hosts) > 1 or (not hosts and version == "1.1"):
+        raise BadRequest(f"the request has {len(hosts) or 'no'} Host fields, HTTP/1.1 requires one")
+    if hosts and not _HOST.fullmatch(hosts[0]):
+        raise BadRequest(f"Host is {quote(hosts[0].decode('latin-1'))}, which is not a host with an optional port")
 
 
 def _head_too_large() -> HeadTooLarge:

@@ -47,6 +47,9 @@ def test_malformed_requests_get_a_problem_with_a_request_id(loop: str, short_dea
         (b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n", 400, "not HTTP/1.1"),
         (b"CONNECT other:80 HTTP/1.1\r\nHost: x\r\n\r\n", 400, "CONNECT is not supported"),
         (b"GET /\xff HTTP/1.1\r\nHost: x\r\n\r\n", 400, "not HTTP/1.1"),
+        (b"GET /live HTTP/1.1\r\n\r\n", 400, "no Host fields"),
+        (b"GET /live HTTP/1.1\r\nHost: x\r\nHost: x\r\n\r\n", 400, "2 Host fields"),
+        (b"GET /live HTTP/1.1\r\nHost: x/y\r\n\r\n", 400, "Host is 'x/y'"),
         (ECHO + b"Content-Length: " + b"0" * 5000 + b"2\r\n\r\nab", 400, "5001 digits, at most 19"),
         (ECHO + b"Content-Length: 99999999999999999999\r\n\r\n", 400, "not HTTP/1.1"),
         (ECHO + b"Content-Length: 1\r\nContent-Length: 2\r\n\r\nab", 400, "not HTTP/1.1"),
@@ -102,13 +105,13 @@ SLOW: list[tuple[bytes, bytes, list[int]]] = [
     (GET, b"", [200]),
     (GET, b"\r\n", [200]),
     (GET + b"GET /li", b"v", [200, 408]),
-    (b"POST /echo HTTP/1.1\r\nContent-Length: 999\r\n\r\n", b"a", [408]),
-    (b"POST /echo HTTP/1.1\r\n" + CHUNKED, b"1\r\na\r\n", [408]),
-    (b"POST /other HTTP/1.1\r\nContent-Length: 999\r\n\r\n", b"a", [404]),
-    (b"GET /live HTTP/1.1\r\n" + CHUNKED, b"1\r\na\r\n", [200]),
-    (b"GET /wait HTTP/1.1\r\n\r\nPOST /echo HTTP/1.1\r\nContent-Length: 999\r\n\r\n", b"a", [200, 408]),
+    (b"POST /echo HTTP/1.1\r\nHost: x\r\nContent-Length: 999\r\n\r\n", b"a", [408]),
+    (b"POST /echo HTTP/1.1\r\nHost: x\r\n" + CHUNKED, b"1\r\na\r\n", [408]),
+    (b"POST /other HTTP/1.1\r\nHost: x\r\nContent-Length: 999\r\n\r\n", b"a", [404]),
+    (b"GET /live HTTP/1.1\r\nHost: x\r\n" + CHUNKED, b"1\r\na\r\n", [200]),
+    (b"GET /wait HTTP/1.1\r\nHost: x\r\n\r\nPOST /echo HTTP/1.1\r\nHost: x\r\nContent-Length: 999\r\n\r\n", b"a", [200, 408]),
     (b"no HTTP\r\n\r\n", b"a", [400]),
-    (b"GET /live HTTP/1.1\r\nConnection: close\r\n\r\nGET /li", b"v", [200]),
+    (b"GET /live HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\nGET /li", b"v", [200]),
 ]
 """What a client sends first, then in small parts without end, and the statuses of the responses."""
 
@@ -168,13 +171,13 @@ def test_probes_are_answered_under_a_flood_of_connections(loop: str, short_deadl
             assert b"connection: close" in data
         assert target.application.requests == len(probes) * 10
         assert target.connections <= 101
-        for request in (GET, b"POST /health HTTP/1.1\r\n\r\n", b"GET /health HT", b"GET /health HTTP/1.1\r\nX: "):
+        for request in (GET, b"POST /health HTTP/1.1\r\nHost: x\r\n\r\n", b"GET /health HT", b"GET /health HTTP/1.1\r\nX: "):
             assert_problem(target.exchange(request), 503, "50 connections are open")
 
 
 @LOOPS
 def test_connection_above_the_limit_ends_by_its_deadline(loop: str, short_deadlines: None) -> None:
-    slow = b"GET /health HTTP/1.1\r\nContent-Length: 9\r\n\r\n"
+    slow = b"GET /health HTTP/1.1\r\nHost: x\r\nContent-Length: 9\r\n\r\n"
     with serving(loop, max_connections=1) as target, target.connect(GET.replace(b"live", b"wait")):
         target.wait_for_requests(1)
         for probe in (b"", slow):
@@ -186,7 +189,9 @@ def test_connection_above_the_limit_ends_by_its_deadline(loop: str, short_deadli
 @LOOPS
 def test_probe_does_not_wait_behind_hundreds_of_connections(loop: str) -> None:
     with serving(loop) as target, ExitStack() as stack:
-        stack.enter_context(target.connect(b"GET /busy HTTP/1.1\r\n\r\n"))  # an iteration of the event loop takes 20 ms
+        stack.enter_context(
+            target.connect(b"GET /busy HTTP/1.1\r\nHost: x\r\n\r\n")
+        )  # an iteration of the event loop takes 20 ms
         target.wait_for_requests(1)
         for _ in range(300):
             stack.enter_context(target.connect())
@@ -199,9 +204,9 @@ def test_probe_does_not_wait_behind_hundreds_of_connections(loop: str) -> None:
 MISUSES: list[tuple[bytes, bytes]] = [
     (b"", b""),
     (b"GET /health/live HTTP/1.1\r\nX: ", b"a"),
-    (b"POST /classify HTTP/1.1\r\nContent-Length: 999\r\n\r\n", b"a"),
-    (b"POST /other HTTP/1.1\r\nContent-Length: 999\r\n\r\n", b"a"),
-    (b"GET /health/live HTTP/1.1\r\n" + CHUNKED, b"1\r\na\r\n"),
+    (b"POST /classify HTTP/1.1\r\nHost: x\r\nContent-Length: 999\r\n\r\n", b"a"),
+    (b"POST /other HTTP/1.1\r\nHost: x\r\nContent-Length: 999\r\n\r\n", b"a"),
+    (b"GET /health/live HTTP/1.1\r\nHost: x\r\n" + CHUNKED, b"1\r\na\r\n"),
     (b"GET /health/live HTTP/1.1\r\nHost: x\r\n\r\n", b"\r\n"),
     (b"no HTTP\r\n\r\n", b"a"),
 ]

@@ -172,7 +172,7 @@ def test_closed_connections_leave_no_reference_cycle(loop: str) -> None:
 
 @LOOPS
 def test_server_stops_while_connections_linger(loop: str) -> None:
-    requests = [GET, b"no HTTP\r\n\r\n", b"GET /", b"POST /other HTTP/1.1\r\nContent-Length: 9\r\n\r\n", b""]
+    requests = [GET, b"no HTTP\r\n\r\n", b"GET /", b"POST /other HTTP/1.1\r\nHost: x\r\nContent-Length: 9\r\n\r\n", b""]
     with ExitStack() as stack:
         with serving(loop) as target:
             for request in requests:
