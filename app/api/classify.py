@@ -31,7 +31,7 @@ async def classify(request: Request) -> Response:
 async def classify_body(request: Request, body: bytes | None = None) -> Response:
     """Classify the image of a request, whose body may have been read."""
     engine = engine_of(request)
-    loaded = engine.loaded  # read once: engine.loaded raises as soon as the service drains
+    loaded = engine.loaded  # read once: engine.loaded raises while the engine restarts
     image, parameters = await read_one(request, Parameters, body)
     options, encoding = parameters.options(loaded.config), parameters.feature_format
     reserve_response(request, estimate_size(loaded, options.features, encoding, options.top_k))

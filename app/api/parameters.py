@@ -1,5 +1,6 @@
 """Request parameters beside the image."""
 
+import re
 from collections.abc import Iterable
 from difflib import get_close_matches
 from typing import Annotated, Any, Literal, TypeVar
@@ -15,14 +16,17 @@ from dinat.model.config import DinatConfig
 FeatureFormat = Literal["json", "base64"]
 
 
-def _reject_bool(value: object) -> object:
-    if isinstance(value, bool):
+_NUMBER = re.compile(r"-?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?", re.ASCII)
+
+
+def _require_number(value: object) -> object:
+    if isinstance(value, bool) or (isinstance(value, str) and not _NUMBER.fullmatch(value)):
         raise ValueError("a number is required")
     return value
 
 
-IS_NUMBER = BeforeValidator(_reject_bool)
-"""Pydantic would convert true to 1."""
+IS_NUMBER = BeforeValidator(_require_number)
+"""Pydantic would convert true to 1, and 1_0 to 10."""
 
 
 def _join_list(value: object) -> object:

@@ -83,7 +83,10 @@ def test_features_may_be_a_list_in_json(service: Service, seven: bytes) -> None:
         ({"params": {"top_k": 2}, "data": {"top_k": "3"}}, ["top_k is '2' in the query and '3' in the form"]),
         ({"data": {"top_k": ["2", "2"]}}, ["top_k occurs twice in the form"]),
         ({"data": {"topk": "2"}}, ["did you mean top_k?"]),
-        ({"data": {"top_k": "many"}}, ["top_k is 'many'", "integer"]),
+        ({"data": {"top_k": "many"}}, ["top_k is 'many'", "a number is required"]),
+        ({"data": {"top_k": "1_0"}}, ["top_k is '1_0'", "a number is required"]),
+        ({"data": {"top_k": " 1"}}, ["top_k is ' 1'", "a number is required"]),
+        ({"data": {"top_k": "1.5"}}, ["top_k is '1.5'", "integer"]),
         ({"data": {"top_k": "0"}}, ["top_k must be between 1 and 10, got 0"]),
     ],
 )

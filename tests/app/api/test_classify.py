@@ -127,7 +127,7 @@ def test_invalid_image_gets_its_status_and_the_next_request_works(
     [
         ({"top_k": 0}, "top_k must be between 1 and 10, got 0"),
         ({"top_k": 1001}, "top_k must be between 1 and 10, got 1001"),
-        ({"top_k": "many"}, "top_k is 'many': Input should be a valid integer"),
+        ({"top_k": "many"}, "top_k is 'many': Value error, a number is required"),
         ({"features": "stage9"}, "features must be among stem, stage1, stage2, stage3, pooled, hidden_states, got stage9"),
         ({"feature_format": "xml"}, "feature_format is 'xml': Input should be 'json' or 'base64'"),
     ],
