@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import orjson
 
-from dinat.app.api.open_inference.tensors import DTYPES, Tensor, parse_object, pop_bool, show_name
+from dinat.app.api.open_inference.tensors import DTYPES, Tensor, check_members, parse_object, pop_bool, show_name
 from dinat.app.api.quoting import quote, shorten
 from dinat.app.api.response_size import BYTES_PER_VALUE, LABEL_BYTES, feature_values
 from dinat.app.api.results import json_array
@@ -74,6 +74,7 @@ def _parse_output(item: object, known: Sequence[str], binary_by_default: bool) -
     name = item.get("name") if isinstance(item, dict) else None
     if not isinstance(item, dict) or not isinstance(name, str) or name not in known:
         raise BadRequest(f"unknown output {show_name(name)}, supported are {', '.join(known)}")
+    check_members(item, ("name", "parameters"), f"output {name}")
     parameters = parse_object(item.get("parameters"), f"parameters of output {name}")
     binary, count = pop_bool(parameters, "binary_data", binary_by_default), parameters.pop("classification", 0)
     if parameters:

@@ -31,6 +31,7 @@ from dinat.app.api.open_inference.tensors import (
     check_content_type,
     parse_object,
     parse_request,
+    show_name,
 )
 from dinat.app.api.parameters import DEADLINE_PARAMETER, openapi_header, read_deadline
 from dinat.app.api.quoting import quote, shorten
@@ -106,6 +107,13 @@ _TENSOR = {
         "data": {"type": "array", "items": {}},
         "parameters": {"type": "object"},
     },
+    "additionalProperties": False,
+}
+_OUTPUT = {
+    "type": "object",
+    "required": ["name"],
+    "properties": {"name": {"type": "string"}, "parameters": {"type": "object"}},
+    "additionalProperties": False,
 }
 _BODY: dict[str, Any] = {
     "required": True,
@@ -116,10 +124,12 @@ _BODY: dict[str, Any] = {
                 "required": ["inputs"],
                 "properties": {
                     "id": {"type": "string"},
+                    "model_name": {"type": "string", "description": "if present, the name in the path"},
                     "inputs": {"type": "array", "minItems": 1, "maxItems": 1, "items": _TENSOR},
-                    "outputs": {"type": "array", "items": {"type": "object", "required": ["name"]}},
+                    "outputs": {"type": "array", "items": _OUTPUT},
                     "parameters": {"type": "object"},
                 },
+                "additionalProperties": False,
                 "example": {
                     "inputs": [{"name": "image", "datatype": "BYTES", "shape": [1], "data": [EXAMPLE_IMAGE]}],
                     "outputs": [{"name": "labels"}],
@@ -147,6 +157,8 @@ async def infer(request: Request, name: str) -> Response:
 
     def parse() -> _Inference:
         parsed = parse_request(body, request.headers.get(HEADER), engine.settings.queue_limit)
+        if parsed.body.get("model_name") is not None:
+            _model_name(request, show_name(parsed.body["model_name"]))
         deadline_ms = _deadline(parsed.body, read_deadline(request))
         outputs = requested_outputs(parsed.body, loaded.config)
         return _Inference(_request_id(parsed.body), _images(parsed, engine, loaded), outputs, deadline_ms)

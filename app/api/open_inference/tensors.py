@@ -2,7 +2,7 @@
 
 import math
 import struct
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,6 +20,9 @@ DTYPES: Mapping[str, np.dtype[Any]] = {"FP32": np.dtype("<f4"), "UINT8": np.dtyp
 
 CONTENT_TYPES = ("base64", "np", "raw", "pillow_image")
 """MLServer's content types that say what the data is anyway."""
+
+MEMBERS = ("id", "model_name", "inputs", "outputs", "parameters")
+"""Members of a request. The protocol has no model_name, but KServe's client sends it."""
 
 MAX_DIMENSIONS = 8
 MAX_SIDE = 2**31 - 1
@@ -102,6 +105,7 @@ def parse_request(body: bytes, header: str | None, queue_limit: int) -> InferReq
     inputs = request.get("inputs") if isinstance(request, dict) else None
     if not isinstance(inputs, list) or not inputs or not all(isinstance(item, dict) for item in inputs[:2]):
         raise BadRequest("the request has no list of inputs")
+    check_members(request, MEMBERS, "the request")
     if len(inputs) > 1:
         raise BadRequest(f"one input is required, image or pixel_values, got {len(inputs):,}")
     name, tensor = _parse_input(inputs[0], memoryview(body)[length:], queue_limit)
@@ -113,6 +117,13 @@ def parse_object(value: object, name: str) -> dict[str, Any]:
     if value is not None and not isinstance(value, dict):
         raise BadRequest(f"{name} must be an object, got {type(value).__name__}")
     return dict(value or {})
+
+
+def check_members(value: Mapping[str, Any], known: Sequence[str], name: str) -> None:
+    """Raise BadRequest if an object of a request, called `name`, has other members than those of the protocol."""
+    unknown = sorted(set(value) - set(known))
+    if unknown:
+        raise BadRequest(f"{name}: unknown members {shorten(', '.join(unknown))}, supported are {', '.join(known)}")
 
 
 def pop_bool(parameters: dict[str, Any], name: str, default: bool) -> bool:
@@ -149,6 +160,7 @@ def _parse_input(item: Mapping[str, Any], blob: memoryview, queue_limit: int) ->
         queue_limit: Maximum number of elements of BYTES.
     """
     name, datatype = show_name(item.get("name")), show_name(item.get("datatype"))
+    check_members(item, ("name", "shape", "datatype", "parameters", "data"), f"input {name}")
     parameters = parse_object(item.get("parameters"), f"parameters of input {name}")
     check_content_type(parameters, f"input {name}")
     size = parameters.pop("binary_data_size", None)

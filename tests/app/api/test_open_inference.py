@@ -163,6 +163,9 @@ def test_triton_client_raises_the_errors(client: Any) -> None:
         ({"inputs": [PIXEL | {"data": [0.5, 1, 0]}]}, "the data is not UINT8: it has fractions"),
         ({"inputs": [binary_image(9)]}, "0 bytes are left"),
         ({"inputs": [IMAGE | {"parameters": {"compression": "gzip"}}]}, "input image: unknown parameters compression"),
+        ({"inputs": [IMAGE], "timeout": 5}, "the request: unknown members timeout, supported are id, model_name, inputs"),
+        ({"inputs": [IMAGE | {"top_k": 5}]}, "input image: unknown members top_k, supported are name, shape, datatype"),
+        ({"inputs": [IMAGE], "outputs": [{"name": "labels", "classification": 1}]}, "output labels: unknown members classif"),
         ({"inputs": [IMAGE], "outputs": {}}, "outputs must be a list, got dict"),
         ({"inputs": [IMAGE], "outputs": False}, "outputs must be a list, got bool"),
         ({"inputs": [IMAGE], "parameters": {"binary_data_output": "false"}}, "binary_data_output must be true or false"),
@@ -197,6 +200,12 @@ def test_invalid_request_is_described_in_the_error(service: Service, body: dict[
     assert response.status_code == 400
     assert detail in response.json()["error"]
     assert response.json()["error"] == response.json()["detail"]
+
+
+@pytest.mark.parametrize(("name", "status"), [("digits", 200), (None, 200), ("other", 404), (1, 404)])
+def test_model_name_in_the_body_must_be_that_of_the_model(service: Service, name: object, status: int) -> None:
+    response = service.client.post("/v2/models/digits/infer", json={"inputs": [IMAGE], "model_name": name})
+    assert response.status_code == status, response.text
 
 
 def test_pixels_may_have_decimal_points(service: Service) -> None:
