@@ -5,7 +5,7 @@ from typing import Annotated, Any
 from fastapi import APIRouter, Request, Response
 from pydantic import BaseModel, ConfigDict, Field
 
-from dinat.app.api.bodies import OPENAPI_BODY, read_one
+from dinat.app.api.bodies import openapi_body, read_one
 from dinat.app.api.inference import infer_one
 from dinat.app.api.parameters import DEADLINE_PARAMETER, IS_NUMBER, openapi_parameters
 from dinat.app.api.response_size import BYTES_PER_VALUE, reserve_response
@@ -21,14 +21,14 @@ class Point(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    y: Annotated[float, IS_NUMBER, Field(ge=0, le=1, description="0 at the top edge, 1 at the bottom edge")] = 0.5
-    x: Annotated[float, IS_NUMBER, Field(ge=0, le=1, description="0 at the left edge, 1 at the right edge")] = 0.5
+    y: Annotated[float, Field(ge=0, le=1, description="0 at the top edge, 1 at the bottom edge"), IS_NUMBER] = 0.5
+    x: Annotated[float, Field(ge=0, le=1, description="0 at the left edge, 1 at the right edge"), IS_NUMBER] = 0.5
 
 
 @router.post(
     "/attention",
     response_model=AttentionOfPoint,
-    openapi_extra={"parameters": [*openapi_parameters(Point), DEADLINE_PARAMETER], "requestBody": OPENAPI_BODY},
+    openapi_extra={"parameters": [*openapi_parameters(Point), DEADLINE_PARAMETER], "requestBody": openapi_body(Point)},
 )
 async def attention(request: Request) -> Response:
     """Return the keys and weights of the query at (y, x) in every layer, computed in float32 by the reference attention."""

@@ -39,46 +39,49 @@ _DATA_URL = f"data:image/png;base64,{EXAMPLE_IMAGE}"
 
 _BINARY = {"schema": {"type": "string", "format": "binary"}}
 
-OPENAPI_BODY: dict[str, Any] = {
-    "required": True,
-    "content": {
-        MULTIPART: {
-            "schema": {"type": "object", "properties": {"image": {"type": "string", "format": "binary"}}, "required": ["image"]}
-        },
-        "image/*": _BINARY,
-        "application/octet-stream": _BINARY,
-        JSON: {
-            "schema": {
-                "type": "object",
-                "properties": {"image": {"type": "string", "description": "base64, or a data: URL that is base64"}},
-                "required": ["image"],
-                "example": {"image": _DATA_URL},
-            }
-        },
-    },
-}
-"""OpenAPI description of the body. FastAPI cannot derive it, since the media type decides how the body is read."""
 
-OPENAPI_BATCH_BODY: dict[str, Any] = {
-    "required": True,
-    "content": {
-        MULTIPART: {
-            "schema": {
-                "type": "object",
-                "properties": {"image": {"type": "array", "items": {"type": "string", "format": "binary"}}},
-                "required": ["image"],
-            }
+def openapi_body(parameters: type[BaseModel]) -> dict[str, Any]:
+    """Describe a body with one image and these parameters for OpenAPI.
+
+    FastAPI cannot derive it, since the media type decides how the body is read.
+    """
+    text = {"type": "string", "description": "base64, or a data: URL that is base64"}
+    return {
+        "required": True,
+        "content": {
+            MULTIPART: openapi_form(parameters, _BINARY["schema"]),
+            "image/*": _BINARY,
+            "application/octet-stream": _BINARY,
+            JSON: _openapi_json(parameters, "image", text, _DATA_URL),
         },
-        JSON: {
-            "schema": {
-                "type": "object",
-                "properties": {"images": {"type": "array", "items": {"type": "string"}}},
-                "required": ["images"],
-                "example": {"images": [_DATA_URL, _DATA_URL]},
-            }
+    }
+
+
+def openapi_batch_body(parameters: type[BaseModel]) -> dict[str, Any]:
+    """Describe a body with several images and these parameters for OpenAPI."""
+    texts = {"type": "array", "items": {"type": "string"}}
+    return {
+        "required": True,
+        "content": {
+            MULTIPART: openapi_form(parameters, {"type": "array", "items": _BINARY["schema"]}),
+            JSON: _openapi_json(parameters, "images", texts, [_DATA_URL, _DATA_URL]),
         },
-    },
-}
+    }
+
+
+def openapi_form(parameters: type[BaseModel], image: dict[str, Any]) -> dict[str, Any]:
+    """Describe a form with a field `image` and these parameters for OpenAPI."""
+    return {"schema": _openapi_object(parameters, "image", image)}
+
+
+def _openapi_json(parameters: type[BaseModel], name: str, image: dict[str, Any], example: object) -> dict[str, Any]:
+    schema = _openapi_object(parameters, name, image)
+    return {"schema": schema | {"additionalProperties": False, "example": {name: example}}}
+
+
+def _openapi_object(parameters: type[BaseModel], name: str, image: dict[str, Any]) -> dict[str, Any]:
+    properties = {name: image, **parameters.model_json_schema()["properties"]}
+    return {"type": "object", "properties": properties, "required": [name]}
 
 
 async def read_body(request: Request) -> bytes:

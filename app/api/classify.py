@@ -5,7 +5,7 @@ from typing import Any
 from fastapi import APIRouter, Request, Response
 
 from dinat.app.api.app_state import engine_of
-from dinat.app.api.bodies import OPENAPI_BATCH_BODY, OPENAPI_BODY, read_one, read_several
+from dinat.app.api.bodies import openapi_batch_body, openapi_body, read_one, read_several
 from dinat.app.api.inference import infer, infer_one
 from dinat.app.api.parameters import OPENAPI_PARAMETERS, Parameters
 from dinat.app.api.problems import problem_fields
@@ -21,7 +21,9 @@ PROBLEM_BYTES = 512
 
 
 @router.post(
-    "/classify", response_model=Classification, openapi_extra={"parameters": OPENAPI_PARAMETERS, "requestBody": OPENAPI_BODY}
+    "/classify",
+    response_model=Classification,
+    openapi_extra={"parameters": OPENAPI_PARAMETERS, "requestBody": openapi_body(Parameters)},
 )
 async def classify(request: Request) -> Response:
     """Classify one image, sent as multipart field `image`, as the body, or as base64 in JSON."""
@@ -47,7 +49,7 @@ async def classify_body(request: Request, body: bytes | None = None) -> Response
 @router.post(
     "/classify/batch",
     response_model=BatchClassification,
-    openapi_extra={"parameters": OPENAPI_PARAMETERS, "requestBody": OPENAPI_BATCH_BODY},
+    openapi_extra={"parameters": OPENAPI_PARAMETERS, "requestBody": openapi_batch_body(Parameters)},
 )
 async def classify_batch(request: Request) -> Response:
     """Classify several images, sent as repeated multipart fields `image`, or as base64 in JSON.

@@ -10,7 +10,7 @@ from fastapi import APIRouter, Request, Response
 from safetensors.numpy import save
 
 from dinat.app.api.app_state import engine_of
-from dinat.app.api.bodies import OPENAPI_BODY, read_one
+from dinat.app.api.bodies import openapi_body, read_one
 from dinat.app.api.inference import infer_one
 from dinat.app.api.negotiation import negotiate
 from dinat.app.api.parameters import DEADLINE_PARAMETER, FeatureParameters, openapi_parameters
@@ -69,7 +69,7 @@ _RESPONSES = {
     responses=_RESPONSES,  # type: ignore[arg-type]
     openapi_extra={
         "parameters": [*openapi_parameters(FeatureParameters), DEADLINE_PARAMETER],
-        "requestBody": OPENAPI_BODY,
+        "requestBody": openapi_body(FeatureParameters),
     },
 )
 async def extract(request: Request) -> Response:

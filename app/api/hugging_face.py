@@ -14,8 +14,8 @@ from dinat.app.api.base64_images import decode_base64
 from dinat.app.api.bodies import (
     EXAMPLE_IMAGE,
     MULTIPART,
-    OPENAPI_BODY,
     content_type,
+    openapi_form,
     parse_json,
     read_body,
     read_one_without_json,
@@ -63,11 +63,12 @@ class Task(BaseModel):
     options: TaskOptions | None = None
 
 
+_BINARY = {"type": "string", "format": "binary"}
 _BODY: dict[str, Any] = {
     "required": True,
     "content": {
-        "image/*": {"schema": {"type": "string", "format": "binary"}},
-        MULTIPART: OPENAPI_BODY["content"][MULTIPART],
+        "image/*": {"schema": _BINARY},
+        MULTIPART: openapi_form(TaskParameters, _BINARY),
         "application/json": {
             "schema": {
                 "type": "object",

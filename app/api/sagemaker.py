@@ -6,12 +6,12 @@ https://docs.aws.amazon.com/sagemaker/latest/dg/your-algorithms-inference-code.h
 from fastapi import APIRouter, Request, Response
 from fastapi.responses import PlainTextResponse
 
-from dinat.app.api.bodies import OPENAPI_BODY, content_type, read_body
+from dinat.app.api.bodies import content_type, openapi_body, read_body
 from dinat.app.api.classify import classify_body
 from dinat.app.api.health import NOT_READY, plain_text_readiness
 from dinat.app.api.hugging_face import classify_task
 from dinat.app.api.json_limits import is_json
-from dinat.app.api.parameters import OPENAPI_PARAMETERS
+from dinat.app.api.parameters import OPENAPI_PARAMETERS, Parameters
 from dinat.app.api.schemas import PROBLEMS, Classification
 
 INPUTS, IMAGE = b'"inputs"', b'"image"'
@@ -28,7 +28,7 @@ async def ping(request: Request) -> Response:
 @router.post(
     "/invocations",
     response_model=Classification,
-    openapi_extra={"parameters": OPENAPI_PARAMETERS, "requestBody": OPENAPI_BODY},
+    openapi_extra={"parameters": OPENAPI_PARAMETERS, "requestBody": openapi_body(Parameters)},
 )
 async def invocations(request: Request) -> Response:
     """Classify one image, as POST /classify; or as POST / if it is JSON with `inputs`, as for Hugging Face's containers."""

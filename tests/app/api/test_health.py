@@ -82,6 +82,18 @@ def test_openapi_is_valid_and_lists_all_bodies_and_errors(service: Service) -> N
     assert {"200", "400", "413", "415", "422", "503"} <= set(classify["responses"])
 
 
+def test_openapi_describes_the_parameters_alike_in_the_query_a_form_and_json(service: Service) -> None:
+    paths = service.client.get("/openapi.json").json()["paths"]
+    for path in ("/classify", "/classify/batch", "/features", "/attention", "/invocations"):
+        operation = paths[path]["post"]
+        query = {one["name"] for one in operation["parameters"] if one["in"] == "query"}
+        for media_type in ("multipart/form-data", "application/json"):
+            properties = operation["requestBody"]["content"][media_type]["schema"]["properties"]
+            assert properties.keys() - {"image", "images"} == query
+    y = paths["/attention"]["post"]["parameters"][0]
+    assert (y["name"], y["schema"]["minimum"], y["schema"]["maximum"]) == ("y", 0, 1)
+
+
 def test_examples_in_openapi_are_answered(service: Service) -> None:
     paths = service.client.get("/openapi.json").json()["paths"]
     for path in ("/", "/classify", "/classify/batch", "/features", "/attention", "/predict", "/v2/models/{name}/infer"):
