@@ -226,6 +226,8 @@ class Connection(HttpToolsProtocol):
             if self.parser.get_method() == b"CONNECT":
                 raise BadRequest("CONNECT is not supported: this is not a proxy")
             return  # _parse ignores the offer
+        if not self.url.startswith(b"/"):
+            self.url = _with_path(self.url)
         if len(self.pipeline) == MAX_PIPELINED:
             raise BadRequest(f"{MAX_PIPELINED} requests wait for their responses: send fewer ahead")
         super().on_headers_complete()
@@ -410,6 +412,12 @@ def _check_head(url: bytes, headers: Sequence[tuple[bytes, bytes]]) -> None:
             raise UnsupportedCoding(f"Transfer-Encoding is {coding}, only chunked is supported: use Content-Encoding")
     if size > MAX_HEAD_BYTES:
         raise _head_too_large()
+
+
+def _with_path(url: bytes) -> bytes:
+    """Return a target in absolute form with a path, / if it has none (RFC 9110, 4.2.3)."""
+    target = httptools.parse_url(url)
+    return url if target.path else b"/?" + (target.query or b"")
 
 
 def _check_host(version: str, headers: Sequence[tuple[bytes, bytes]]) -> None:

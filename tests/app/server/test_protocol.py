@@ -141,6 +141,14 @@ def test_interim_response_is_sent_only_when_the_body_is_read(loop: str) -> None:
 
 
 @LOOPS
+@pytest.mark.parametrize("url", [b"http://x/live", b"http://x", b"HTTP://x?a=1"])
+def test_target_in_absolute_form(loop: str, url: bytes) -> None:
+    with serving(loop) as target:
+        data = target.exchange(b"GET " + url + b" HTTP/1.1\r\nHost: x\r\n\r\n")
+        assert statuses(data) == [200 if url.endswith(b"live") else 404]  # / is no path of the application
+
+
+@LOOPS
 def test_head_and_http_1_0(loop: str) -> None:
     with serving(loop) as target:
         for method, version in ((b"HEAD", b"1.1"), (b"GET", b"1.0"), (b"HEAD", b"1.0")):
