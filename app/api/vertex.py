@@ -14,7 +14,7 @@ from dinat.app.api.base64_images import decode_base64
 from dinat.app.api.bodies import EXAMPLE_IMAGE, read_json
 from dinat.app.api.health import NOT_READY, plain_text_readiness
 from dinat.app.api.inference import infer_all
-from dinat.app.api.parameters import Parameters
+from dinat.app.api.parameters import OPENAPI_PARAMETERS, Parameters, read_parameters
 from dinat.app.api.response_size import estimate_size, measure_size, reserve_response
 from dinat.app.api.results import classification, json_fragments, json_response
 from dinat.app.api.schemas import PROBLEMS
@@ -41,7 +41,7 @@ class Instance(BaseModel):
 
 
 class PredictRequest(BaseModel):
-    """A prediction request; `parameters` are those of /classify."""
+    """A prediction request; `parameters` are those of /classify, and may be in the query as well."""
 
     model_config = ConfigDict(extra="forbid")
 
@@ -75,7 +75,12 @@ _BODY: dict[str, Any] = {
 def router(settings: Settings) -> APIRouter:
     """Create the endpoints at the paths given by the settings."""
     vertex_router = APIRouter(tags=["Vertex AI"], responses=PROBLEMS)
-    vertex_router.add_api_route(settings.aip_predict_route, predict, methods=["POST"], openapi_extra={"requestBody": _BODY})
+    vertex_router.add_api_route(
+        settings.aip_predict_route,
+        predict,
+        methods=["POST"],
+        openapi_extra={"parameters": OPENAPI_PARAMETERS, "requestBody": _BODY},
+    )
     if settings.aip_health_route is not None:
         vertex_router.add_api_route(
             settings.aip_health_route, health, methods=["GET"], response_class=PlainTextResponse, responses=NOT_READY
@@ -95,7 +100,9 @@ async def predict(request: Request) -> Response:
 
     def convert(body: PredictRequest) -> tuple[list[bytes], Parameters]:
         engine.check_capacity(len(body.instances))
-        return [decode_base64(instance.b64) for instance in body.instances], body.parameters
+        fields = body.parameters.model_dump(exclude_unset=True)
+        parameters = read_parameters(request, Parameters, "the JSON", fields.items())
+        return [decode_base64(instance.b64) for instance in body.instances], parameters
 
     images, parameters = await read_json(request, PredictRequest, convert)
     options, encoding = parameters.options(loaded.config), parameters.feature_format

@@ -64,6 +64,13 @@ def test_parameters_are_read_from_every_place(service: Service, seven: bytes, pl
     assert len(response.json()["predictions"]) == 2
 
 
+def test_parameters_of_predict_may_be_in_the_query(service: Service, seven: bytes) -> None:
+    body = {"instances": [{"b64": in_base64(seven)}], "parameters": {"features": "pooled"}}
+    (prediction,) = service.client.post("/predict?top_k=2", json=body).json()["predictions"]
+    assert (len(prediction["predictions"]), list(prediction["features"])) == (2, ["pooled"])
+    check_rejected(service.client.post("/predict?top=2", json=body), 422, "unknown parameter top")
+
+
 def test_features_may_be_a_list_in_json(service: Service, seven: bytes) -> None:
     body = {"image": in_base64(seven), "features": ["pooled", "stage2"], "feature_format": "base64"}
     assert set(service.client.post("/classify", json=body).json()["features"]) == {"pooled", "stage2"}
