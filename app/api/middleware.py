@@ -19,7 +19,7 @@ from dinat.app.api.problems import problem_body
 from dinat.app.api.quoting import shorten
 from dinat.app.engine.backend import State
 from dinat.app.engine.engine import Engine
-from dinat.app.errors import PathTooLong, ServiceError, Unauthorized, Unavailable
+from dinat.app.errors import BadRequest, PathTooLong, ServiceError, Unauthorized, Unavailable
 from dinat.app.tracing import Tracing
 
 log = structlog.get_logger("dinat")
@@ -43,6 +43,16 @@ TICK_SECONDS = 0.1
 MAX_PATH_CHARACTERS = 1024
 """Maximum length of a path. To find a file of the page, the file system is asked for each of the path's parts."""
 
+SINGLE_FIELDS = (
+    b"authorization",
+    b"content-encoding",
+    b"content-type",
+    b"inference-header-content-length",
+    b"x-api-key",
+    b"x-deadline-ms",
+)
+"""Header fields that change how a request is handled, and may occur once."""
+
 _REQUEST_ID = re.compile(rb"[\x21-\x7e]{1,128}")
 
 
@@ -50,7 +60,7 @@ class RequestMiddleware:
     """Middleware of all HTTP requests.
 
     * Sets the request id, the client's X-Request-ID or a new one, in the request's state, the log and the response header.
-    * Rejects paths of more than MAX_PATH_CHARACTERS.
+    * Rejects paths of more than MAX_PATH_CHARACTERS, and repeated SINGLE_FIELDS.
     * Requires an API key, see ApiKeys.
     * When the queue is full, rejects requests with 503 before the body is read or the request is routed; the same with 504
       for requests whose deadline has passed while they waited in this process.
@@ -102,8 +112,9 @@ class RequestMiddleware:
                 raise PathTooLong(
                     f"the path has {len(exchange.path):,} characters, at most {MAX_PATH_CHARACTERS:,} are allowed"
                 )
+            _check_single_fields(scope["headers"])
             exchange.api_key = self._api_keys.identify(scope["method"], exchange.path, headers)
-        except (PathTooLong, Unauthorized) as rejection:
+        except (BadRequest, PathTooLong, Unauthorized) as rejection:
             error: ServiceError | None = rejection
         else:
             error = await self._admit(exchange)
@@ -145,6 +156,15 @@ class RequestMiddleware:
         except Unavailable as error:
             return error
         return self._engine.deadline_error(arrived)
+
+
+def _check_single_fields(headers: Sequence[tuple[bytes, bytes]]) -> None:
+    names = [name for name, _ in headers]
+    if len(set(names)) == len(names):
+        return
+    repeated = next((name.decode() for name in SINGLE_FIELDS if names.count(name) > 1), None)
+    if repeated is not None:
+        raise BadRequest(f"the request has more than one {repeated}: send it once")
 
 
 def _with_root_path(scope: Scope, default: str) -> Scope:

@@ -22,6 +22,7 @@ from PIL import Image
 from dinat.app import main
 from dinat.app.api.base64_images import decode_base64
 from dinat.app.api.json_limits import load_json, message_limits
+from dinat.app.api.middleware import SINGLE_FIELDS
 from tests.app.conftest import Service
 from tests.app.sample_images import encoded, noise
 
@@ -69,6 +70,13 @@ def test_parameters_of_predict_may_be_in_the_query(service: Service, seven: byte
     (prediction,) = service.client.post("/predict?top_k=2", json=body).json()["predictions"]
     assert (len(prediction["predictions"]), list(prediction["features"])) == (2, ["pooled"])
     check_rejected(service.client.post("/predict?top=2", json=body), 422, "unknown parameter top")
+
+
+@pytest.mark.parametrize("name", [name.decode() for name in SINGLE_FIELDS])
+def test_header_field_that_may_occur_once_is_rejected_if_it_is_repeated(service: Service, seven: bytes, name: str) -> None:
+    headers = [(name, "1"), (name.title(), "2")]
+    response = service.client.post("/classify", content=seven, headers=headers)
+    check_rejected(response, 400, f"the request has more than one {name}: send it once")
 
 
 def test_features_may_be_a_list_in_json(service: Service, seven: bytes) -> None:
