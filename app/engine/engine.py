@@ -77,6 +77,7 @@ class Engine(BackendEvents):
         self._draining = False
         self._closed_at = math.inf
         self._drain_until = math.inf
+        self._jobs: set[ImageJob] = set()
         self._in_flight = 0
         self._idle = asyncio.Event()
         self._idle.set()
@@ -136,7 +137,10 @@ class Engine(BackendEvents):
         self._draining = True
 
     async def drain(self) -> None:
-        """Reject work that arrives from now on, and wait until the accepted work has ended, DRAIN_SECONDS at most."""
+        """Reject work that arrives from now on, and wait until the accepted work has ended.
+
+        Images without a result after DRAIN_SECONDS fail with Unavailable.
+        """
         self.announce_drain()
         now = time.monotonic()
         self._closed_at = min(self._closed_at, now)
@@ -147,6 +151,7 @@ class Engine(BackendEvents):
         except TimeoutError:
             if self._in_flight:
                 log.warning("drain timed out: accepted requests have not ended")
+            _set_results([*self._jobs], [_stopped()] * len(self._jobs))
 
     @contextlib.contextmanager
     def in_flight(self) -> Iterator[None]:
@@ -262,10 +267,12 @@ class Engine(BackendEvents):
         timer = asyncio.get_running_loop().call_later(
             jobs[0].deadline - time.monotonic(), _set_results, jobs, [_deadline_passed()] * len(jobs)
         )
+        self._jobs.update(jobs)
         try:
             results = [self._public_result(await job.result, job) for job in jobs]
         finally:
             timer.cancel()
+            self._jobs.difference_update(jobs)
             for job, future in zip(jobs, decoding, strict=True):
                 future.cancel()
                 self.backend.release(job)
@@ -377,6 +384,10 @@ def _set_results(jobs: Sequence[Job], results: Sequence[InferenceResult | Except
     for job, result in zip(jobs, results, strict=True):
         if isinstance(job, ImageJob) and not job.result.done():
             job.result.set_result(result)
+
+
+def _stopped() -> Unavailable:
+    return Unavailable("the service stopped before this image was computed: retry on another instance", {"Retry-After": "1"})
 
 
 def _deadline_passed() -> DeadlinePassed:
