@@ -112,7 +112,7 @@ class Supervisor:
         self._silent: dict[str, tuple[int, int]] = {}
         self._next_check = 0.0
         self._pid = os.getpid()
-        self._stopping = False
+        self._stopping = self._killed = False
         self._failed_stops: list[str] = []
         self._stop_by = float("inf")
         self._lifelines: dict[str, int] = {}
@@ -188,7 +188,9 @@ class Supervisor:
             if name in self._children:
                 self._children[name].terminate()
 
-    def _timeout(self) -> float:
+    def _timeout(self) -> float | None:
+        if self._killed:
+            return None  # until they exit
         return max(0, (self._stop_by if self._stopping else self._next_check) - time.monotonic())
 
     def _check_processes(self) -> None:
@@ -215,10 +217,11 @@ class Supervisor:
             return
         if "engine" in self._lifelines and not any(name in self._children for name in self._names):
             os.close(self._lifelines.pop("engine"))
-        if time.monotonic() >= self._stop_by:
+        if time.monotonic() >= self._stop_by and not self._killed:
             for name, child in self._children.items():
                 log.warning("process killed after timeout", process=name)
                 child.kill()
+            self._killed = True
 
     def _start(self, name: str) -> None:
         assert FORK is not None

@@ -59,6 +59,22 @@ def test_second_sigterm_ends_the_service_at_once() -> None:
         server.wait()
 
 
+@pytest.mark.slow
+@pytest.mark.process
+def test_processes_that_do_not_stop_are_killed_once() -> None:
+    with Server(frontends=2) as server:
+        running = processes(server)
+        for name in running.keys() - {"supervisor"}:
+            os.kill(running[name]["pid"], signal.SIGSTOP)
+        server.process.terminate()
+        while server.process.poll() is None:
+            server.process.terminate()
+            time.sleep(0.1)
+        server.wait()
+    killed = [event["process"] for event in server.events if event["event"] == "process killed after timeout"]
+    assert sorted(killed) == ["engine", "frontend-1", "frontend-2"]
+
+
 @pytest.mark.process
 @pytest.mark.parametrize("frontends", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_sighup_answers_all_requests(frontends: int) -> None:
