@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import contextvars
 import os
 import re
 import signal
@@ -158,7 +159,8 @@ class Server(uvicorn.Server):
         if self._lifeline is not None:
             loop.remove_reader(self._lifeline)
         if self._draining is None:
-            self._draining = loop.create_task(self._drain_then_exit())
+            # A signal interrupts any code, also that of a request, whose id would be in the log of the drain.
+            self._draining = loop.create_task(self._drain_then_exit(), context=contextvars.Context())
             loop.call_soon_threadsafe(lambda: None)  # wakes the loop from a signal handler
 
     async def _drain_then_exit(self) -> None:

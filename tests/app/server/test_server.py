@@ -1,7 +1,9 @@
 """Connections, deadlines and shutdown, over real sockets."""
 
 import asyncio
+import contextvars
 import re
+import signal
 import socket
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -9,11 +11,12 @@ from typing import Any
 
 import httpx
 import pytest
+import structlog
 from structlog.testing import capture_logs
 
 from dinat.app.api.middleware import _RateLimit
 from tests.app.conftest import Service, running
-from tests.app.server.raw_http import received, statuses
+from tests.app.server.raw_http import received, serving, statuses, wait_until
 from tests.app.server.test_overload import PausedBackend, send_head
 
 
@@ -138,6 +141,24 @@ def test_request_that_the_connection_rejects_is_logged_and_counted_once(together
     assert (logged["http.response.status_code"], logged["http.route"]) == (400, "/classify")
     (line,) = re.findall("dinat_requests_total{.*", counted)
     assert line == 'dinat_requests_total{route="/classify",status="400"} 1.0'
+
+
+def test_log_of_the_drain_has_no_request_id(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("dinat.app.server.server.exit_after", lambda *_, **__: None)  # it would end the tests
+    in_request = contextvars.copy_context()
+    in_request.run(structlog.contextvars.bind_contextvars, request_id="x")
+    with (
+        serving(lame_duck_seconds=0, drain_seconds=0) as target,
+        capture_logs([structlog.contextvars.merge_contextvars]) as events,
+    ):
+        wait_until(lambda: target.server.started)
+        with target.server._engine.in_flight():
+            loop = target.server.servers[0].get_loop()
+            loop.call_soon_threadsafe(target.server.handle_exit, signal.SIGTERM, None, context=in_request)
+            wait_until(lambda: target.server.should_exit)
+    (warning,) = [event for event in events if event["log_level"] == "warning"]
+    assert warning["event"].startswith("drain timed out")
+    assert "request_id" not in warning
 
 
 def test_rejections_are_rate_limited() -> None:
