@@ -151,6 +151,7 @@ class Engine(BackendEvents):
         except TimeoutError:
             if self._in_flight:
                 log.warning("drain timed out: accepted requests have not ended")
+            self._closed_at = -math.inf  # also for images whose upload or decompression ends later
             _set_results([*self._jobs], [_stopped()] * len(self._jobs))
 
     @contextlib.contextmanager

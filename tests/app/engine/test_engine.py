@@ -2,6 +2,7 @@
 
 import asyncio
 import threading
+import time
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Any
 
@@ -476,6 +477,8 @@ def test_drain_ends_at_its_timeout_and_remaining_work_fails() -> None:
         await engine.drain()
         for result in await asyncio.gather(first, second):
             assert isinstance(result[0], Unavailable)
+        with pytest.raises(Unavailable, match="the service is stopping"):
+            await engine.submit([SEVEN], ONE, arrived=time.monotonic() - 1)  # received before the drain
         engine.allow()
 
     run_with(engine, test)
