@@ -21,10 +21,10 @@ from dinat.app.api.results import predictions
 from dinat.app.batch.run import BatchSpec, Worker
 from dinat.app.batch.sources import open_source
 from dinat.app.cli.classify import open_writer
-from dinat.app.doctor import photograph, save_random_network
 from dinat.app.engine.engine import Engine
 from dinat.app.engine.runtimes.runtime import InferenceOptions
 from dinat.app.engine.stream import NO_DEADLINE_MS, running_engine, stream_results
+from dinat.app.measurements import photograph, save_random_network
 from dinat.app.server.heap import keep_freed_memory
 from dinat.app.settings import Settings
 

@@ -26,7 +26,7 @@ import torch
 from torch import nn
 
 from benchmarks import gpu
-from dinat.app import doctor
+from dinat.app import measurements
 from dinat.app.engine.runtimes.cuda_graphs import CapturedComputation
 from dinat.app.engine.runtimes.runtime import DeviceLost, InferenceOptions, examples
 from dinat.app.engine.runtimes.torch_runtime import TorchRuntime
@@ -165,7 +165,7 @@ def networks() -> Iterator[Row]:
 
 def attention() -> Iterator[Row]:
     """Time of every candidate for each layer of Mini."""
-    rows, disabled = doctor.attention_rows(DinatConfig.preset("mini"), DinatImageProcessor(), CUDA, torch.bfloat16)
+    rows, disabled = measurements.attention_rows(DinatConfig.preset("mini"), DinatImageProcessor(), CUDA, torch.bfloat16)
     yield from rows
     yield {"disabled": disabled}
 

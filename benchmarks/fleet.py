@@ -33,7 +33,7 @@ import numpy.typing as npt
 
 from benchmarks.serving import closed_loop, free_port, running
 from benchmarks.timing import report
-from dinat.app.doctor import photograph
+from dinat.app.measurements import photograph
 
 PERCENTILES = (50, 90, 99)
 FAKE_GPU_RATE = 50.0

@@ -40,12 +40,12 @@ from prometheus_client.parser import text_string_to_metric_families
 from benchmarks.fake_gpu import use_fake_gpu
 from benchmarks.serving import free_port
 from benchmarks.timing import report
-from dinat.app.doctor import photograph
 from dinat.app.engine.events import BackendEvents
 from dinat.app.engine.job import Job
 from dinat.app.engine.multiprocess.engine_client import EngineClient
 from dinat.app.engine.multiprocess.engine_process import EngineProcess
 from dinat.app.engine.runtimes.runtime import InferenceOptions, InferenceResult
+from dinat.app.measurements import photograph
 from dinat.app.metrics import Metrics
 from dinat.app.server.supervisor import FORK
 from dinat.app.settings import Settings

@@ -34,7 +34,7 @@ import torch
 from PIL import Image
 
 from benchmarks.timing import median_seconds, report
-from dinat.app.doctor import photograph
+from dinat.app.measurements import photograph
 from dinat.model import DinatConfig, DinatForImageClassification, DinatImageProcessor
 
 CONNECTIONS = (1, 8, 32)

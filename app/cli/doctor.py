@@ -11,7 +11,8 @@ from typing import Annotated, Any
 
 import typer
 
-from dinat.app.doctor import Report, Row, examine
+from dinat.app.doctor import Report, examine
+from dinat.app.measurements import Row
 from dinat.app.server.heap import keep_freed_memory
 from dinat.model.config import PRESETS
 from dinat.model.native import default_cache

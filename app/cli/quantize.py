@@ -9,11 +9,11 @@ import typer
 
 from dinat.app.cli import print_message, report_skipped
 from dinat.app.cli.flags import Revision, Source
-from dinat.app.doctor import WarmRuntime, forward_rates
 from dinat.app.engine.runtimes.selection import load_runtimes
 from dinat.app.errors import ServiceError
 from dinat.app.image_paths import list_files, path_text
 from dinat.app.images import decode, read_file
+from dinat.app.measurements import WarmRuntime, forward_rates
 from dinat.app.settings import Settings
 from dinat.app.threads import limit_threads
 from dinat.model import DinatForImageClassification, DinatImageProcessor

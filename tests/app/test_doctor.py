@@ -6,9 +6,8 @@ from typing import Any
 
 import pytest
 
-from dinat.app import doctor
+from dinat.app import doctor, measurements
 from dinat.app.cli import main
-from dinat.app.cli.quantize import verdict
 from dinat.app.engine.runtimes import nvidia_driver
 from dinat.model import DinatConfig, attention, native
 from dinat.model.cpu.features import has_bf16
@@ -19,7 +18,7 @@ SMALL = {"embed_dim": 32, "depths": [2, 1], "num_heads": [1, 2], "kernel_size": 
 @pytest.fixture(autouse=True)
 def small(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(DinatConfig, "preset", lambda name, **changes: DinatConfig(**(SMALL | changes)))
-    monkeypatch.setattr(doctor, "SECONDS", 0.2)
+    monkeypatch.setattr(measurements, "SECONDS", 0.2)
 
 
 @pytest.fixture
@@ -89,6 +88,7 @@ def test_missing_packages_come_with_install_commands(
 ) -> None:
     version = doctor._version
     monkeypatch.setattr(doctor, "_version", lambda name: doctor.NOT_INSTALLED if name == "openvino" else version(name))
+    monkeypatch.setattr(measurements, "find_spec", lambda name: None)
     monkeypatch.setattr(native, "library", lambda: None)
     monkeypatch.setattr(native, "_select", lambda: (None, "no C compiler: install gcc or clang"))
     monkeypatch.setattr(doctor, "served_rate", lambda *_: {"what": "nothing"})
@@ -124,42 +124,6 @@ def test_amx_is_named_if_the_kernels_use_it(monkeypatch: pytest.MonkeyPatch, has
 
     monkeypatch.setattr(native, "library", Library)
     assert doctor.machine()["instructions"].endswith(", AMX") == has_matrix_units
-
-
-class RecordingRuntime:
-    """Records the order in which runtimes compute."""
-
-    def __init__(self, batches: list[str], name: str) -> None:
-        self._batches, self.name = batches, name
-
-    def run(self, pixels: Any, options: Any) -> Any:
-        self._batches.append(self.name)
-
-
-def test_rates_are_measured_in_turns(monkeypatch: pytest.MonkeyPatch) -> None:
-    batches: list[str] = []
-    monkeypatch.setattr(doctor, "SECONDS", 0)
-    runtimes: list[Any] = [RecordingRuntime(batches, name) for name in "ab"]
-    warm = [doctor.WarmRuntime(runtime, range(4)) for runtime in runtimes]
-    first, second = doctor.forward_rates(warm)
-    assert batches == ["a", "b"] * doctor.ROUNDS
-    assert len(first) == len(second) == doctor.ROUNDS
-    assert doctor.spread([3.0, 1.0, 2.0]) == {"images/s": 2.0, "lowest": 1.0, "highest": 3.0}
-
-
-@pytest.mark.parametrize(
-    ("speedups", "expected"),
-    [
-        ([1.2, 1.3, 1.25], "recommended"),
-        ([0.64, 0.7, 0.66], "not recommended on this CPU"),
-        ([1.05, 1.09, 1.0], "not recommended on this CPU"),
-        ([1.0, 1.2, 1.15], "no recommendation, the rounds differ too much: repeat it while nothing else runs"),
-        ([1.2, 17.97, 1.3], "no recommendation, the rounds differ too much: repeat it while nothing else runs"),
-        ([0.2, 0.64, 0.6], "no recommendation, the rounds differ too much: repeat it while nothing else runs"),
-    ],
-)
-def test_quantization_is_recommended_only_if_all_rounds_agree(speedups: list[float], expected: str) -> None:
-    assert verdict(speedups) == expected
 
 
 def test_tables(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

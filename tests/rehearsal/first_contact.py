@@ -22,7 +22,7 @@ def main() -> int:
     measured.start()
     try:
         from benchmarks import first_contact, gpu
-        from dinat.app import doctor
+        from dinat.app import measurements
         from dinat.model import attention
         from dinat.model.gpu import mlp_kernel
         from tests.rehearsal.benchmark import natten_without_float32
@@ -36,7 +36,7 @@ def main() -> int:
         first_contact.PYTHON = [sys.executable, "-c", "import tests.rehearsal.plugin; exec(__import__('sys').argv[1])"]
         first_contact.PYTEST = ["-m", "pytest", "-p", "tests.rehearsal.plugin"]
         first_contact.PARTS = {name: (part, 10 * limit) for name, (part, limit) in first_contact.PARTS.items()}
-        doctor.BATCH["cuda"] = 2
+        measurements.BATCH["cuda"] = 2
         if "kernels" in sys.argv:
             attention.BACKENDS["natten"] = natten_without_float32
         if {"fused", "core"} & set(sys.argv):

@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-from dinat.app import doctor
+from dinat.app import doctor, measurements
 from dinat.app.cli import main
 from dinat.model import attention
 from tests.app.test_doctor import small  # noqa: F401
@@ -17,21 +17,21 @@ SERVER = "import tests.rehearsal.plugin; from dinat.app.cli import main; raise S
 @pytest.fixture(autouse=True)
 def small_measurements(monkeypatch: pytest.MonkeyPatch) -> None:
     """Measure with small tensors and batches, and install the fake GPU in the service's process too."""
-    for numbers in (doctor.COPIED, doctor.SIDE, doctor.BATCH):
+    for numbers in (measurements.COPIED, measurements.SIDE, measurements.BATCH):
         monkeypatch.setitem(numbers, "cuda", 2)
-    popen = doctor.subprocess.Popen
+    popen = measurements.subprocess.Popen
     monkeypatch.setattr(
-        doctor.subprocess,
+        measurements.subprocess,
         "Popen",
         lambda words, **kwargs: popen([sys.executable, "-c", SERVER.format([*words[3:], "--max-batch", "2"])], **kwargs),
     )
-    default = doctor.TorchRuntime.__init__
+    default = measurements.TorchRuntime.__init__
 
-    def small_batches(self: doctor.TorchRuntime, *args: object, **kwargs: object) -> None:
+    def small_batches(self: measurements.TorchRuntime, *args: object, **kwargs: object) -> None:
         default(self, *args, **kwargs)  # type: ignore[arg-type]
         self.default_batch = 2
 
-    monkeypatch.setattr(doctor.TorchRuntime, "__init__", small_batches)
+    monkeypatch.setattr(measurements.TorchRuntime, "__init__", small_batches)
 
 
 def test_doctor_reports_a_correct_gpu(capsys: pytest.CaptureFixture[str]) -> None:
