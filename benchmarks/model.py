@@ -30,7 +30,7 @@ from dinat.app.server.heap import keep_freed_memory
 from dinat.model import DinatConfig, DinatForImageClassification, DinatImageProcessor
 from dinat.model.config import image_size
 from dinat.model.cpu.packing import pack
-from dinat.model.export import quantize
+from dinat.model.quantization import quantize
 
 GIGA_MACS = {"mini": 2.695, "tiny": 4.295, "small": 7.772, "base": 13.677, "large": 30.458, "large-384": 89.505, "large-11x11-384": 92.085}  # fmt: skip # noqa: E501
 EXPORTED = {

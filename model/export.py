@@ -12,7 +12,6 @@ import tempfile
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Literal
@@ -20,7 +19,6 @@ from typing import Literal
 import numpy as np
 import numpy.typing as npt
 import torch
-from PIL import Image
 from torch import Tensor, nn
 from torch.export import ExportedProgram
 
@@ -130,7 +128,7 @@ def export(
         raise ExportError("a graph for OpenVINO has a fixed size: specify it, or use the format onnx")
     names = output_names(network.config.num_layers, features)
     graph = Graph(network, features).eval()
-    with writing(path), _without_warnings(), tempfile.TemporaryDirectory(dir=_created(path.parent)) as folder:
+    with writing(path), without_warnings(), tempfile.TemporaryDirectory(dir=create_folder(path.parent)) as folder:
         temporary = Path(folder) / path.name
         shape = (batch, network.config.num_channels, *((None, None) if size == "dynamic" else size))
         options = {} if opset is None else {"opset": opset}
@@ -176,7 +174,7 @@ OPSETS = range(18, 24)
 def _write_onnx(
     program: ExportedProgram, path: Path, names: Sequence[str], info: dict[str, str], shape: Shape, opset: int | None = None
 ) -> None:
-    _require("onnx", "onnx", "onnxruntime", "onnxscript")
+    require_packages("onnx", "onnx", "onnxruntime", "onnxscript")
     from onnx.helper import OP_SET_ID_VERSION_MAP
 
     from dinat.model.onnx_attention import translations
@@ -210,7 +208,7 @@ def _load_onnx(path: Path) -> Run:
 
 
 def _write_openvino(program: ExportedProgram, path: Path, names: Sequence[str], info: dict[str, str], shape: Shape) -> None:
-    _require("cpu", "openvino")
+    require_packages("cpu", "openvino")
     import openvino
 
     model = openvino.convert_model(program)
@@ -226,11 +224,11 @@ def _write_openvino(program: ExportedProgram, path: Path, names: Sequence[str], 
 def _load_openvino(path: Path) -> Run:
     import openvino
 
-    model = openvino.compile_model(path, "CPU", _openvino_options())
+    model = openvino.compile_model(path, "CPU", openvino_options())
     return lambda pixels: [np.array(output) for output in model(pixels).values()]
 
 
-def _openvino_options() -> dict[str, str | int]:
+def openvino_options() -> dict[str, str | int]:
     """Return the options of comparisons: float32, and the threads of PyTorch."""
     return {"INFERENCE_PRECISION_HINT": "f32", "INFERENCE_NUM_THREADS": torch.get_num_threads()}
 
@@ -246,7 +244,8 @@ def _load_torch(path: Path) -> Run:
     return lambda pixels: [output.detach().numpy() for output in module(torch.from_numpy(pixels))]
 
 
-def _require(extra: str, *packages: str) -> None:
+def require_packages(extra: str, *packages: str) -> None:
+    """Raise ExportError, with the command that installs the extra, if one of its packages is missing."""
     missing = [package for package in packages if find_spec(package) is None]
     if missing:
         raise ExportError(f"{' and '.join(missing)} not installed: pip install 'dinat-serve[{extra}]'")
@@ -254,68 +253,6 @@ def _require(extra: str, *packages: str) -> None:
 
 Write = Callable[..., None]
 """Function of (program, path, names of the outputs, metadata, shape of the input); for onnx also `opset`."""
-INT8 = "openvino_int8.xml"
-"""Name of the quantized graph in a checkpoint's folder; its weights are in the .bin file of the same name."""
-MAX_CALIBRATION_IMAGES = 300
-"""Images used for calibration, at most: NNCF's default."""
-
-
-@dataclass(frozen=True)
-class QuantizationReport:
-    """Comparison of a quantized graph with the float32 graph on the calibration images.
-
-    Attributes:
-        images: Number of calibration images.
-        top1_agreement: Fraction of images with the same top-1 class.
-        max_difference: Largest absolute difference of a logit.
-        max_logit: Largest absolute value of a logit.
-    """
-
-    images: int
-    top1_agreement: float
-    max_difference: float
-    max_logit: float
-
-
-def quantize(
-    network: DinatForImageClassification, processor: DinatImageProcessor, images: Sequence[Image.Image], folder: str | Path
-) -> QuantizationReport:
-    """Write openvino_int8.xml and .bin into a folder: a graph with 8-bit integers, by NNCF's post-training quantization.
-
-    Args:
-        network: float32, on the CPU.
-        processor: Image processor of the network.
-        images: Calibration images, similar to those the network will classify; a few hundred are sufficient.
-        folder: Folder, which is created if missing.
-
-    Raises:
-        ExportError: The packages of the extra int8 are not installed, or there are no images.
-    """
-    _require("int8", "nncf", "openvino")
-    import nncf
-    import openvino
-
-    if not images:
-        raise ExportError("quantization requires at least one calibration image")
-    with writing(folder), tempfile.TemporaryDirectory(dir=_created(Path(folder))) as temporary, _without_warnings():
-        export(network, processor, Path(temporary) / "float.xml", "openvino", batch=1, features=["pooled"])
-        model = openvino.Core().read_model(Path(temporary) / "float.xml")
-        pixels = [processor(image).numpy() for image in images[:MAX_CALIBRATION_IMAGES]]
-        int8_model = nncf.quantize(model, nncf.Dataset(pixels), model_type=nncf.ModelType.TRANSFORMER, subset_size=len(pixels))
-        for name, value in metadata(network, processor, ["pooled"]).items():
-            int8_model.set_rt_info(value, ["dinat", name])
-        openvino.save_model(int8_model, Path(temporary) / INT8)
-        runs = [openvino.compile_model(graph, "CPU", _openvino_options()) for graph in (model, int8_model)]
-        exact, quantized = (np.concatenate([np.array(run(x)["logits"]) for x in pixels]) for run in runs)
-        for name in (Path(INT8).with_suffix(".bin").name, INT8):
-            os.replace(Path(temporary) / name, Path(folder) / name)
-    return QuantizationReport(
-        images=len(pixels),
-        top1_agreement=float((exact.argmax(1) == quantized.argmax(1)).mean()),
-        max_difference=float(np.abs(exact - quantized).max()),
-        max_logit=float(np.abs(exact).max()),
-    )
-
 
 FORMATS: dict[str, tuple[str, Write, Callable[[Path], Run]]] = {
     "onnx": (".onnx", _write_onnx, _load_onnx),
@@ -370,14 +307,14 @@ def _examples(graph: Graph, shape: Shape) -> Iterator[Tensor]:
         yield torch.randn(sizes, generator=random)
 
 
-def _created(folder: Path) -> Path:
+def create_folder(folder: Path) -> Path:
     """Create a folder if missing, and return it."""
     folder.mkdir(parents=True, exist_ok=True)
     return folder
 
 
 @contextmanager
-def _without_warnings() -> Iterator[None]:
+def without_warnings() -> Iterator[None]:
     """Suppress deprecation warnings of PyTorch's and OpenVINO's converters, and warnings about optional packages."""
     log = logging.getLogger("torch.onnx")
     level = log.level

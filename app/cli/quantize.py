@@ -18,7 +18,7 @@ from dinat.app.settings import Settings
 from dinat.app.threads import limit_threads
 from dinat.model import DinatForImageClassification, DinatImageProcessor
 from dinat.model.checkpoints.checkpoint import open_checkpoint
-from dinat.model.export import quantize as calibrate
+from dinat.model.quantization import quantize as calibrate
 
 MIN_SPEEDUP = 1.1
 """Speedup over the unquantized network from which quantization is recommended."""

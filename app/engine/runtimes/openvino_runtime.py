@@ -16,7 +16,7 @@ from dinat.app.engine.runtimes.exported_runtime import CLASSIFICATION_OUTPUTS, E
 from dinat.app.engine.runtimes.runtime import Array
 from dinat.model import ConfigError
 from dinat.model.checkpoints.checkpoint import Checkpoint
-from dinat.model.export import INT8
+from dinat.model.quantization import INT8
 
 HINTS = {"fp32": "f32", "bf16": "bf16", "int8": "f32"}
 """OpenVINO's name of each precision. int8 is part of the graph; its other operations run in float32."""
