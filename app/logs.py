@@ -11,6 +11,8 @@ from typing import Any, ClassVar, Literal
 import orjson
 import structlog
 
+from dinat.app.printable_text import printable
+
 FLUSH_SECONDS = 0.05
 
 
@@ -91,13 +93,7 @@ atexit.register(flush_logs)
 
 def _escape_control_characters(_: Any, __: str, event: structlog.types.EventDict) -> structlog.types.EventDict:
     """Escape what a terminal would obey in texts that a client sent. structlog quotes values that have several lines."""
-    return {name: _escaped(value) if isinstance(value, str) else value for name, value in event.items()}
-
-
-def _escaped(text: str) -> str:
-    if text.isprintable():
-        return text
-    return "".join(one if one.isprintable() or one in "\n\t" else one.encode("unicode_escape").decode() for one in text)
+    return {name: printable(value, also="\n\t") if isinstance(value, str) else value for name, value in event.items()}
 
 
 def _json_bytes(event: Any, default: Callable[[Any], Any]) -> bytes:

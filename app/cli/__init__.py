@@ -1,8 +1,6 @@
 """The `dinat` command. Each subcommand is a module, imported only when it runs."""
 
-import json
 import os
-import re
 import signal
 import sys
 from collections import Counter
@@ -15,6 +13,8 @@ from tempfile import mkdtemp
 from typing import Annotated
 
 import typer
+
+from dinat.app.printable_text import printable
 
 COMMANDS = {
     "serve": "Start the HTTP server.",
@@ -35,14 +35,6 @@ INTERRUPTED_STATUS = 128 + signal.SIGINT
 
 class CommandError(Exception):
     """A user error, printed as one line."""
-
-
-_CONTROL_CHARACTER = re.compile("[\x00-\x1f\x7f-\x9f]")
-
-
-def printable(text: str) -> str:
-    """Escape control characters as JSON does: terminals obey those that a file name, label or error contains."""
-    return _CONTROL_CHARACTER.sub(lambda character: json.dumps(character[0]).strip('"'), text)
 
 
 def print_message(text: str) -> None:

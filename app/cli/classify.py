@@ -26,7 +26,7 @@ from safetensors.numpy import save_file
 from dinat.app.api.features import flatten_features
 from dinat.app.api.parameters import Parameters
 from dinat.app.api.results import predictions
-from dinat.app.cli import CommandError, interruptible, print_message, printable, report_skipped
+from dinat.app.cli import CommandError, interruptible, print_message, report_skipped
 from dinat.app.cli.flags import ENGINE, settings_flags
 from dinat.app.cli.progress import progress_bar
 from dinat.app.engine.engine import ImageSource
@@ -36,6 +36,7 @@ from dinat.app.errors import TooLarge
 from dinat.app.image_paths import SUFFIXES, Files, list_files, path_text
 from dinat.app.logs import configure_logs
 from dinat.app.plurals import plural
+from dinat.app.printable_text import printable
 from dinat.app.settings import Settings
 from dinat.model.writing import writing
 

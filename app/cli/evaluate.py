@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from dinat.app.cli import CommandError, print_message, printable, report_skipped
+from dinat.app.cli import CommandError, print_message, report_skipped
 from dinat.app.cli.flags import ENGINE, LabelledData, Source, settings_flags
 from dinat.app.cli.progress import progress_bar
 from dinat.app.engine.engine import Engine, ImageSource
@@ -28,6 +28,7 @@ from dinat.app.image_paths import path_text
 from dinat.app.images import decode, read_file, resize_within
 from dinat.app.logs import configure_logs
 from dinat.app.plurals import plural
+from dinat.app.printable_text import printable
 from dinat.app.settings import Settings
 from dinat.app.tables import read_lines
 from dinat.app.training.layout import find_parts

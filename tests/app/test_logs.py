@@ -44,3 +44,17 @@ except NoImage as error:
 """
     (line,) = log_of(code).splitlines()
     assert "the form is malformed: Found invalid character" in line
+
+
+def test_lines_of_an_event_are_preserved() -> None:
+    code = """
+configure_logs("console")
+try:
+    raise ValueError("first\\nsecond\\t\\x1b[2J")
+except ValueError as error:
+    structlog.get_logger().error("failed", detail=str(error))
+    logging.getLogger("other").error("failed:\\n%s", error)
+"""
+    log = log_of(code)
+    assert "failed:\nfirst\nsecond\t\\x1b[2J" in log
+    assert "\x1b[2J" not in log

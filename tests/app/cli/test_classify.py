@@ -54,7 +54,7 @@ def test_control_characters_of_names_and_labels_do_not_reach_the_terminal(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    names = ["\x1b[31mred\x1b]0;title\x07.png", "one\x9b2J\nline\x7f.png"]
+    names = ["\x1b[31mred\x1b]0;title\x07.png", "one\x9b2J\nline\x7f\u202e.png"]
     network = DinatForImageClassification.from_pretrained("digits")
     network.config.id2label[7] = "seven\x1b[2J"
     network.save_pretrained(tmp_path / "model")
@@ -69,10 +69,10 @@ def test_control_characters_of_names_and_labels_do_not_reach_the_terminal(
     assert main(["evaluate", str(tmp_path / "model"), str(table), *EXACT]) == 0
     assert main(["classify", f"no/{names[0]}", *EXACT]) == 1
     out, err = capsys.readouterr()
-    assert not re.search("[\x00-\x09\x0b-\x1f\x7f-\x9f]", out + err)
-    assert "\\u001b[31mred\\u001b]0;title\\u0007.png" in out and out.count("seven\\u001b[2J") >= 2
-    assert "one\\u009b2J\\nline\\u007f.png: the image is text" in err
-    assert err.splitlines()[-1] == "dinat: no/\\u001b[31mred\\u001b]0;title\\u0007.png does not exist"
+    assert not re.search("[\x00-\x09\x0b-\x1f\x7f-\x9f\u202e]", out + err)
+    assert r"\x1b[31mred\x1b]0;title\x07.png" in out and out.count(r"seven\x1b[2J") >= 2
+    assert r"one\x9b2J\nline\x7f\u202e.png: the image is text" in err
+    assert err.splitlines()[-1] == r"dinat: no/\x1b[31mred\x1b]0;title\x07.png does not exist"
 
 
 def test_image_on_standard_input() -> None:

@@ -223,7 +223,7 @@ def test_invalid_data_and_flags_are_one_line(data: Path, tmp_path: Path, capsys:
     rows = [f"{data}/{label}/{label}-{n}.png,{label}" for label in (0, 1) for n in (1, 2)]
     (tmp_path / "nul.csv").write_text("\n".join(["path,label", *rows, "a\0.png,1", ""]))
     message = error_of(capsys, tmp_path / "nul.csv", out, *SMALL)
-    assert "a\\u0000.png: the file cannot be read: embedded null byte; replace or remove" in message
+    assert "a\\x00.png: the file cannot be read: embedded null byte; replace or remove" in message
     (tmp_path / "data.zip").touch()
     assert "data.zip is neither a folder nor a table" in error_of(capsys, tmp_path / "data.zip", out, *SMALL)
     assert "does not exist" in error_of(capsys, tmp_path / "no", out, *SMALL)
