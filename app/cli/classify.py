@@ -20,7 +20,6 @@ import numpy as np
 import typer
 from rich.console import Console
 from rich.table import Table
-from rich.text import Text
 from safetensors.numpy import save_file
 
 from dinat.app.api.features import flatten_features
@@ -28,6 +27,7 @@ from dinat.app.api.parameters import Parameters
 from dinat.app.api.results import predictions
 from dinat.app.cli import CommandError, interruptible, print_message, report_skipped
 from dinat.app.cli.flags import ENGINE, settings_flags
+from dinat.app.cli.plain_text import plain_text
 from dinat.app.cli.progress import progress_bar
 from dinat.app.engine.engine import ImageSource
 from dinat.app.engine.runtimes.runtime import InferenceResult
@@ -36,7 +36,6 @@ from dinat.app.errors import TooLarge
 from dinat.app.image_paths import SUFFIXES, Files, list_files, path_text
 from dinat.app.logs import configure_logs
 from dinat.app.plurals import plural
-from dinat.app.printable_text import printable
 from dinat.app.settings import Settings
 from dinat.model.writing import writing
 
@@ -272,7 +271,7 @@ class TableWriter(Writer):
         """See Writer."""
         labels = (f"{prediction['label']} {prediction['score']:.3f}" for prediction in result.get("predictions", ()))
         cells = (path_text(path), result.get("error") or ", ".join(labels))
-        self._table.add_row(*(Text(printable(cell)) for cell in cells))
+        self._table.add_row(*(plain_text(cell) for cell in cells))
 
     def close(self) -> None:
         """See Writer."""

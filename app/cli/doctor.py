@@ -46,6 +46,8 @@ def _print_report(report: Report) -> None:
     from rich.console import Console
     from rich.table import Table
 
+    from dinat.app.cli.plain_text import plain_text
+
     console = Console(highlight=False)
     console.width = max(console.width, 100)
 
@@ -58,11 +60,11 @@ def _print_report(report: Report) -> None:
             is_numeric = any(isinstance(row.get(column), int | float) for row in rows)
             table.add_column(column, justify="right" if is_numeric else "left", overflow="fold")
         for row in rows:
-            table.add_row(*(_text(row.get(column)) for column in columns))
+            table.add_row(*(plain_text(_text(row.get(column))) for column in columns))
         console.print(table)
 
-    console.print(", ".join(f"{name} {value}" for name, value in report.machine.items()))
-    console.print(", ".join(f"{name} {value}" for name, value in report.versions.items()))
+    for values in (report.machine, report.versions):
+        console.print(plain_text(", ".join(f"{name} {value}" for name, value in values.items())))
     print_table("GPUs", report.devices)
     print_table("Ceilings", report.ceilings)
     batch = report.attention[0]["batch"]
@@ -72,9 +74,9 @@ def _print_report(report: Report) -> None:
     print_table("Throughput", report.rates)
     print_table("Missing", report.missing)
     for note in report.notes:
-        console.print(f"note: {note}")
+        console.print(plain_text(f"note: {note}"))
     for problem in report.problems:
-        console.print(f"[bold red]problem:[/] {problem}")
+        console.print("[bold red]problem:[/]", plain_text(problem))
     if not report.problems:
         console.print("[bold green]No problems found.[/]")
 

@@ -12,11 +12,11 @@ from typing import Annotated, Literal
 import numpy as np
 import typer
 from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
 
 from dinat.app.cli import CommandError, print_message, report_skipped
 from dinat.app.cli.flags import ENGINE, LabelledData, Source, settings_flags
+from dinat.app.cli.plain_text import plain_text
 from dinat.app.cli.progress import progress_bar
 from dinat.app.engine.engine import Engine, ImageSource
 from dinat.app.engine.runtimes.runtime import InferenceOptions
@@ -28,7 +28,6 @@ from dinat.app.image_paths import path_text
 from dinat.app.images import decode, read_file, resize_within
 from dinat.app.logs import configure_logs
 from dinat.app.plurals import plural
-from dinat.app.printable_text import printable
 from dinat.app.settings import Settings
 from dinat.app.tables import read_lines
 from dinat.app.training.layout import find_parts
@@ -202,6 +201,6 @@ def _print_tables(evaluations: list[Evaluation]) -> None:
         table = Table(*rows[0], title=title, title_justify="left")
         for row in rows:
             table.add_row(
-                *(f"{value:.1%}" if isinstance(value, float) else escape(printable(str(value or ""))) for value in row.values())
+                *(f"{value:.1%}" if isinstance(value, float) else plain_text(str(value or "")) for value in row.values())
             )
         console.print(table)

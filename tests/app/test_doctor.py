@@ -32,6 +32,14 @@ def examine(capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, dict
     return run
 
 
+def hide_openvino_and_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    version = doctor._version
+    monkeypatch.setattr(doctor, "_version", lambda name: doctor.NOT_INSTALLED if name == "openvino" else version(name))
+    monkeypatch.setattr(measurements, "find_spec", lambda name: None)
+    monkeypatch.setattr(native, "library", lambda: None)
+    monkeypatch.setattr(native, "_select", lambda: (None, "no C compiler: install gcc or clang"))
+
+
 @pytest.mark.slow
 def test_report_without_problems(examine: Callable[..., tuple[int, dict[str, Any]]]) -> None:
     status, report = examine()
@@ -86,11 +94,7 @@ def test_service_startup_failure_is_reported(
 def test_missing_packages_come_with_install_commands(
     examine: Callable[..., tuple[int, dict[str, Any]]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    version = doctor._version
-    monkeypatch.setattr(doctor, "_version", lambda name: doctor.NOT_INSTALLED if name == "openvino" else version(name))
-    monkeypatch.setattr(measurements, "find_spec", lambda name: None)
-    monkeypatch.setattr(native, "library", lambda: None)
-    monkeypatch.setattr(native, "_select", lambda: (None, "no C compiler: install gcc or clang"))
+    hide_openvino_and_kernels(monkeypatch)
     monkeypatch.setattr(doctor, "served_rate", lambda *_: {"what": "nothing"})
     status, report = examine()
     assert status == 0
@@ -133,6 +137,19 @@ def test_tables(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[s
     output = capsys.readouterr().out
     for part in ("Attention", "8x8, 1 heads, k3 d2", "tiled", "Throughput", "12.5", "No problems found."):
         assert part in output
+
+
+def test_words_in_brackets_are_printed(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    def fail(*_: object) -> None:
+        raise RuntimeError("a tensor of [two] :cat: [/]")
+
+    monkeypatch.setattr(doctor, "runtimes", lambda *_: [])
+    monkeypatch.setattr(doctor, "served_rate", fail)
+    hide_openvino_and_kernels(monkeypatch)
+    assert main(["doctor", "--device", "cpu"]) == 1
+    output = capsys.readouterr().out
+    assert "pip install 'dinat-serve[cpu]'" in output
+    assert "problem: the service: RuntimeError: a tensor of [two] :cat: [/]" in output
 
 
 def test_missing_gpu_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:

@@ -56,7 +56,7 @@ def test_control_characters_of_names_and_labels_do_not_reach_the_terminal(
     monkeypatch.chdir(tmp_path)
     names = ["\x1b[31mred\x1b]0;title\x07.png", "one\x9b2J\nline\x7f\u202e.png"]
     network = DinatForImageClassification.from_pretrained("digits")
-    network.config.id2label[7] = "seven\x1b[2J"
+    network.config.id2label[7] = "seven :cat: [x]\x1b[2J"
     network.save_pretrained(tmp_path / "model")
     DinatImageProcessor.from_pretrained("digits").save_pretrained(tmp_path / "model")
     for label, name in (("good", names[0]), ("bad", names[1])):
@@ -65,12 +65,12 @@ def test_control_characters_of_names_and_labels_do_not_reach_the_terminal(
     flags = [*EXACT, "--model", str(tmp_path / "model")]
     assert main(["classify", "good", "bad", *flags]) == 1
     table = tmp_path / "table.jsonl"
-    table.write_text(json.dumps({"path": str(tmp_path / "good" / names[0]), "label": "seven\x1b[2J"}) + "\n")
+    table.write_text(json.dumps({"path": str(tmp_path / "good" / names[0]), "label": "seven :cat: [x]\x1b[2J"}) + "\n")
     assert main(["evaluate", str(tmp_path / "model"), str(table), *EXACT]) == 0
     assert main(["classify", f"no/{names[0]}", *EXACT]) == 1
     out, err = capsys.readouterr()
     assert not re.search("[\x00-\x09\x0b-\x1f\x7f-\x9f\u202e]", out + err)
-    assert r"\x1b[31mred\x1b]0;title\x07.png" in out and out.count(r"seven\x1b[2J") >= 2
+    assert r"\x1b[31mred\x1b]0;title\x07.png" in out and out.count(r"seven :cat: [x]\x1b[2J") >= 2
     assert r"one\x9b2J\nline\x7f\u202e.png: the image is text" in err
     assert err.splitlines()[-1] == r"dinat: no/\x1b[31mred\x1b]0;title\x07.png does not exist"
 
