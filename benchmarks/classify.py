@@ -20,7 +20,7 @@ from benchmarks.timing import report
 from dinat.app.api.results import predictions
 from dinat.app.batch.run import BatchSpec, Worker
 from dinat.app.batch.sources import open_source
-from dinat.app.cli.classify import open_writer
+from dinat.app.cli.result_writers import open_writer
 from dinat.app.engine.engine import Engine
 from dinat.app.engine.runtimes.runtime import InferenceOptions
 from dinat.app.engine.stream import NO_DEADLINE_MS, running_engine, stream_results

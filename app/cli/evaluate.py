@@ -23,7 +23,8 @@ from dinat.app.engine.runtimes.runtime import InferenceOptions
 from dinat.app.engine.stream import NO_DEADLINE_MS, running_engine, stream_results
 from dinat.app.evaluation.duplicates import describe_duplicates, digest
 from dinat.app.evaluation.labelled_images import DataError, LabelledImages, class_ids, read_labelled_images
-from dinat.app.evaluation.scores import MAX_CLASSES_SHOWN, Evaluation
+from dinat.app.evaluation.scores import Evaluation
+from dinat.app.evaluation.summaries import LOWEST_RECALL, hides_classes, shown_classes, summary
 from dinat.app.image_paths import path_text
 from dinat.app.images import decode, read_file, resize_within
 from dinat.app.logs import configure_logs
@@ -186,21 +187,16 @@ def _original_preprocessing(processor: DinatImageProcessor) -> DinatImageProcess
 def _print_tables(evaluations: list[Evaluation]) -> None:
     console = Console(highlight=False)
     console.width = max(console.width, 120)
-    table = Table(*evaluations[0].setting, "images", "top-1", "top-5", "calibration error", "images/s")
+    console.print(_table([summary(evaluation) for evaluation in evaluations]))
     for evaluation in evaluations:
-        percentages = (f"{value:.2%}" for value in (evaluation.top1, evaluation.top5, evaluation.calibration_error))
-        table.add_row(
-            *evaluation.setting.values(), str(evaluation.num_images), *percentages, f"{evaluation.images_per_second:.1f}"
-        )
-    console.print(table)
-    for evaluation in evaluations:
-        rows = evaluation.shown_classes
-        if rows is not evaluation.by_class:
-            console.print(f"The {MAX_CLASSES_SHOWN} classes with the lowest recall")
+        if hides_classes(evaluation):
+            console.print(LOWEST_RECALL)
         title = ", ".join(evaluation.setting.values()) if len(evaluations) > 1 else None
-        table = Table(*rows[0], title=title, title_justify="left")
-        for row in rows:
-            table.add_row(
-                *(f"{value:.1%}" if isinstance(value, float) else plain_text(str(value or "")) for value in row.values())
-            )
-        console.print(table)
+        console.print(_table(shown_classes(evaluation), title))
+
+
+def _table(rows: list[dict[str, str]], title: str | None = None) -> Table:
+    table = Table(*rows[0], title=title, title_justify="left")
+    for row in rows:
+        table.add_row(*map(plain_text, row.values()))
+    return table

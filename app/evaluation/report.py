@@ -4,11 +4,11 @@ import base64
 import io
 from collections.abc import Sequence
 from html import escape
-from typing import Any
 
 from matplotlib.figure import Figure
 
-from dinat.app.evaluation.scores import MAX_CLASSES_SHOWN, Evaluation
+from dinat.app.evaluation.scores import Evaluation
+from dinat.app.evaluation.summaries import LOWEST_RECALL, MAX_CLASSES_SHOWN, hides_classes, shown_classes, summary
 
 STYLE = """
 body { font: 16px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem; color: #222 }
@@ -21,28 +21,13 @@ img { max-width: 100% }
 
 def html_report(evaluations: Sequence[Evaluation], title: str) -> str:
     """Return the page: a table of all evaluations, then confusion matrix, reliability curve and classes of each."""
-    summary = _html_table(
-        [
-            {
-                **evaluation.setting,
-                "images": evaluation.num_images,
-                "top-1": f"{evaluation.top1:.2%}",
-                "top-5": f"{evaluation.top5:.2%}",
-                "calibration error": f"{evaluation.calibration_error:.2%}",
-                "images/s": f"{evaluation.images_per_second:.1f}",
-            }
-            for evaluation in evaluations
-        ]
-    )
-    parts = [f"<h1>{escape(title)}</h1>", summary]
+    parts = [f"<h1>{escape(title)}</h1>", _html_table([summary(evaluation) for evaluation in evaluations])]
     for evaluation in evaluations:
         parts.append(f"<h2>{escape(', '.join(evaluation.setting.values()))}</h2>")
         parts.append(_html_image(plot_confusion(evaluation), "confusion matrix"))
         parts.append(_html_image(plot_reliability(evaluation), "reliability curve"))
-        rows = evaluation.shown_classes
-        is_complete = rows is evaluation.by_class
-        parts.append(f"<h3>{'Classes' if is_complete else f'The {MAX_CLASSES_SHOWN} classes with the lowest recall'}</h3>")
-        parts.append(_html_table([row | {name: _percentage(row[name]) for name in ("recall", "precision")} for row in rows]))
+        parts.append(f"<h3>{LOWEST_RECALL if hides_classes(evaluation) else 'Classes'}</h3>")
+        parts.append(_html_table(shown_classes(evaluation)))
         if evaluation.unreadable:
             parts.append("<h3>Unreadable images</h3>")
             parts.append(_html_table([{"image": path, "error": error} for path, error in evaluation.unreadable.items()]))
@@ -87,11 +72,7 @@ def _html_image(figure: Figure, description: str) -> str:
     return f'<img alt="{escape(description)}" src="data:image/png;base64,{base64.b64encode(data.getvalue()).decode()}">'
 
 
-def _percentage(value: float | None) -> str:
-    return "" if value is None else f"{value:.1%}"
-
-
-def _html_table(rows: Sequence[dict[str, Any]]) -> str:
-    head = "".join(f"<th>{escape(str(name))}</th>" for name in rows[0])
-    lines = ("".join(f"<td>{escape(str(value))}</td>" for value in row.values()) for row in rows)
+def _html_table(rows: Sequence[dict[str, str]]) -> str:
+    head = "".join(f"<th>{escape(name)}</th>" for name in rows[0])
+    lines = ("".join(f"<td>{escape(value)}</td>" for value in row.values()) for row in rows)
     return f"<table><tr>{head}</tr>{''.join(f'<tr>{line}</tr>' for line in lines)}</table>"

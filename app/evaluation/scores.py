@@ -11,9 +11,6 @@ import numpy.typing as npt
 BINS = 15
 """Number of score bins of the calibration error (Guo et al., arXiv 1706.04599)."""
 
-MAX_CLASSES_SHOWN = 40
-"""Classes that tables and figures show at most."""
-
 MAX_CONFUSION_CLASSES = 100
 """Classes up to which the JSON output has the confusion matrix."""
 
@@ -111,12 +108,6 @@ class Evaluation:
                 }
             )
         return rows
-
-    @property
-    def shown_classes(self) -> list[dict[str, Any]]:
-        """Rows of by_class to show: all, or the MAX_CLASSES_SHOWN with the lowest recall."""
-        rows = self.by_class
-        return rows if len(rows) <= MAX_CLASSES_SHOWN else sorted(rows, key=lambda row: row["recall"])[:MAX_CLASSES_SHOWN]
 
     @property
     def images_per_second(self) -> float:

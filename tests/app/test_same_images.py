@@ -27,7 +27,7 @@ ONLY_IN = {
 """Calls that only one module may have."""
 
 OTHERS = {
-    "cli/classify.py": ("csv.reader",),  # its own output
+    "cli/result_writers.py": ("csv.reader",),  # its own output
     "engine/runtimes/artifacts.py": ("rglob",),  # the code of this package
     "engine/multiprocess/channel.py": ("orjson.loads",),  # messages between processes
 }
