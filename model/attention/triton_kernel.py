@@ -21,6 +21,7 @@ from torch import Tensor
 from dinat.model.attention.bias_cache import cached_for_table
 from dinat.model.attention.tiled import Plan, plan, register_fake_and_autograd
 from dinat.model.capture_safe_cache import capture_safe_cache
+from dinat.model.cuda_device import on_device_of
 from dinat.model.errors import AttentionError
 
 INTERPRETED = bool(triton.knobs.runtime.interpret)
@@ -220,7 +221,7 @@ def launch(
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     strides = [stride for x in (q, k, v) for stride in (x.stride(0), x.stride(2), x.stride(3))]
     (tiles, queries), keys = table.queries.shape, table.keys.shape[1]
-    with torch.cuda.device_of(q):  # type: ignore[no-untyped-call]  # Triton launches on the current device
+    with on_device_of(q):
         attend[(tiles, heads, batch)](
             q, k, v, bias, table.queries, table.keys, table.kinds, out,
             *strides, bias.stride(0), 0 if bias.shape[1] == 1 else bias.stride(1), out.stride(0),

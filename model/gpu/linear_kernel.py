@@ -13,6 +13,8 @@ import triton
 import triton.language as tl
 from torch import Tensor, nn
 
+from dinat.model.cuda_device import on_device_of
+
 INTERPRETED = bool(triton.knobs.runtime.interpret)
 
 
@@ -175,7 +177,7 @@ def launch(
     rows = x.numel() // inputs
     out = torch.empty((*x.shape[:-1], outputs), dtype=x.dtype, device=x.device)
     norm_weight, norm_bias, eps = (None, None, 0.0) if norm is None else (norm.weight, norm.bias, norm.eps)
-    with torch.cuda.device_of(x):  # type: ignore[no-untyped-call]  # Triton launches on the current device
+    with on_device_of(x):
         linear[(triton.cdiv(rows, config.rows) * triton.cdiv(outputs, config.columns), 1, 1)](
             x, norm_weight, norm_bias, layer.weight, layer.bias, scale, add, out,
             rows, inputs, outputs, eps,

@@ -12,6 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor, nn
 
+from dinat.model.cuda_device import on_device_of
 from dinat.model.gpu.linear_kernel import INTERPRETED, gelu
 
 
@@ -134,7 +135,7 @@ def launch(x: Tensor, norm: nn.LayerNorm, up: nn.Linear, down: nn.Linear, scale:
     hidden, channels = up.weight.shape
     rows = x.numel() // channels
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    with torch.cuda.device_of(x):  # type: ignore[no-untyped-call]  # Triton launches on the current device
+    with on_device_of(x):
         mlp[(triton.cdiv(rows, config.rows), 1, 1)](
             x, norm.weight, norm.bias, up.weight, up.bias, down.weight, down.bias, scale, out,
             rows, hidden, norm.eps,

@@ -8,6 +8,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from dinat.model.cuda_device import on_device_of
+
 BLOCK, WARPS = 1024, 4
 """Values per program, and its warps."""
 
@@ -29,6 +31,6 @@ def launch(pixels: Tensor, table: Tensor, dtype: torch.dtype) -> Tensor:
     """Run the kernel: pixels (B, H, W, 3) uint8, contiguous, and their values (3, 256) float32, to (B, H, W, 3)."""
     out = torch.empty(pixels.shape, dtype=dtype, device=pixels.device)
     count = pixels.numel()
-    with torch.cuda.device_of(pixels):  # type: ignore[no-untyped-call]  # Triton launches on the current device
+    with on_device_of(pixels):
         look_up[(triton.cdiv(count, BLOCK), 1, 1)](pixels, table, out, count, BLOCK=BLOCK, num_warps=WARPS)
     return out
