@@ -49,7 +49,9 @@ NICENESS = 5
 MAX_REUSED_BYTES = 64 * 2**20
 """A process that has used this much more memory than the server exits after its reply."""
 
-ERRORS: dict[str, type[ServiceError]] = {one.__name__: one for one in (NoImage, TooLarge, Unprocessable, UnsupportedImage)}
+ERRORS: dict[str, type[ServiceError]] = {
+    error_type.__name__: error_type for error_type in (NoImage, TooLarge, Unprocessable, UnsupportedImage)
+}
 """Errors that a process reports, by name."""
 
 
@@ -252,8 +254,8 @@ class DecodeServer:
         try:
             signal.set_wakeup_fd(-1)
             signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-            for one in (self._control, self._wakeup, self._wakeup_writer, *self._processes.values()):
-                one.close()
+            for inherited in (self._control, self._wakeup, self._wakeup_writer, *self._processes.values()):
+                inherited.close()
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stderr.fileno())  # libtiff writes warnings there
             os.nice(NICENESS)
             with suppress(OSError):  # if memory runs out, the kernel ends this process rather than the service

@@ -19,6 +19,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from importlib.util import find_spec
+from itertools import chain
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -280,7 +281,7 @@ def served_rate(folder: Path, device: str) -> Row:
         with ThreadPoolExecutor(CONNECTIONS) as pool:
             for _ in range(ROUNDS):
                 start = time.perf_counter()
-                sent = [one for sent in pool.map(send, [start + SECONDS / ROUNDS] * CONNECTIONS) for one in sent]
+                sent = list(chain.from_iterable(pool.map(send, [start + SECONDS / ROUNDS] * CONNECTIONS)))
                 rates.append(len(sent) / (time.perf_counter() - start))
                 latencies += sent
     row: Row = {"what": f"HTTP on loopback, {CONNECTIONS} connections"} | spread(rates)

@@ -175,8 +175,8 @@ class _EngineCollector(Collector):
         )
         loaded = self._loaded()
         if loaded is not None:
-            for one in loaded.disabled:
-                disabled.add_metric([one.name], 1)
+            for entry in loaded.disabled:
+                disabled.add_metric([entry.name], 1)
             model = {"model": self._model, "runtime": loaded.runtime, "device": loaded.device, "precision": loaded.precision}
             yield InfoMetricFamily("dinat_model", "The loaded model.", model)
         yield disabled

@@ -42,7 +42,7 @@ class Reservations:
     def _admit(self) -> None:
         while self._waiting and self._count > 0:
             is_oldest = self._admitted % OLDEST_EVERY == OLDEST_EVERY - 1
-            first = min(self._waiting, key=lambda one: one[1]) if is_oldest else self._waiting[0]
+            first = min(self._waiting, key=lambda entry: entry[1]) if is_oldest else self._waiting[0]
             _, _, units, turn = first
             if not turn.cancelled():
                 if self._units < units:

@@ -151,7 +151,8 @@ def core() -> Iterator[Row]:
         )
         pixels, options = examples(runtime.processor, count), [InferenceOptions(10)] * count
         scores = [
-            np.stack([one.scores[np.argsort(one.class_ids)] for one in each.run(pixels, options)]) for each in (runtime, cpu)
+            np.stack([result.scores[np.argsort(result.class_ids)] for result in each.run(pixels, options)])
+            for each in (runtime, cpu)
         ]
         difference = float(np.abs(scores[0] - scores[1]).max())
         yield {"precision": precision, "difference": difference} | ({"failed": "scores differ"} if difference > 0.05 else {})

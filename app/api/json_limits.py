@@ -78,12 +78,12 @@ def _count_keys(value: Any) -> int:
     """Return the number of keys of all objects in a value."""
     keys, values = 0, [value]
     while values:
-        one = values.pop()
-        if isinstance(one, dict):
-            keys += len(one)
-            one = list(one.values())
-        if isinstance(one, list) and not {dict, list}.isdisjoint(map(type, one)):
-            values += [item for item in one if isinstance(item, dict | list)]
+        node = values.pop()
+        if isinstance(node, dict):
+            keys += len(node)
+            node = list(node.values())
+        if isinstance(node, list) and not {dict, list}.isdisjoint(map(type, node)):
+            values += [item for item in node if isinstance(item, dict | list)]
     return keys
 
 

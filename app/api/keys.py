@@ -51,7 +51,7 @@ class ApiKeys:
         scheme, _, token = headers.get(b"authorization", b"").partition(b" ")
         sent = (token.strip() if scheme.lower() == b"bearer" else b"", headers.get(b"x-api-key", b""))
         # a list: compares all, in constant time
-        valid = [name for name, key in self._keys.items() for one in sent if hmac.compare_digest(one, key)]
+        valid = [name for name, key in self._keys.items() for candidate in sent if hmac.compare_digest(candidate, key)]
         if valid:
             return valid[0]
         if any(path == prefix or path.startswith(f"{prefix}/") for prefix in self._keyless):

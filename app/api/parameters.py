@@ -140,8 +140,8 @@ def describe_errors(error: ValidationError) -> str:
     """Describe the first validation errors in one sentence, with location, value and message of each, and their number."""
     errors = error.errors(include_url=False, include_context=False)
     described = [
-        f"{shorten('.'.join(map(str, one['loc'])))} is {quote(one['input'])}: {shorten(one['msg'])}"
-        for one in errors[:MAX_DESCRIBED_ERRORS]
+        f"{shorten('.'.join(map(str, entry['loc'])))} is {quote(entry['input'])}: {shorten(entry['msg'])}"
+        for entry in errors[:MAX_DESCRIBED_ERRORS]
     ]
     more = len(errors) - len(described)
     return "; ".join([*described, *([f"and {more:,} more errors"] if more else [])])
@@ -157,7 +157,7 @@ def _unique(source: str, items: Iterable[NamedValue]) -> dict[str, Any]:
 
 
 def _suggestion(name: str, known: Iterable[str]) -> str:
-    normalized = {one.replace("_", ""): one for one in known}
+    normalized = {known_name.replace("_", ""): known_name for known_name in known}
     matches = get_close_matches(name[:MAX_CHARACTERS].lower().replace("_", "").replace("-", ""), normalized, 1)
     return f" (did you mean {normalized[matches[0]]}?)" if matches else ""
 

@@ -77,7 +77,7 @@ def add_error_handlers(app: FastAPI) -> None:
 
     async def on_invalid_request(request: Request, error: Any) -> Response:
         errors = error.errors()[:MAX_DESCRIBED_ERRORS]
-        details = [f"{'.'.join(map(str, one['loc'][1:])) or one['loc'][0]}: {one['msg']}" for one in errors]
+        details = [f"{'.'.join(map(str, entry['loc'][1:])) or entry['loc'][0]}: {entry['msg']}" for entry in errors]
         return problem(request, HTTPStatus.UNPROCESSABLE_ENTITY, "; ".join(details))
 
     async def on_http_exception(request: Request, error: Any) -> Response:

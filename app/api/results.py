@@ -71,7 +71,7 @@ def _encode_array(values: npt.NDArray[Any]) -> bytes:
     if values.size <= CHUNK_VALUES:
         return orjson.dumps(np.ascontiguousarray(values), option=orjson.OPT_SERIALIZE_NUMPY)
     if values.ndim > 1:
-        return b"[" + b",".join(_encode_array(one) for one in values) + b"]"
+        return b"[" + b",".join(_encode_array(row) for row in values) + b"]"
     chunks = (values[start : start + CHUNK_VALUES] for start in range(0, values.size, CHUNK_VALUES))
     return b"[" + b",".join(_encode_array(chunk)[1:-1] for chunk in chunks) + b"]"
 

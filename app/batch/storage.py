@@ -82,7 +82,7 @@ def find_files(filesystem: Any, path: str) -> tuple[str, list[File], Counter[str
             local = list_files(path)
         except FileNotFoundError:
             return path, [], Counter()
-        files = [_local_file(one) for one in local.paths]
+        files = [_local_file(file_path) for file_path in local.paths]
         return path if os.path.isdir(path) else pattern_folder(path), files, local.skipped
     folder, _, last = path.rpartition("/")
     (info,) = filesystem.get_file_info([path])

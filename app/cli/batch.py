@@ -106,7 +106,9 @@ def _absolute(url: str) -> str:
 def _parameters(spec: "BatchSpec") -> dict[str, Any]:
     """Return everything that the results depend on."""
     settings = {name: getattr(spec.settings, name) for name in ("model", "revision", "precision", "decode", "max_pixels")}
-    return settings | {one.name: getattr(spec, one.name) for one in fields(spec) if one.name not in ("settings", "dest")}
+    return settings | {
+        field.name: getattr(spec, field.name) for field in fields(spec) if field.name not in ("settings", "dest")
+    }
 
 
 async def _run(spec: "BatchSpec", remaining: "Sequence[Shard]", total: int, workers: int) -> "list[ShardResult]":
@@ -125,6 +127,6 @@ async def _run(spec: "BatchSpec", remaining: "Sequence[Shard]", total: int, work
         task = progress.add_task("", total=total, completed=total - len(remaining), images=0, rate=0.0)
         async for result in run_shards(spec, remaining, workers):
             results.append(result)
-            num_images = sum(one.num_images for one in results)
+            num_images = sum(done.num_images for done in results)
             progress.update(task, advance=1, images=num_images, rate=num_images / (time.monotonic() - start))
     return results

@@ -101,7 +101,7 @@ class LocalBackend(BatcherEvents):
             if first.device == "cpu" and (shared := describe_contention(times)) is not None:
                 log.warning(shared)
             if disabled:
-                log.warning("disabled", **{one.name: one.reason for one in disabled})
+                log.warning("disabled", **{entry.name: entry.reason for entry in disabled})
             log.info(
                 "ready",
                 model=self.settings.model,
@@ -144,7 +144,7 @@ class LocalBackend(BatcherEvents):
             usable = list(await in_own_thread(load_runtimes, self.settings.model_copy(update=on_cpu)))
             size = self.settings.max_batch or usable[0].default_batch
             max_batch = min(max_batch, await in_own_thread(self.warm, usable[0], size))
-        disabled = dict.fromkeys([*unusable, *(one for runtime in usable for one in runtime.disabled)])
+        disabled = dict.fromkeys([*unusable, *(entry for runtime in usable for entry in runtime.disabled)])
         return usable, max_batch, list(disabled)
 
     def reserve(self, jobs: Sequence[Job]) -> bool:

@@ -137,13 +137,13 @@ class Server(uvicorn.Server):
     def capture_signals(self) -> Generator[None]:
         """See uvicorn, which does not handle SIGHUP."""
         in_main_thread = threading.current_thread() is threading.main_thread()  # the only one that may handle signals
-        original = {one: signal.signal(one, self.handle_exit) for one in stop_signals() if in_main_thread}
+        original = {number: signal.signal(number, self.handle_exit) for number in stop_signals() if in_main_thread}
         try:
             with super().capture_signals():
                 yield
         finally:
-            for one, handler in original.items():
-                signal.signal(one, handler)
+            for number, handler in original.items():
+                signal.signal(number, handler)
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """See uvicorn, whose own handler raises the signal again on exit; here the command sets the exit status."""

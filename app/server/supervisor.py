@@ -154,8 +154,8 @@ class Supervisor:
         for end in (reader, writer):
             end.setblocking(False)
         signal.set_wakeup_fd(writer.fileno())
-        for one in self._stop_signals:
-            signal.signal(one, self._count_signal)
+        for number in self._stop_signals:
+            signal.signal(number, self._count_signal)
 
     def _count_signal(self, number: int, _: object) -> None:
         if number in (signal.SIGTERM, signal.SIGINT) or not self._signals:  # a closed terminal sends SIGHUP twice
@@ -182,8 +182,8 @@ class Supervisor:
         self._stop_by = time.monotonic() + seconds
         self._board.set_state("supervisor", "stopping")
         for sockets in self._sockets.values():
-            for one in sockets:
-                one.close()
+            for listener in sockets:
+                listener.close()
         for name in self._names:
             if name in self._children:
                 self._children[name].terminate()
@@ -286,8 +286,8 @@ class Supervisor:
             os.close(descriptor)
         for other, sockets in self._sockets.items():
             if other != name:
-                for one in sockets:
-                    one.close()
+                for listener in sockets:
+                    listener.close()
         try:
             status = body(name, lifeline)
         finally:

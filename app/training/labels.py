@@ -21,7 +21,7 @@ def check_labels(labels: Iterable[str]) -> None:
     several = [
         label
         for label in labels
-        if label.startswith("[") or (len(_parts(label)) > 1 and any(parts[one] > 1 for one in _parts(label)))
+        if label.startswith("[") or (len(_parts(label)) > 1 and any(parts[part] > 1 for part in _parts(label)))
     ]
     if several:
         raise DataError(

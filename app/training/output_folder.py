@@ -85,7 +85,7 @@ def find_previous(spec: TrainingSpec, split: DataSplit) -> Previous | None:
 def create(spec: TrainingSpec, recipe: Recipe, split: DataSplit) -> None:
     """Create the output folder of a training that starts."""
     (spec.out / CHECKPOINTS).mkdir(parents=True, exist_ok=True)
-    parts = {name: [[str(one.path), one.label] for one in getattr(split, name)] for name in ("train", "validation")}
+    parts = {name: [[str(image.path), image.label] for image in getattr(split, name)] for name in ("train", "validation")}
     _write_json(spec.out / CHECKPOINTS / SPLIT_FILE, parts | {"classes": split.classes})
     write_state(spec, recipe, finished=False)
 

@@ -190,7 +190,7 @@ def test_server_imports_neither_torch_nor_the_web_framework_and_has_no_secrets(m
     async def test(decoding: DecodeProcesses) -> None:
         await decoding.decode(inspect(encoded(noise(5, 6), "BMP")), PROCESSOR, None)
         server = server_of(decoding)
-        files = " ".join(one.path for one in server.memory_maps())
+        files = " ".join(mapped.path for mapped in server.memory_maps())
         assert "_imaging" in files
         assert not any(f"/{name}/" in files for name in ("torch", "uvloop", "pydantic_core"))
         assert "secret" not in server.environ().values()

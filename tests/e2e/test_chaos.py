@@ -70,8 +70,8 @@ def footprint(server: Server) -> dict[str, int]:
     """Memory, file descriptors and used slots of all processes. Shared pages count once (PSS)."""
     running = [psutil.Process(status["pid"]) for status in processes(server).values()]
     return {
-        "bytes": sum(one.memory_full_info().pss for one in running),
-        "descriptors": sum(one.num_fds() for one in running),
+        "bytes": sum(process.memory_full_info().pss for process in running),
+        "descriptors": sum(process.num_fds() for process in running),
         "slots": int(samples(server)["dinat_queue_depth_images",]),
     }
 

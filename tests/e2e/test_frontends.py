@@ -234,7 +234,7 @@ def test_sigterm_stops_all_processes_and_answers_all_requests() -> None:
 @pytest.mark.slow
 def test_all_processes_exit_when_the_supervisor_is_killed() -> None:
     with Server(frontends=2, **EXACT) as server:
-        children = [psutil.Process(one["pid"]) for name, one in processes(server).items() if name != "supervisor"]
+        children = [psutil.Process(status["pid"]) for name, status in processes(server).items() if name != "supervisor"]
         server.process.kill()
         _, alive = psutil.wait_procs(children, timeout=30)
         assert not alive

@@ -143,9 +143,9 @@ def test_predictions_match_dinat_serve(ray_url: str) -> None:
     images = distinct_images(200)
     with Server(**SETTINGS) as server:
         expected = classify_all(server.url, images)
-    for one, other in zip(classify_all(ray_url, images), expected, strict=True):
-        assert [each.class_id for each in one.predictions] == [each.class_id for each in other.predictions]
-        assert [each.score for each in one.predictions] == pytest.approx(
+    for result, other in zip(classify_all(ray_url, images), expected, strict=True):
+        assert [each.class_id for each in result.predictions] == [each.class_id for each in other.predictions]
+        assert [each.score for each in result.predictions] == pytest.approx(
             [each.score for each in other.predictions], rel=0, abs=1e-5
         )
 
@@ -173,7 +173,7 @@ def test_no_request_is_lost_when_a_replica_is_killed(ray_url: str) -> None:
         assert len(replicas) == 2
         replicas[0].kill()
         results = [request.result() for request in requests]
-    assert [one.best.label for one in results] == [one.best.label for one in classify_all(ray_url, images)]
+    assert [result.best.label for result in results] == [result.best.label for result in classify_all(ray_url, images)]
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # raised by importing Ray

@@ -351,9 +351,9 @@ def test_modified_network(use: str, network: DinatForImageClassification, expect
     reference = DinatForImageClassification(CONFIG, attention="reference").eval().requires_grad_(False)
     reference.load_state_dict(network.state_dict())
     modified = []
-    for one in (network, reference):
+    for module in (network, reference):
         torch.manual_seed(2)
-        modified.append(USES[use](one).eval())
+        modified.append(USES[use](module).eval())
     with torch.enable_grad():  # no kernel is used
         changed = modified[1](PIXELS).logits
     torch.testing.assert_close(modified[0](PIXELS).logits, changed, rtol=0, atol=2e-5)

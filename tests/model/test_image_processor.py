@@ -81,7 +81,7 @@ def crop_after_resizing(image: Image.Image, processor: DinatImageProcessor) -> n
     rows, columns = max(0, height - pixels.shape[0]), max(0, width - pixels.shape[1])
     pixels = np.pad(pixels, ((rows // 2, rows - rows // 2), (columns // 2, columns - columns // 2), (0, 0)))
     margins = pixels.shape[0] - height, pixels.shape[1] - width
-    top, left = (round(one / 2) if processor.crop_pct is not None else one // 2 for one in margins)
+    top, left = (round(margin / 2) if processor.crop_pct is not None else margin // 2 for margin in margins)
     return pixels[top : top + height, left : left + width]
 
 

@@ -269,7 +269,7 @@ RELEASED = [
 ]
 
 
-@pytest.mark.parametrize(("path", "content", "headers", "status"), RELEASED, ids=[f"{one[0]} {one[3]}" for one in RELEASED])
+@pytest.mark.parametrize(("path", "content", "headers", "status"), RELEASED, ids=[f"{case[0]} {case[3]}" for case in RELEASED])
 def test_reservations_are_released(path: str, content: bytes, headers: dict[str, str], status: int) -> None:
     limits = {"max_upload_bytes": 2**21, "max_body_bytes_in_flight": 2**21}
     with running(max_response_bytes=2**20, max_response_bytes_in_flight=2**20, **limits) as service:

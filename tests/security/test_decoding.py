@@ -103,7 +103,7 @@ def test_sigterm_during_a_long_decode_ends_the_service() -> None:
         process = psutil.Process(server.process.pid)
         with httpx.Client(base_url=server.url, headers=GZIP, timeout=60) as client:
             response = threads.submit(client.post, "/classify", content=gzip.compress(bmp_rle(14_000)))
-            while all(one.ppid() == process.pid for one in process.children(recursive=True)):
+            while all(child.ppid() == process.pid for child in process.children(recursive=True)):
                 assert not response.done()
             started = time.monotonic()
             status = server.stop()

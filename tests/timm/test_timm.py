@@ -92,8 +92,8 @@ def test_logits_and_features_equal_the_networks(timm: ModuleType, tmp_path: Path
         )
         normalized = DinatBackbone.from_pretrained(tmp_path, out_features=["stage1", "stage3"])(pixels).feature_maps
         maps = model.forward_intermediates(pixels, indices=[0, 2], intermediates_only=True)
-    for one, other in zip(maps, normalized, strict=True):
-        own = torch.nn.functional.layer_norm(one.permute(0, 2, 3, 1), one.shape[1:2]).permute(0, 3, 1, 2)
+    for feature_map, other in zip(maps, normalized, strict=True):
+        own = torch.nn.functional.layer_norm(feature_map.permute(0, 2, 3, 1), feature_map.shape[1:2]).permute(0, 3, 1, 2)
         assert torch.allclose(own, other, atol=1e-5)
 
 
@@ -110,8 +110,8 @@ def test_arguments_of_features_only(timm: ModuleType) -> None:
     pixels = torch.randn(1, 3, 64, 64)
     plain = create(timm, features_only=True, out_indices=(1, 3))(pixels)
     last = create(timm, features_only=True, out_indices=(1, 3), output_fmt="NHWC", output_stride=32, feature_cls="getter")
-    for one, other in zip(plain, last(pixels), strict=True):
-        assert torch.equal(one.permute(0, 2, 3, 1), other)
+    for feature_map, other in zip(plain, last(pixels), strict=True):
+        assert torch.equal(feature_map.permute(0, 2, 3, 1), other)
     _, normalized = create(timm, features_only=True, out_indices=(1, 3), norm=True)(pixels)
     expected = torch.nn.functional.layer_norm(plain[1].permute(0, 2, 3, 1), (256,)).permute(0, 3, 1, 2)
     assert torch.allclose(normalized, expected, atol=1e-5)
@@ -156,7 +156,7 @@ def test_gradient_checkpointing_changes_no_gradient(timm: ModuleType) -> None:
         model.zero_grad()
         model(pixels).sum().backward()
         gradients.append([value.grad.clone() for value in model.parameters()])
-    assert all(torch.allclose(one, other, atol=1e-6) for one, other in zip(*gradients, strict=True))
+    assert all(torch.allclose(gradient, other, atol=1e-6) for gradient, other in zip(*gradients, strict=True))
 
 
 def test_parameter_groups_by_depth(timm: ModuleType) -> None:

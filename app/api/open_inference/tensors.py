@@ -215,10 +215,10 @@ def _element_types(data: list[Any]) -> set[type]:
     types: set[type] = set()
     lists = [data]
     while lists:
-        one = lists.pop()
-        types.update(map(type, one))
+        elements = lists.pop()
+        types.update(map(type, elements))
         if list in types:
-            lists += [item for item in one if isinstance(item, list)]
+            lists += [item for item in elements if isinstance(item, list)]
     return types - {list}
 
 
@@ -228,7 +228,7 @@ def _parse_bytes(item: Mapping[str, Any], blob: memoryview | None, shape: Shape,
     if blob is not None:
         values = _split_elements(blob, queue_limit)
     else:
-        values = [_decode_element(one) for one in _flatten(item["data"], queue_limit)]
+        values = [_decode_element(element) for element in _flatten(item["data"], queue_limit)]
     if len(values) != shape.count:
         raise BadRequest(f"input {name}: shape {shape} has {shape.count} elements, the data has {len(values)}")
     return values

@@ -62,7 +62,7 @@ class Channel:
             arrays: Sent in shared memory.
             descriptors: Duplicated for the receiver; they stay open here.
         """
-        data = orjson.dumps([body, [[one.dtype.str, one.shape] for one in arrays]], option=_JSON)
+        data = orjson.dumps([body, [[values.dtype.str, values.shape] for values in arrays]], option=_JSON)
         own = [os.dup(descriptor) for descriptor in descriptors]
         if arrays or len(data) > MAX_INLINE_BYTES:
             own.insert(0, share([np.frombuffer(data, np.uint8), *arrays]))
@@ -138,8 +138,8 @@ def share(arrays: Arrays) -> int:
     """Copy arrays into shared memory, one after the other. Return its file descriptor."""
     descriptor = os.memfd_create("dinat", os.MFD_CLOEXEC)
     offset = 0
-    for one in arrays:
-        data = np.ascontiguousarray(one).reshape(-1).view(np.uint8).data
+    for values in arrays:
+        data = np.ascontiguousarray(values).reshape(-1).view(np.uint8).data
         written = 0
         while written < len(data):  # a call writes 2 GiB at most
             written += os.pwrite(descriptor, data[written:], offset + written)

@@ -202,12 +202,12 @@ class EngineClient:
         jobs: list[Job] = []
         of_jobs: list[InferenceResult | Exception] = []
         with self._lock:
-            for one in results:
-                pending = self._sent.pop(one.number, None)
+            for job_result in results:
+                pending = self._sent.pop(job_result.number, None)
                 if pending is not None:
-                    pending.job.started, pending.job.computed = one.started, one.computed
+                    pending.job.started, pending.job.computed = job_result.started, job_result.computed
                     jobs.append(pending.job)
-                    of_jobs.append(one.result)
+                    of_jobs.append(job_result.result)
         self._events.on_results(jobs, of_jobs)
 
     def _on_closed(self) -> None:

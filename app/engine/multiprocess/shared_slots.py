@@ -71,7 +71,7 @@ class Slots:
 
     def owned(self, owner: int) -> Sequence[int]:
         """The slots of an owner."""
-        return [slot for slot, one in enumerate(self._owners()) if one == owner]
+        return [slot for slot, slot_owner in enumerate(self._owners()) if slot_owner == owner]
 
     def view(self, slot: int, shape: Sequence[int]) -> Pixels:
         """The pixels in a slot, (H, W, 3) uint8, without a copy."""

@@ -130,7 +130,7 @@ class LoadedMessage:
             "device": model.device,
             "precision": model.precision,
             "attention": model.attention,
-            "disabled": [[one.name, one.reason] for one in model.disabled],
+            "disabled": [[entry.name, entry.reason] for entry in model.disabled],
         }
         return [self.kind, self.owner, self.slot_count, self.slot_size, fields], (), (self.slots,)
 
@@ -188,7 +188,7 @@ class ResultsMessage:
     def encode(self) -> Encoded:
         """See Encoded."""
         arrays: list[Array] = []
-        results = [[one.number, one.started, one.computed, *_encode_result(one.result, arrays)] for one in self.results]
+        results = [[job.number, job.started, job.computed, *_encode_result(job.result, arrays)] for job in self.results]
         return [self.kind, self.rate, results], arrays, ()
 
     @classmethod
@@ -207,7 +207,8 @@ class ResultsMessage:
 Message = JobMessage | CancelMessage | ReadyMessage | LoadedMessage | FailedMessage | ResultsMessage
 
 _MESSAGES: Mapping[str, type[Message]] = {
-    one.kind: one for one in (JobMessage, CancelMessage, ReadyMessage, LoadedMessage, FailedMessage, ResultsMessage)
+    message_type.kind: message_type
+    for message_type in (JobMessage, CancelMessage, ReadyMessage, LoadedMessage, FailedMessage, ResultsMessage)
 }
 
 
@@ -241,7 +242,7 @@ def _encode_result(result: InferenceResult | Exception, arrays: list[Array]) -> 
 
 def _decode_inference_result(fields: list[Any], arrays: Arrays) -> InferenceResult:
     class_ids, scores, indices, encoded = fields
-    features = {name: arrays[at] if isinstance(at, int) else [arrays[one] for one in at] for name, at in indices.items()}
+    features = {name: arrays[at] if isinstance(at, int) else [arrays[index] for index in at] for name, at in indices.items()}
     neighborhoods = [
         Neighborhood(stage, layer, dilation, (h, w), (y, x), rows, columns, torch.from_numpy(np.array(arrays[at])))
         for stage, layer, dilation, (h, w), (y, x), rows, columns, at in encoded

@@ -84,7 +84,7 @@ class ExportedRuntime:
         """See Runtime."""
         outputs: list[list[Array]] = [[] for _ in pixels]
         for features in (False, True):
-            selected = [i for i, one in enumerate(options) if bool(one.features - {LOGITS}) is features]
+            selected = [i for i, image_options in enumerate(options) if bool(image_options.features - {LOGITS}) is features]
             inputs = [
                 to_pixel_values(self.processor, torch.from_numpy(pixels[i : i + 1])).contiguous().numpy() for i in selected
             ]
@@ -93,11 +93,11 @@ class ExportedRuntime:
         scores, classes = rank(torch.from_numpy(np.concatenate([output[0] for output in outputs])), self.config)
         return [
             InferenceResult(
-                classes[i, : one.top_k].numpy(),
-                scores[i, : one.top_k].numpy(),
-                {name: self._feature(name, outputs[i]) for name in sorted(one.features)},
+                classes[i, : image_options.top_k].numpy(),
+                scores[i, : image_options.top_k].numpy(),
+                {name: self._feature(name, outputs[i]) for name in sorted(image_options.features)},
             )
-            for i, one in enumerate(options)
+            for i, image_options in enumerate(options)
         ]
 
     def _feature(self, name: str, outputs: list[Array]) -> Array | list[Array]:

@@ -60,7 +60,9 @@ class InferenceResult:
     @property
     def is_finite(self) -> bool:
         """Whether no score and no weight of a neighborhood is NaN or infinite."""
-        return bool(np.isfinite(self.scores).all()) and all(bool(one.weights.isfinite().all()) for one in self.neighborhoods)
+        return bool(np.isfinite(self.scores).all()) and all(
+            bool(neighborhood.weights.isfinite().all()) for neighborhood in self.neighborhoods
+        )
 
 
 @dataclass(frozen=True)

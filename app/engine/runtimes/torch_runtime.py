@@ -134,8 +134,8 @@ class TorchRuntime:
         """See Runtime."""
         with self._computing():
             batch = torch.from_numpy(pixels)
-            top_k = max(one.top_k for one in options)
-            names: frozenset[str] = frozenset().union(*(one.features for one in options))
+            top_k = max(image_options.top_k for image_options in options)
+            names: frozenset[str] = frozenset().union(*(image_options.features for image_options in options))
             feature_maps: dict[str, Tensor | list[Tensor]] = {}
             if self._captured is not None and not names and self._captured.accepts(batch.shape) and batch.dtype == torch.uint8:
                 scores, classes = self._captured.run(batch, top_k)
@@ -145,9 +145,11 @@ class TorchRuntime:
                 scores, classes = rank(logits, self.config)
             top_scores, top_classes = scores[:, :top_k].cpu().numpy(), classes[:, :top_k].cpu().numpy()
             results = []
-            for i, one in enumerate(options):
-                features = {name: _to_numpy(feature_maps[name], i) for name in sorted(one.features)}
-                results.append(InferenceResult(top_classes[i, : one.top_k], top_scores[i, : one.top_k], features))
+            for i, image_options in enumerate(options):
+                features = {name: _to_numpy(feature_maps[name], i) for name in sorted(image_options.features)}
+                results.append(
+                    InferenceResult(top_classes[i, : image_options.top_k], top_scores[i, : image_options.top_k], features)
+                )
             return results
 
     @contextmanager
@@ -388,5 +390,5 @@ def _attention_key(device: torch.device) -> str:
 def _to_numpy(feature_map: Tensor | list[Tensor], i: int) -> Array | list[Array]:
     """The feature map of image i, or the list of them, as float32 arrays on the host, copied out of the batch."""
     if isinstance(feature_map, list):
-        return [np.ascontiguousarray(one[i].float().cpu().numpy()) for one in feature_map]
+        return [np.ascontiguousarray(hidden_state[i].float().cpu().numpy()) for hidden_state in feature_map]
     return np.ascontiguousarray(feature_map[i].float().cpu().numpy())

@@ -146,7 +146,7 @@ def test_bytes_of_every_arrow_layout_are_images(layout: str, tmp_path: Path) -> 
     size = 300 if layout == "fixed_size_binary" else None  # BMP ignores the bytes after its pixels
     image = Image.open(IMAGES[0]).convert("1").resize((32, 32))
     data = [encoded(image, "BMP").ljust(size or 0, b"\0"), None]
-    values = [None if one is None else {"bytes": one, "path": "x"} for one in data] if layout == "struct" else data
+    values = [None if content is None else {"bytes": content, "path": "x"} for content in data] if layout == "struct" else data
     column = pa.array(values, LAYOUTS[layout]) if layout != "dictionary" else pa.array(values, pa.binary()).dictionary_encode()
     table = pa.table({"label": [1, 2], "image": column})
     assert table.schema.field("image").type == LAYOUTS[layout] or layout == "dictionary"

@@ -316,7 +316,7 @@ def test_failing_batch_is_split_until_only_the_cause_fails() -> None:
         compute = runtime.run
 
         def run(pixels: Pixels, options: Sequence[InferenceOptions]) -> list[InferenceResult]:
-            if any((one == poison).all() for one in pixels):
+            if any((image == poison).all() for image in pixels):
                 raise ValueError("this image breaks the network")
             return compute(pixels, options)
 

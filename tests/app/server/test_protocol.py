@@ -161,7 +161,7 @@ def test_head_and_http_1_0(loop: str) -> None:
 @LOOPS
 def test_closed_connections_leave_no_reference_cycle(loop: str) -> None:
     def connections() -> int:
-        return sum(type(one) is protocol.Connection for one in gc.get_objects())
+        return sum(type(item) is protocol.Connection for item in gc.get_objects())
 
     gc.collect()
     before = connections()

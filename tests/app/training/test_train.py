@@ -261,9 +261,9 @@ def test_augmentation_depends_only_on_the_seed() -> None:
     image = noise(80, 60)
     first = [augmentation(image, str(seed)) for seed in range(20)]
     again = [augmentation(image, str(seed)) for seed in range(20)]
-    assert all(torch.equal(one, other) for one, other in zip(first, again, strict=True))
-    assert len({one.numpy().tobytes() for one in first}) == 20
-    assert {one.shape for one in first} == {(3, 48, 48)}
+    assert all(torch.equal(augmented, other) for augmented, other in zip(first, again, strict=True))
+    assert len({augmented.numpy().tobytes() for augmented in first}) == 20
+    assert {augmented.shape for augmented in first} == {(3, 48, 48)}
 
 
 def test_disabled_augmentation_equals_the_image_processor() -> None:

@@ -141,7 +141,7 @@ def test_tables_are_shared_between_threads() -> None:
 
     with ThreadPoolExecutor(4) as threads:
         list(threads.map(resize_many, range(4)))
-    assert tables.size == sum(resize._nbytes(one) for one in tables._tables.values()) <= resize.MAX_CACHED_BYTES
+    assert tables.size == sum(resize._nbytes(table) for table in tables._tables.values()) <= resize.MAX_CACHED_BYTES
 
 
 @pytest.mark.parametrize("vertical_first", [False, True])

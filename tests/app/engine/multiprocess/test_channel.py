@@ -59,10 +59,10 @@ def test_arrays_keep_values_shapes_and_dtypes() -> None:
         pair.one.send(["maps"], arrays)
         message, received, _ = await pair.next()
         assert message == ["maps"]
-        for one, other in zip(arrays, received, strict=True):
-            assert one.dtype == other.dtype
-            np.testing.assert_array_equal(one, other)
-        del received, one, other
+        for array, other in zip(arrays, received, strict=True):
+            assert array.dtype == other.dtype
+            np.testing.assert_array_equal(array, other)
+        del received, array, other
 
     with_pair(test)
 
@@ -84,7 +84,7 @@ def test_messages_beyond_the_socket_buffer_are_sent_later() -> None:
         for n in range(2000):
             message, arrays, _ = await pair.next()
             assert message[0] == n
-            assert [one.tolist() for one in arrays] == ([[n] * 3] if n % 100 == 0 else [])
+            assert [array.tolist() for array in arrays] == ([[n] * 3] if n % 100 == 0 else [])
 
     with_pair(test)
 

@@ -46,10 +46,10 @@ def results_of(*results: InferenceResult | Exception) -> list[InferenceResult | 
     received = round_trip(ResultsMessage(123.5, sent))
     assert isinstance(received, ResultsMessage)
     assert received.rate == 123.5
-    assert [(one.number, one.started, one.computed) for one in received.results] == [
-        (one.number, one.started, one.computed) for one in sent
+    assert [(job.number, job.started, job.computed) for job in received.results] == [
+        (job.number, job.started, job.computed) for job in sent
     ]
-    return [one.result for one in received.results]
+    return [job.result for job in received.results]
 
 
 def inference_result(seed: int, **changes: object) -> InferenceResult:
@@ -138,8 +138,8 @@ def test_feature_maps_round_trip() -> None:
         for name, value in expected.features.items():
             actual = result.features[name]
             assert isinstance(actual, list) == isinstance(value, list)
-            for one, other in zip(*(x if isinstance(x, list) else [x] for x in (actual, value)), strict=True):
-                np.testing.assert_array_equal(one, other)
+            for array, other in zip(*(x if isinstance(x, list) else [x] for x in (actual, value)), strict=True):
+                np.testing.assert_array_equal(array, other)
 
 
 def test_neighborhoods_round_trip() -> None:

@@ -74,8 +74,8 @@ def test_labels_and_feature_maps_match_pytorch(exported: Runtime, reference: Run
         np.testing.assert_allclose(actual.scores, expected.scores, rtol=0, atol=1e-5)
         assert actual.features.keys() == expected.features.keys()
         for name, value in expected.features.items():
-            for one, other in zip(_list(actual.features[name]), _list(value), strict=True):
-                np.testing.assert_allclose(one, other, rtol=0, atol=1e-5 * max(1, np.abs(other).max()))
+            for array, other in zip(_list(actual.features[name]), _list(value), strict=True):
+                np.testing.assert_allclose(array, other, rtol=0, atol=1e-5 * max(1, np.abs(other).max()))
 
 
 def _list(value: object) -> list[np.ndarray]:
