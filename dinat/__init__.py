@@ -7,6 +7,8 @@ from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
 
+from dinat.model import __all__ as _NETWORK_NAMES
+
 if TYPE_CHECKING:
     from dinat.app.client import AsyncDinatClient as AsyncDinatClient
     from dinat.app.client import DinatClient as DinatClient
@@ -23,22 +25,7 @@ if TYPE_CHECKING:
     from dinat.model.errors import ImageError as ImageError
     from dinat.model.image_processor import DinatImageProcessor as DinatImageProcessor
 
-_MODULES = {
-    "dinat.app.client": ("AsyncDinatClient", "DinatClient", "DinatServiceError"),
-    "dinat.model": (
-        "AttentionError",
-        "CheckpointError",
-        "ConfigError",
-        "DinatBackbone",
-        "DinatConfig",
-        "DinatError",
-        "DinatForImageClassification",
-        "DinatImageProcessor",
-        "DinatModel",
-        "ExportError",
-        "ImageError",
-    ),
-}
+_MODULES = {"dinat.app.client": ("AsyncDinatClient", "DinatClient", "DinatServiceError"), "dinat.model": _NETWORK_NAMES}
 _MODULE_OF = {name: module for module, names in _MODULES.items() for name in names}
 
 __all__ = ["__version__", *sorted(_MODULE_OF)]

@@ -1,14 +1,17 @@
 """The installed package: public names, lazy imports, and no conflict with a user's own modules."""
 
+import ast
 import os
 import subprocess
 import sys
 from importlib.resources import files
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 
 import dinat
+import dinat.model
 
 ROOT = Path(__file__).parents[1]
 
@@ -29,6 +32,14 @@ def test_import_does_not_load_torch(statement: str) -> None:
 def test_public_name_resolves(name: str) -> None:
     assert getattr(dinat, name) is not None
     assert name in dir(dinat)
+
+
+@pytest.mark.parametrize("module", [dinat, dinat.model])
+def test_type_checkers_know_every_public_name(module: ModuleType) -> None:
+    assert module.__file__ is not None
+    blocks = [node for node in ast.parse(Path(module.__file__).read_text()).body if isinstance(node, ast.If)]
+    imported = {name.asname for block in blocks for name in ast.walk(block) if isinstance(name, ast.alias)}
+    assert imported == {*module.__all__} - {"__version__"}
 
 
 def test_unknown_name_is_an_attribute_error() -> None:
