@@ -179,83 +179,78 @@ def test_mutated_images_are_decoded_or_raise_client_errors() -> None:
     assert growth < MAX_GROWTH
 
 
+def encode_request(method: str, path: str, body: bytes = b"", **headers: str) -> bytes:
+    """Return a complete HTTP request; `_` in the name of a header means `-`."""
+    lines = [f"{method} {path} HTTP/1.1", "Host: x", f"Content-Length: {len(body)}"]
+    lines += [f"{name.replace('_', '-')}: {value}" for name, value in headers.items()]
+    return "\r\n".join([*lines, "", ""]).encode() + body
+
+
+def encode_json(path: str, body: object) -> bytes:
+    return encode_request("POST", path, json.dumps(body).encode(), Content_Type="application/json")
+
+
+def encode_form(path: str, *parts: tuple[str, bytes], preamble: bytes = b"") -> bytes:
+    """Return a form with parts of these headers and contents."""
+    body = b"".join(b"--b\r\nContent-Disposition: form-data; %b\r\n\r\n%b\r\n" % (head.encode(), data) for head, data in parts)
+    return encode_request("POST", path, preamble + body + b"--b--\r\n", Content_Type="multipart/form-data; boundary=b")
+
+
+def encode_tensor(name: str, datatype: str, shape: list[int], blob: bytes) -> bytes:
+    """Return a request of the Open Inference Protocol with a binary tensor."""
+    tensor = {"name": name, "datatype": datatype, "shape": shape, "parameters": {"binary_data_size": len(blob)}}
+    head = json.dumps({"inputs": [tensor]}).encode()
+    return encode_request("POST", "/v2/models/digits/infer", head + blob, Inference_Header_Content_Length=str(len(head)))
+
+
+def encode_chunked(path: str, body: bytes) -> bytes:
+    head = f"POST {path} HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n".encode()
+    return head + b"%x\r\n%b\r\n0\r\nX: trailer\r\n\r\n" % (len(body), body)
+
+
 def requests() -> list[bytes]:
     """Return complete HTTP requests to every endpoint."""
     image = (DIGITS / "7-1.png").read_bytes()
     text = base64.b64encode(image).decode()
-
-    def request(method: str, path: str, body: bytes = b"", **headers: str) -> bytes:
-        lines = [f"{method} {path} HTTP/1.1", "Host: x", f"Content-Length: {len(body)}"]
-        lines += [f"{name.replace('_', '-')}: {value}" for name, value in headers.items()]
-        return "\r\n".join([*lines, "", ""]).encode() + body
-
-    def as_json(path: str, body: object) -> bytes:
-        return request("POST", path, json.dumps(body).encode(), Content_Type="application/json")
-
-    form = (
-        b'--b\r\nContent-Disposition: form-data; name="image"; filename="x.png"\r\n\r\n' + image + b"\r\n"
-        b'--b\r\nContent-Disposition: form-data; name="top_k"\r\n\r\n2\r\n--b--\r\n'
-    )
+    file = 'name="image"; filename="x.png"', image
+    unnamed = 'name="image"\r\nContent-Type: image/png', image
+    encoded_field = 'name="top_k"\r\nContent-Transfer-Encoding: base64', b"2"
     v2 = {"inputs": [{"name": "image", "datatype": "BYTES", "shape": [1], "data": [text]}], "outputs": [{"name": "scores"}]}
-    head = json.dumps(
-        {"inputs": [{"name": "image", "datatype": "BYTES", "shape": [1], "parameters": {"binary_data_size": len(image) + 4}}]}
-    ).encode()
-    blob = len(image).to_bytes(4, "little") + image
-    floats = np.zeros((1, 3, 64, 64), np.float32)
-    tensor = json.dumps(
-        {
-            "inputs": [
-                {
-                    "name": "pixel_values",
-                    "datatype": "FP32",
-                    "shape": [1, 3, 64, 64],
-                    "parameters": {"binary_data_size": floats.nbytes},
-                }
-            ]
-        }
-    ).encode()
-    unnamed = (
-        b'preamble\r\n--b\r\nContent-Disposition: form-data; name="image"\r\nContent-Type: image/png\r\n\r\n' + image + b"\r\n"
-        b'--b\r\nContent-Disposition: form-data; name="top_k"\r\nContent-Transfer-Encoding: base64\r\n\r\n2\r\n--b--\r\n'
-    )
-    mlserver = v2 | {"parameters": {"content_type": "base64"}}
-    part = b'--b\r\nContent-Disposition: form-data; name="image"; filename="x.png"\r\n\r\n' + image + b"\r\n"
-    chunked = b"POST /classify HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n"
-    chunked += b"%x\r\n%b\r\n0\r\nX: trailer\r\n\r\n" % (len(image), image)
     return [
-        chunked,
-        request("POST", "/classify", gzip.compress(image), Content_Encoding="gzip"),
-        request("POST", "/classify/batch?top_k=1", part * 2 + b"--b--\r\n", Content_Type="multipart/form-data; boundary=b"),
-        request("POST", "/attention?y=0.25&x=0.75", image),
-        request("POST", "/models/digits?top_k=2", image),
-        request("POST", "/v2/repository/index"),
-        request("POST", "/classify", unnamed, Content_Type="multipart/form-data; boundary=b"),
-        request("POST", "/classify", b"\xef\xbb\xbf" + json.dumps({"image": text}).encode(), Content_Type="text/plain"),
-        request("POST", "/classify", f"image={text}&top_k=1".encode(), Content_Type="application/x-www-form-urlencoded"),
-        request("POST", "/?top_k=2&function_to_apply=none", b"\r\n" + image),
-        as_json("/", {"inputs": text.replace("+", " "), "options": {"use_cache": True}}),
-        as_json("/invocations", {"inputs": text}),
-        as_json("/predict", {"instances": [{"image_bytes": {"b64": text}}, {"content": text}]}),
-        as_json("/v2/models/digits/infer", mlserver),
-        request("POST", "/classify?top_k=3", image, X_Deadline_Ms="9000"),
-        request("POST", "/classify", form, Content_Type="multipart/form-data; boundary=b"),
-        as_json("/classify", {"image": text, "top_k": 2, "features": ["pooled"]}),
-        as_json("/classify/batch", {"images": [text, text], "feature_format": "base64", "features": "stage3"}),
-        request("POST", "/features?features=stage2", image, Accept="application/x-npz"),
-        as_json("/", {"inputs": text, "parameters": {"top_k": 3, "function_to_apply": "sigmoid"}}),
-        as_json("/predict", {"instances": [{"b64": text}], "parameters": {"top_k": 1}}),
-        request("POST", "/invocations", image, Content_Type="image/png"),
-        as_json("/v2/models/digits/infer", v2),
-        request("POST", "/v2/models/digits/infer", head + blob, Inference_Header_Content_Length=str(len(head))),
-        request("POST", "/v2/models/digits/infer", tensor + floats.tobytes(), Inference_Header_Content_Length=str(len(tensor))),
-        *(
-            request("GET", path)
-            for path in (
-                *("/", "/web/main.js", "/docs", "/openapi.json", "/health", "/health/live", "/health/ready", "/ping", "/model"),
-                *("/metrics", "/v2", "/v2/health/live", "/v2/health/ready", "/v2/models/digits", "/v2/models/digits/ready"),
-            )
-        ),
+        encode_chunked("/classify", image),
+        encode_request("POST", "/classify", gzip.compress(image), Content_Encoding="gzip"),
+        encode_form("/classify/batch?top_k=1", file, file),
+        encode_request("POST", "/attention?y=0.25&x=0.75", image),
+        encode_request("POST", "/models/digits?top_k=2", image),
+        encode_request("POST", "/v2/repository/index"),
+        encode_form("/classify", unnamed, encoded_field, preamble=b"preamble\r\n"),
+        encode_request("POST", "/classify", b"\xef\xbb\xbf" + json.dumps({"image": text}).encode(), Content_Type="text/plain"),
+        encode_request("POST", "/classify", f"image={text}&top_k=1".encode(), Content_Type="application/x-www-form-urlencoded"),
+        encode_request("POST", "/?top_k=2&function_to_apply=none", b"\r\n" + image),
+        encode_json("/", {"inputs": text.replace("+", " "), "options": {"use_cache": True}}),
+        encode_json("/invocations", {"inputs": text}),
+        encode_json("/predict", {"instances": [{"image_bytes": {"b64": text}}, {"content": text}]}),
+        encode_json("/v2/models/digits/infer", v2 | {"parameters": {"content_type": "base64"}}),
+        encode_request("POST", "/classify?top_k=3", image, X_Deadline_Ms="9000"),
+        encode_form("/classify", file, ('name="top_k"', b"2")),
+        encode_json("/classify", {"image": text, "top_k": 2, "features": ["pooled"]}),
+        encode_json("/classify/batch", {"images": [text, text], "feature_format": "base64", "features": "stage3"}),
+        encode_request("POST", "/features?features=stage2", image, Accept="application/x-npz"),
+        encode_json("/", {"inputs": text, "parameters": {"top_k": 3, "function_to_apply": "sigmoid"}}),
+        encode_json("/predict", {"instances": [{"b64": text}], "parameters": {"top_k": 1}}),
+        encode_request("POST", "/invocations", image, Content_Type="image/png"),
+        encode_json("/v2/models/digits/infer", v2),
+        encode_tensor("image", "BYTES", [1], len(image).to_bytes(4, "little") + image),
+        encode_tensor("pixel_values", "FP32", [1, 3, 64, 64], np.zeros((1, 3, 64, 64), np.float32).tobytes()),
+        *(encode_request("GET", path) for path in READ),
     ]
+
+
+READ = (
+    *("/", "/web/main.js", "/docs", "/openapi.json", "/health", "/health/live", "/health/ready", "/ping", "/model", "/metrics"),
+    *("/v2", "/v2/health/live", "/v2/health/ready", "/v2/models/digits", "/v2/models/digits/ready"),
+)
+"""Paths that are read with GET."""
 
 
 def exchange(port: int, request: bytes) -> tuple[bytes, float]:
