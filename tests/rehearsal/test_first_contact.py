@@ -117,6 +117,14 @@ def test_results_so_far_are_there_after_a_kill(tmp_path: Path) -> None:
     assert rows(tmp_path)[0]["part"] == "kernels"
 
 
+def test_skipped_tests_are_a_failure() -> None:
+    """Those of tests/gpu are skipped without a GPU."""
+    from benchmarks import first_contact
+
+    *_, last = first_contact.tests()
+    assert last == {"status": 0, "failed": "no line matches \\b[1-9]\\d* passed\\b"}
+
+
 def test_lost_gpu_is_a_result(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from benchmarks import first_contact
 
