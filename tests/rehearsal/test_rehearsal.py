@@ -42,9 +42,10 @@ def run_suite(suite: str) -> str:
 
 
 def run_bare() -> str:
-    """Run some of tests/gpu without the service's dependencies."""
+    """Run some of tests/gpu without the service's dependencies, and without pytest-timeout."""
     selected = ["-k", "fp32_is_fp32 or auto_keeps or keep_their_aspect", "tests/gpu"]
-    return run("-m", "pytest", "-q", "-p", "tests.rehearsal.bare", "-p", "tests.rehearsal.plugin", "--tb=short", *selected)
+    plugins = ["-pno:timeout", "-ptests.rehearsal.bare", "-ptests.rehearsal.plugin"]
+    return run("-m", "pytest", "-q", *plugins, "--tb=short", *selected)
 
 
 def run_benchmark(folder: Path) -> None:
