@@ -88,7 +88,7 @@ def examined(kernel: triton.compiler.CompiledKernel) -> Compiled:
 def compiled(capability: int, dtype: str, cut: TileConfig, table: Tables, head_dim: int) -> triton.compiler.CompiledKernel:
     fixed = constants(DTYPES[dtype], head_dim, table.queries.shape[1], table.keys.shape[1], cut)
     types = dict.fromkeys(["q", "k", "v", "out", "bias"], f"*{dtype}") | dict.fromkeys(["queries", "keys", "kinds"], "*i32")
-    types |= dict.fromkeys(fixed, "constexpr") | {"scale": "fp32", "heads": "i32"}
+    types |= dict.fromkeys(fixed, "constexpr") | {"scale": "fp32", "tiles": "i32", "heads": "i32"}
     strides = [name for name in attend.arg_names if name not in types]
     types |= dict.fromkeys(strides, "i32")
     # Strides are multiples of 16, as in the published networks; the launcher specializes the kernel for that too.

@@ -29,18 +29,20 @@ DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 HEAD_DIMS = range(8, 129)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tiles"])
 def attend(
     q, k, v, bias, queries, keys, kinds, out,
     q_batch, q_position, q_head,
     k_batch, k_position, k_head,
     v_batch, v_position, v_head,
     bias_kind, bias_head, out_batch,
-    heads, scale,
+    tiles, heads, scale,
     QUERIES: tl.constexpr, KEYS: tl.constexpr, BLOCK: tl.constexpr,
     HEAD_DIM: tl.constexpr, CHANNELS: tl.constexpr, PRECISION: tl.constexpr, WIDEN: tl.constexpr,
 ):  # fmt: skip
-    """Compute the output of one tile of queries. Grid: (tiles, heads, B).
+    """Compute the output of one tile of queries. Grid: (tiles * heads * B,), tiles fastest.
+
+    CUDA limits the other axes of a grid to 65,535 programs.
 
     Tensors:
       q, k, v: (B, positions, heads, HEAD_DIM), addressed by the strides that follow; the channel stride is 1.
@@ -57,11 +59,13 @@ def attend(
       WIDEN: Multiply in float32, for Triton's interpreter, which reads bfloat16 as integers.
     """
     LOG2E: tl.constexpr = 1.4426950408889634
-    tile, head = tl.program_id(0), tl.program_id(1)
-    batch = tl.program_id(2).to(tl.int64)
+    program = tl.program_id(0)
+    tile = program % tiles
+    head = (program // tiles % heads).to(tl.int64)  # offsets in a tensor may exceed 2**31
+    batch = (program // tiles // heads).to(tl.int64)
     query, channel = tl.arange(0, QUERIES), tl.arange(0, CHANNELS)
     is_channel = channel < HEAD_DIM
-    q_index = tl.load(queries + tile * QUERIES + query)
+    q_index = tl.load(queries + tile * QUERIES + query).to(tl.int64)
     q_tile = tl.load(
         q + batch * q_batch + head * q_head + (tl.maximum(q_index, 0) * q_position)[:, None] + channel[None, :],
         mask=is_channel[None, :],
@@ -78,7 +82,7 @@ def attend(
     accumulator = tl.zeros([QUERIES, CHANNELS], tl.float32)
     for start in range(0, KEYS, BLOCK):
         key = start + tl.arange(0, BLOCK)
-        k_index = tl.load(keys + key)
+        k_index = tl.load(keys + key).to(tl.int64)
         k_block = tl.load(k + (k_index * k_position)[None, :] + channel[:, None], mask=is_channel[:, None], other=0.0)
         v_block = tl.load(v + (k_index * v_position)[:, None] + channel[None, :], mask=is_channel[None, :], other=0.0)
         if WIDEN:
@@ -222,10 +226,10 @@ def launch(
     strides = [stride for x in (q, k, v) for stride in (x.stride(0), x.stride(2), x.stride(3))]
     (tiles, queries), keys = table.queries.shape, table.keys.shape[1]
     with on_device_of(q):
-        attend[(tiles, heads, batch)](
+        attend[(tiles * heads * batch, 1, 1)](
             q, k, v, bias, table.queries, table.keys, table.kinds, out,
             *strides, bias.stride(0), 0 if bias.shape[1] == 1 else bias.stride(1), out.stride(0),
-            heads, scale,
+            tiles, heads, scale,
             **constants(q.dtype, head_dim, queries, keys, config),
             num_warps=config.warps, num_stages=config.stages,
         )  # fmt: skip

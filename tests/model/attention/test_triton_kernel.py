@@ -1,6 +1,7 @@
 """The Triton kernel without a GPU: run by Triton's interpreter against the reference, and compiled for supported GPUs."""
 
 import json
+import mmap
 import os
 import subprocess
 import sys
@@ -22,6 +23,8 @@ from dinat.model.attention import triton_kernel
 from dinat.model.attention.triton_kernel import FLOAT_CONFIGS, HALF_CONFIGS, TileConfig, fused_attention, launch, tile_configs
 
 pytestmark = [pytest.mark.interpreter, pytest.mark.skipif(torch.cuda.is_available(), reason="tests/gpu runs the kernel itself")]
+MAP_NORESERVE = 0x4000
+"""Of Linux; the module mmap of Python 3.11 lacks it."""
 TOLERANCE = {torch.float32: 1e-6, torch.float16: 1e-2, torch.bfloat16: 1e-2}
 """Relative to the norm of the float64 reference."""
 
@@ -96,6 +99,36 @@ def test_any_strides_are_supported(layout: str) -> None:
     torch.testing.assert_close(output, expected, rtol=0, atol=1e-5)
 
 
+def test_any_number_of_images_fits_into_a_grid(monkeypatch: pytest.MonkeyPatch) -> None:
+    """CUDA limits the first axis to 2**31 - 1 programs, the others to 65,535."""
+    grids: list[tuple[int, ...]] = []
+
+    class Spy:
+        def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
+            grids.append(grid)
+            return lambda *_, **__: None
+
+    monkeypatch.setattr(triton_kernel, "attend", Spy())
+    q = torch.zeros(1, 9, 3, 2, 8, dtype=torch.float16).expand(65536, -1, -1, -1, -1)
+    launch(q, q, q, None, 3, 1, 1.0)
+    tiles = len(triton_kernel.tables(9, 3, 3, 1, HALF_CONFIGS[0], q.device).queries)
+    assert tiles > 1
+    assert grids == [(tiles * 2 * 65536, 1, 1)]
+
+
+def test_offsets_may_exceed_32_bits() -> None:
+    """The last key is 2**31 elements after the first one. As a negative offset it would be in this memory too."""
+    memory = mmap.mmap(
+        -1, 2**33 + 4096, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | MAP_NORESERVE
+    )  # only what is used is allocated
+    halves = torch.frombuffer(memory, dtype=torch.float16)
+    qkv = halves.as_strided((1, 3, 3, 1, 16), (0, 3 * 2**28, 2**28, 16, 1), 2**31)
+    small = torch.randn(1, 3, 3, 1, 16).half()
+    qkv.copy_(small)
+    output = launch(qkv, qkv, qkv, None, 3, 1, 0.25)
+    assert relative_error(output, neighborhood_attention(*[small.double()] * 3, None, 3, 1, 0.25, "reference")) < 1e-2
+
+
 def test_gradients_match_reference() -> None:
     inputs = [torch.randn(1, 7, 8, 2, 16, requires_grad=True) for _ in range(3)]
     rpb = torch.randn(2, 5, 5, requires_grad=True)
@@ -156,7 +189,7 @@ def test_every_config_uses_tensor_cores_spills_nothing_and_fits(
         assert_fits(row, capability)
         # An earlier kernel without a tile plan needed 280 (half precision) and 723 (float32) instructions per pair on sm_90.
         if row["head_dim"] == 32:
-            assert row["instructions/pair"] < (100 if row["dtype"] == "bf16" else 300), row
+            assert row["instructions/pair"] < (110 if row["dtype"] == "bf16" else 300), row
 
 
 @pytest.mark.slow
