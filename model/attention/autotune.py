@@ -4,10 +4,12 @@ A step is the attention of a layer (`select_backend`), or what model/gpu fuses i
 for the first time runs every candidate on random input of its shape, with its own weights, and compares the output with the
 reference; a further step of this shape checks the selected candidate with its weights. The correct ones are timed as CUDA
 graphs, as in serving. A candidate that raises, exceeds the error limit or cannot be captured is disabled, with the reason.
-Selections can be stored in a file and reused by later processes.
+Selections can be stored in a file and reused by later processes. A kernel that hangs ends only with the process: the candidate
+is reported, and stored as one that later processes disable.
 """
 
 import json
+import threading
 import time
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -28,6 +30,8 @@ from dinat.model.errors import AttentionError
 
 ROUNDS, REPEATS = 7, 4
 """Timing rounds per candidate, and calls per round in a CUDA graph."""
+TRIAL_SECONDS = 300
+"""Time to compile and check, or to time, one candidate: seconds where it works. After that it hangs."""
 MAX_ERROR = {torch.float32: 1e-5, torch.float16: 1e-2, torch.bfloat16: 1e-2}
 """Largest allowed error of a candidate by dtype, relative to the norm of the reference output."""
 FALLBACKS = ("tiled", "reference")
@@ -79,6 +83,8 @@ class Step:
     weights: Hashable
 
 
+OnHang = Callable[[str, bool], None]
+"""Called with a sentence about a candidate that hangs, and whether later processes will disable it. In a thread of its own."""
 Attend = Callable[[str, Tensor, Tensor, Tensor, Tensor | None], Tensor]
 """Attention of a layer by a candidate's name: (name, q, k, v, rpb) to the output; q, k, v (B, H, W, heads, head_dim)."""
 
@@ -209,16 +215,17 @@ def _is_importable(module: str) -> bool:
 
 
 @contextmanager
-def autotuning(check: bool = True, file: Path | None = None) -> Iterator[None]:
+def autotuning(check: bool = True, file: Path | None = None, on_hang: OnHang | None = None) -> Iterator[None]:
     """Autotune each layer that is seen for the first time inside this context. For one thread at a time.
 
     Args:
         check: Whether to compare candidates with the reference before timing them.
         file: Stored selections, which are read and updated; it need not exist. Of a stored selection, only the selected
             candidate is checked again.
+        on_hang: Receives a candidate that takes longer than TRIAL_SECONDS.
     """
     global _session
-    _session = session = _Session(check, _read(file))
+    _session = session = _Session(check, _read(file), file, on_hang, _read_hung(file))
     try:
         yield
         if file is not None:
@@ -234,6 +241,9 @@ class _Session:
 
     Attributes:
         stored: Selections from the file, by file_key.
+        file: See autotuning.
+        on_hang: See autotuning.
+        hung: Candidates that hung in an earlier process, by kind of step and name, with the reason.
         selected: Selections made or checked, all of one device.
         errors: Relative error by step (of a batch larger than 1), its weights, and candidate. The weights are held, so that
             no others are created at their address.
@@ -241,6 +251,9 @@ class _Session:
 
     check: bool
     stored: dict[str, Selection]
+    file: Path | None
+    on_hang: OnHang | None
+    hung: dict[str, str]
     selected: dict[Key, Selection] = field(default_factory=dict)
     errors: dict[tuple[Key, Hashable, str], float] = field(default_factory=dict)
 
@@ -248,8 +261,27 @@ class _Session:
         """Return the error of a step's candidate, measured once."""
         key = with_batch(step.key, is_single=False), step.weights, name
         if key not in self.errors:
-            self.errors[key] = step.relative_error(name)
+            with self.trial(step, name):
+                self.errors[key] = step.relative_error(name)
         return self.errors[key]
+
+    @contextmanager
+    def trial(self, step: Step, name: str) -> Iterator[None]:
+        """Report the candidate if this context is not left within TRIAL_SECONDS."""
+        timer = threading.Timer(TRIAL_SECONDS, self._report, [step.key, name])
+        timer.daemon = True
+        if self.on_hang is not None:
+            timer.start()
+        try:
+            yield
+        finally:
+            timer.cancel()
+
+    def _report(self, key: Key, name: str) -> None:
+        assert self.on_hang is not None
+        why = f"it did not return within {TRIAL_SECONDS:g} s for {key}"
+        is_stored = _write_hung(self.file, {f"{key.kind} {name}": why})
+        self.on_hang(f"{key.kind} {name}: {why}", is_stored)
 
 
 _session: _Session | None = None
@@ -324,9 +356,13 @@ def with_batch(key: Any, is_single: bool) -> Key:
 def _autotune(session: _Session, step: Step, selection: Selection | None) -> Selection:
     """Return the selection of a step. `selection` is that of another one with this key, which may have other weights."""
     errors: dict[str, float] = {}
-    disabled = dict(selection.disabled) if selection is not None else {}
+    hung = {name: session.hung.get(f"{step.key.kind} {name}") for name in (*step.names, *step.fallbacks[:-1])}
+    disabled = {name: f"{why}, at an earlier start" for name, why in hung.items() if why is not None}
+    disabled |= selection.disabled if selection is not None else {}
 
     def is_correct(name: str) -> bool:
+        if name in disabled:
+            return False
         try:
             if session.check and name != step.fallbacks[-1]:
                 errors[name] = session.relative_error(step, name)
@@ -347,15 +383,14 @@ def _autotune(session: _Session, step: Step, selection: Selection | None) -> Sel
     if stored is not None and stored.backend in (*step.names, *step.fallbacks) and is_correct(stored.backend):
         return stored
     for group in (step.names, *([fallback] for fallback in step.fallbacks)):
-        correct = [name for name in group if name not in disabled and is_correct(name)]
-        times, failed = _time_candidates(correct, step)
+        times, failed = _time_candidates(session, [name for name in group if is_correct(name)], step)
         if times:
             return Selection(min(times, key=lambda name: times[name]), times, errors, disabled | failed)
         disabled |= failed
     return Selection(step.fallbacks[-1], {}, errors, disabled)
 
 
-def _time_candidates(names: Sequence[str], step: Step) -> tuple[dict[str, float], dict[str, str]]:
+def _time_candidates(session: _Session, names: Sequence[str], step: Step) -> tuple[dict[str, float], dict[str, str]]:
     """Return the seconds of each candidate, and the reason for each that failed. If no CUDA graph works, time plain calls."""
     device = torch.device(step.key.device)
     failed: dict[str, str] = {}
@@ -364,7 +399,8 @@ def _time_candidates(names: Sequence[str], step: Step) -> tuple[dict[str, float]
         times: dict[str, float] = {}
         for name in names:
             try:
-                times[name] = timer(lambda: step.run(name), device)  # noqa: B023
+                with session.trial(step, name):
+                    times[name] = timer(lambda: step.run(name), device)  # noqa: B023
             except Exception as error:
                 failed[name] = reason(error)
         if times:
@@ -473,7 +509,35 @@ def _read(file: Path | None) -> dict[str, Selection]:
 def _write(file: Path, selected: dict[Key, Selection]) -> None:
     """Add selections to a file atomically. Those with disabled candidates are not stored: the cause may be temporary."""
     rows = _read(file) | {file_key(key): selection for key, selection in selected.items() if not selection.disabled}
+    _write_json(file, {key: asdict(selection) for key, selection in rows.items()})
+
+
+def _write_json(file: Path, rows: dict[str, Any]) -> None:
     file.parent.mkdir(parents=True, exist_ok=True)
     temporary = file.with_suffix(f".{time.monotonic_ns()}")
-    temporary.write_text(json.dumps({key: asdict(selection) for key, selection in rows.items()}, indent=1))
+    temporary.write_text(json.dumps(rows, indent=1))
     temporary.replace(file)
+
+
+def _hung_file(file: Path) -> Path:
+    """Return the file of the candidates that hung, beside that of the selections. Deleted, they are tried again."""
+    return file.with_name(f"{file.stem}-hung.json")
+
+
+def _read_hung(file: Path | None) -> dict[str, str]:
+    try:
+        rows = {} if file is None else json.loads(_hung_file(file).read_text())
+        return {str(name): str(why) for name, why in rows.items()}
+    except (OSError, ValueError, AttributeError):
+        return {}
+
+
+def _write_hung(file: Path | None, rows: dict[str, str]) -> bool:
+    """Add candidates to those that hung. Return whether that succeeded."""
+    if file is None:
+        return False
+    try:
+        _write_json(_hung_file(file), _read_hung(file) | rows)
+    except OSError:
+        return False
+    return True

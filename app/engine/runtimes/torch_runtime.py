@@ -1,9 +1,11 @@
 """The network in PyTorch: eager on the CPU; on a GPU as CUDA graphs, with the fastest attention that passes the self-check."""
 
+import threading
 import warnings
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from concurrent.futures import Future, InvalidStateError
+from contextlib import contextmanager, suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -29,9 +31,10 @@ from dinat.app.engine.runtimes.runtime import (
     run_examples,
     to_pixel_values,
 )
+from dinat.app.host import GRACE_SECONDS, exit_after
 from dinat.model import ConfigError, DinatForImageClassification, DinatImageProcessor, attention
 from dinat.model.attention import bias_cache
-from dinat.model.attention.autotune import LayerKey, autotuning, candidates, forget_disabled, reason, selections
+from dinat.model.attention.autotune import LayerKey, OnHang, autotuning, candidates, forget_disabled, reason, selections
 from dinat.model.checkpoints.checkpoint import Checkpoint
 from dinat.model.cpu.features import has_bf16
 from dinat.model.cpu.packing import pack
@@ -184,14 +187,16 @@ class TorchRuntime:
     def warm(self, max_batch: int) -> int:
         """See Runtime. On a GPU: select the implementation of each step, check precision, capture and check CUDA graphs.
 
-        What fails is disabled, and a slower, exact alternative is used.
+        What fails is disabled, and a slower, exact alternative is used. A kernel that hangs can only be ended with the process,
+        which therefore exits after GRACE_SECONDS.
 
         Raises:
             DeviceUnusable: The GPU returns wrong numbers in float32.
             CheckpointError: The checkpoint returns scores that are not finite on the CPU.
+            RuntimeError: A kernel hangs.
         """
         if self._device.type == "cuda" and not self._largest:
-            self._largest = self._configure(max_batch)
+            self._largest = self._configure_in_thread(max_batch)
         largest = self._largest or max_batch
         for count in sorted({1, largest}):
             try:
@@ -202,14 +207,36 @@ class TorchRuntime:
                 raise DeviceUnusable("it returned scores that are not finite") from error  # the CPU shows whose fault it is
         return largest
 
-    def _configure(self, max_batch: int) -> int:
+    def _configure_in_thread(self, max_batch: int) -> int:
+        """Call _configure in a thread of its own, which a kernel that hangs never leaves. Raises RuntimeError then."""
+        largest: Future[int] = Future()
+
+        def on_hang(what: str, is_stored: bool) -> None:
+            exit_after(GRACE_SECONDS, 1, lambda: None)  # the driver may wait for the kernel when the process exits
+            advice = "the next start does not use it" if is_stored else "set ATTENTION to another backend, or DEVICE to cpu"
+            with suppress(InvalidStateError):
+                largest.set_exception(RuntimeError(f"{self.device} hangs in {what}; {advice}"))
+
+        def configure() -> None:
+            with suppress(InvalidStateError):
+                try:
+                    size = self._configure(max_batch, on_hang)
+                except BaseException as error:  # DeviceLost is no Exception
+                    largest.set_exception(error)
+                else:
+                    largest.set_result(size)
+
+        threading.Thread(target=configure, daemon=True).start()
+        return largest.result()
+
+    def _configure(self, max_batch: int, on_hang: OnHang) -> int:
         """Configure the GPU for the largest batch, up to max_batch, that fits into its memory. Return that batch size."""
         size = 1 << (max_batch - 1).bit_length()
         batch = torch.from_numpy(examples(self.processor, size))
         with self._computing(), _cudnn_benchmark():
             while True:
                 try:
-                    self._select_precision(batch[:size])
+                    self._select_precision(batch[:size], on_hang)
                     self._capture_graphs(batch[:size])
                     break
                 except torch.OutOfMemoryError:
@@ -223,11 +250,12 @@ class TorchRuntime:
         self.disabled += self._disabled_candidates()
         return min(size, max_batch)
 
-    def _select_precision(self, batch: Tensor) -> None:
+    def _select_precision(self, batch: Tensor, on_hang: OnHang) -> None:
         """Select the implementation of each step, and fall back to float32 if the precision fails its check.
 
         Args:
             batch: uint8, on the host.
+            on_hang: See autotuning.
         """
         last = batch[-2:]  # at the largest addresses
         exact: Tensor | None = None
@@ -238,7 +266,7 @@ class TorchRuntime:
                 raise CheckpointError(describe_not_finite(self._checkpoint.source, "fp32"))
         cache = None if self._cache is None else self._cache / "attention" / f"{_attention_key(self._device)}.json"
         while True:
-            with autotuning(self._self_check, cache):
+            with autotuning(self._self_check, cache, on_hang):
                 for images in (batch, batch[:1]):
                     self._network.classify(self._prepare(images.to(self._device)))
             bias_cache.clear()  # entries of backends that were only tried

@@ -1,9 +1,11 @@
 """Selection of a backend by error and time, on any machine."""
 
 import json
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -11,7 +13,15 @@ from torch import Tensor
 
 from dinat.model import AttentionError
 from dinat.model.attention import BACKENDS, autotune, compiled
-from dinat.model.attention.autotune import LayerKey, Selection, autotuning, candidates, float64_reference, select_backend
+from dinat.model.attention.autotune import (
+    Attend,
+    LayerKey,
+    Selection,
+    autotuning,
+    candidates,
+    float64_reference,
+    select_backend,
+)
 
 QKV = torch.randn(1, 21, 21, 3, 1, 8)
 Q, K, V = QKV.unbind(3)
@@ -221,3 +231,37 @@ def test_batches_of_one_have_their_own_selection() -> None:
     with autotuning():
         assert select_backend(single, ["reference"], attend, Q, K, V, None) == "reference"
     assert select_backend(several, ["reference"], attend, Q, K, V, None) == "tiled"
+
+
+def test_candidate_that_hangs_is_reported_and_disabled_in_later_processes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(autotune, "TRIAL_SECONDS", 0.05)
+    file, reported, reports = tmp_path / "selections.json", threading.Event(), []
+
+    def report(what: str, is_stored: bool) -> None:
+        reports.append((what, is_stored))
+        reported.set()
+
+    def hang(name: str, *tensors: Any) -> Tensor:
+        assert name != "hanging" or reported.wait(30)
+        return attend("tiled", *tensors)
+
+    def tune_or_hang(attend: Attend, file: Path | None) -> Selection:
+        autotune.selections.clear()
+        with autotuning(file=file, on_hang=report):
+            select_backend(LAYER, ["hanging", "tiled"], attend, Q, K, V, None)
+        return autotune.selections[LAYER]
+
+    tune_or_hang(hang, file)
+    assert reports[0] == (f"attention hanging: it did not return within 0.05 s for {LAYER}", True)  # under load also others
+    file.unlink()  # a process in which a candidate hangs does not write it
+    selection = tune_or_hang(attend, file)  # which has no such backend
+    assert selection.disabled["hanging"] == f"it did not return within 0.05 s for {LAYER}, at an earlier start"
+    for unusable in (None, Path("/dev/null/selections.json")):
+        reported.clear()
+        reports.clear()
+        tune_or_hang(hang, unusable)
+        assert reports[0][1] is False
+    autotune._hung_file(file).write_text("broken")
+    assert autotune._read_hung(file) == {}

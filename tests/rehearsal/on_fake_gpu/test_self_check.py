@@ -4,6 +4,8 @@ What is disabled, and why, is in the log, in GET /model and in the metrics.
 """
 
 import math
+import re
+import threading
 from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 from typing import Any
@@ -13,7 +15,9 @@ import torch
 from structlog.testing import capture_logs
 from torch import Tensor
 
+from dinat.app.engine.runtimes import torch_runtime
 from dinat.app.engine.runtimes.torch_runtime import PRECISIONS, TorchRuntime
+from dinat.app.host import GRACE_SECONDS
 from dinat.model import DinatForImageClassification, attention
 from dinat.model.attention import autotune
 from dinat.model.checkpoints.checkpoint import open_checkpoint
@@ -262,6 +266,43 @@ def test_cached_choices_are_used_by_the_next_start(tmp_path: Path, monkeypatch: 
     monkeypatch.setattr(autotune, "seconds_on_gpu", lambda *_: pytest.fail("timed again"))
     serve(cache_dir=tmp_path)
     assert autotune.selections == choices
+
+
+def test_start_fails_if_a_kernel_hangs_and_the_next_start_does_not_use_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hanging: list[threading.Thread] = []
+    ended = threading.Event()
+    exits: list[tuple[float, int]] = []
+
+    def hang(*_: object) -> None:
+        hanging.append(threading.current_thread())
+        assert ended.wait(60)
+        raise SystemExit
+
+    class Timer(threading.Timer):
+        """Does not wait for the kernel that hangs."""
+
+        def __init__(self, interval: float, function: Callable[..., None], args: Any = ()) -> None:
+            super().__init__(0 if "look-up" in args else interval, function, args)
+
+    monkeypatch.setattr(pixels_kernel, "launch", hang)
+    monkeypatch.setattr(threading, "Timer", Timer)
+    monkeypatch.setattr(torch_runtime, "exit_after", lambda seconds, status, on_exit: exits.append((seconds, status)))
+    with running(device="cuda:0", runtime="torch", max_batch=1, cache_dir=tmp_path) as service:
+        assert re.fullmatch(
+            "cuda:0 hangs in normalization of pixels look-up: it did not return within 300 s for .* features; "
+            "the next start does not use it",
+            str(service.engine.failure),
+        )
+        assert service.client.get("/health/live").status_code == 503
+    assert exits == [(GRACE_SECONDS, 1)]
+    ended.set()
+    hanging[0].join()
+    reasons = disabled(serve(cache_dir=tmp_path))
+    assert len(hanging) == 1
+    assert list(reasons) == ["normalization of pixels look-up"]
+    assert "at an earlier start" in reasons["normalization of pixels look-up"]
 
 
 def test_service_is_not_live_after_the_gpu_stops_responding(monkeypatch: pytest.MonkeyPatch) -> None:
