@@ -270,5 +270,7 @@ def test_fp32_is_fp32_in_convolutions_too() -> None:
 def test_out_of_memory_is_detected() -> None:
     gpu = gpu_runtime("digits", "fp32", "tiled")
     assert gpu.is_out_of_memory(torch.OutOfMemoryError("CUDA out of memory"))
+    assert gpu.is_out_of_memory(RuntimeError("CUDA error: out of memory"))
+    assert gpu.is_out_of_memory(RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"))
     assert not gpu.is_out_of_memory(RuntimeError("something else"))
     assert gpu.memory() is not None

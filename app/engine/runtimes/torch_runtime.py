@@ -47,6 +47,10 @@ TOLERANCES = {"fp32": 1e-4, "bf16": 5e-2, "fp16": 5e-2}
 """Largest relative error (2-norm) of logits on a GPU, against float32 on the CPU. Half precision has 0.1 to 1.1 %."""
 
 
+OUT_OF_MEMORY = "can't allocate memory", "out of memory", "ALLOC_FAILED"
+"""In errors of other types: of PyTorch's allocator on a CPU; of CUDA, as when it loads or replays a graph; and of cuBLAS."""
+
+
 def resolve_devices(device: str) -> list[torch.device]:
     """The devices that a setting selects.
 
@@ -348,10 +352,12 @@ class TorchRuntime:
         return torch.cuda.memory_allocated(self._device) if self._device.type == "cuda" else None
 
     def is_out_of_memory(self, error: Exception) -> bool:
-        """See Runtime. On the CPU, PyTorch's allocator raises a plain RuntimeError."""
+        """See Runtime."""
         if self._device.type == "cuda":
             torch.cuda.empty_cache()
-        return isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(error)
+        if isinstance(error, torch.OutOfMemoryError | MemoryError):
+            return True
+        return any(message in str(error) for message in OUT_OF_MEMORY)
 
     def _resolve_precision(self, precision: str) -> str:
         if precision == "int8":
