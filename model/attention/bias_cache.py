@@ -7,7 +7,7 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
-from torch.utils.weak import WeakIdKeyDictionary
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from dinat.model.capture_safe_cache import record_cached_value
 from dinat.model.fast_path import is_transformed
@@ -51,7 +51,7 @@ class _Entry:
     """The values derived from one table, and a copy and version of the table to detect changes."""
 
     table: Tensor
-    version: tuple[int, int]
+    version: tuple[Any, ...]
     values: OrderedDict[Hashable, Any] = field(default_factory=OrderedDict)
 
     def is_current(self, rpb: Tensor) -> bool:
@@ -61,15 +61,20 @@ class _Entry:
 
 def _values_of(rpb: Tensor) -> OrderedDict[Hashable, Any]:
     """Return the values derived from the table's current contents."""
-    entry: _Entry | None = _entries.get(rpb)  # type: ignore[no-untyped-call]
+    key = StorageWeakRef(rpb.untyped_storage()), rpb.storage_offset()  # type: ignore[no-untyped-call]
+    entry = _entries.get(key)
     if entry is None or not entry.is_current(rpb):
-        entry = _entries[rpb] = _Entry(rpb.detach().clone(), _version(rpb))
+        for other in [other for other in list(_entries) if other[0].expired()]:  # type: ignore[no-untyped-call]
+            _entries.pop(other, None)
+        entry = _entries[key] = _Entry(rpb.detach().clone(), _version(rpb))
     return entry.values
 
 
-def _version(rpb: Tensor) -> tuple[int, int]:
-    return rpb.data_ptr(), 0 if rpb.is_inference() else rpb._version
+def _version(rpb: Tensor) -> tuple[Any, ...]:
+    return rpb.data_ptr(), rpb.shape, rpb.stride(), rpb.dtype, 0 if rpb.is_inference() else rpb._version
 
 
-_entries: WeakIdKeyDictionary = WeakIdKeyDictionary()
+_entries: dict[tuple[StorageWeakRef, int | torch.SymInt], _Entry] = {}
+"""By the memory of the table. torch.utils.swap_tensors rejects tensors with weak references, and a reference keeps the address
+of freed memory from being used again."""
 _without_table: OrderedDict[Hashable, Any] = OrderedDict()

@@ -232,6 +232,16 @@ def test_gradients_of_a_frozen_network_by_torch_func(network: DinatForImageClass
     torch.testing.assert_close(gradient, pixels.grad, rtol=1e-4, atol=1e-5)
 
 
+@torch.no_grad()
+def test_parameters_are_swapped_after_a_forward_pass(network: DinatForImageClassification, expected: Tensor) -> None:
+    network(PIXELS)
+    for parameter in network.parameters():
+        torch.utils.swap_tensors(parameter, nn.Parameter(parameter * 0.5))
+    for parameter in network.parameters():
+        parameter.mul_(2)
+    torch.testing.assert_close(network(PIXELS).logits, expected, rtol=0, atol=1e-5)
+
+
 class LowRank(nn.Module):
     """A low-rank adapter in the place of a linear layer (arXiv 2106.09685)."""
 

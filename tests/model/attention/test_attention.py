@@ -108,7 +108,7 @@ def test_bias_tiles_are_cached_while_weights_do_not_change() -> None:
     rpb = nn.Parameter(torch.randn(2, 13, 13))
     with torch.no_grad():
         neighborhood_attention(q, q, q, rpb)
-        values = bias_cache._entries[rpb].values
+        values = bias_cache._values_of(rpb)
         first = list(values.values())
         neighborhood_attention(q, q, q, rpb)
     assert [id(bias) for bias in values.values()] == [id(bias) for bias in first]
@@ -120,7 +120,26 @@ def test_bias_cache_is_bounded() -> None:
         for size in range(3, 3 + 2 * bias_cache.MAX_ENTRIES):
             q = torch.randn(1, size, size, 1, 4)
             neighborhood_attention(q, q, q, rpb, kernel_size=3)
-    assert len(bias_cache._entries[rpb].values) == bias_cache.MAX_ENTRIES
+    assert len(bias_cache._values_of(rpb)) == bias_cache.MAX_ENTRIES
+
+
+@torch.no_grad()
+def test_bias_cache_has_no_entries_of_deleted_tables() -> None:
+    q = torch.randn(1, 3, 3, 1, 4)
+    bias_cache.clear()
+    for _ in range(20):
+        neighborhood_attention(q, q, q, torch.randn(1, 5, 5), kernel_size=3)
+    assert len(bias_cache._entries) == 1
+
+
+@torch.no_grad()
+def test_tables_that_share_memory() -> None:
+    """As the views of a flat parameter: each has its own values, and so has the same memory with other strides."""
+    q, tables = torch.randn(1, 5, 5, 2, 4), torch.randn(3, 2, 5, 5)
+    for rpb in (*tables, *tables.transpose(-1, -2), tables[0].expand(2, 5, 5)):
+        for _ in range(2):
+            expected = neighborhood_attention(q, q, q, rpb, kernel_size=3, backend="reference")
+            torch.testing.assert_close(neighborhood_attention(q, q, q, rpb, kernel_size=3), expected, rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("backend", ["tiled", "reference"])
