@@ -25,10 +25,9 @@ typedef struct {
 
 typedef enum { NOTHING, GELU, SUM } epilogue;
 
-/* Clamp to [-most, most]. NaN stays NaN: max_ps and min_ps return their second operand then. */
-static inline floats clamped(floats x, float most) {
-    return (floats)_mm512_min_ps(_mm512_set1_ps(most), _mm512_max_ps(_mm512_set1_ps(-most), (__m512)x));
-}
+/* NaN stays NaN: max_ps and min_ps return their second operand then. */
+static inline floats at_least(floats x, float least) { return (floats)_mm512_max_ps(_mm512_set1_ps(least), (__m512)x); }
+static inline floats at_most(floats x, float most) { return (floats)_mm512_min_ps(_mm512_set1_ps(most), (__m512)x); }
 
 static ALWAYS_INLINE floats polynomial(floats x, const float *series, const int terms) {
     floats y = splat(series[0]);
@@ -39,14 +38,17 @@ static ALWAYS_INLINE floats polynomial(floats x, const float *series, const int 
 
 /* x * Phi(x), the exact GELU. Phi(x) - 0.5 is x times a function of x^2: with is_half, a polynomial fitted for the smallest
  * error of GELU on [0, 4.25], an absolute error of 1.2e-4, which is below bfloat16's precision for values above 0.03; else a
- * quotient fitted on [0, 5.2], an error of 2.1e-7 |x|. Beyond that, Phi is 0 or 1. NaN stays NaN. */
+ * quotient fitted on [0, 5.2], an error of 2.1e-7 |x|. Beyond that, Phi is nearly 0 or 1: smaller x count as the smallest one,
+ * so that they do not multiply the difference from 0. NaN stays NaN. */
 static ALWAYS_INLINE floats gelu(floats x, const int is_half) {
     static const float rough[] = {-7.82699149e-10f, 7.15992156e-8f, -2.83341634e-6f, 6.41753568e-5f,
                                   -9.31456734e-4f,  9.22922627e-3f, -6.54216918e-2f, 3.98423643e-1f};
     static const float above[] = {2.47311505e-8f, 6.40789267e-6f, 1.56861643e-4f,
                                   4.60864557e-3f, 3.25445570e-2f, 3.98942262e-1f};
     static const float below[] = {1.25886947e-6f, 7.04961349e-5f, 1.81720289e-3f, 2.79266909e-2f, 2.48243451e-1f, 1.0f};
-    const floats inner = clamped(x, is_half ? 4.25f : 5.2f), square = inner * inner;
+    const float most = is_half ? 4.25f : 5.2f;
+    x = at_least(x, -most);
+    const floats inner = at_most(x, most), square = inner * inner;
     if (is_half) return x * (inner * polynomial(square, rough, 8) + 0.5f);
     return x * (inner * polynomial(square, above, 6) / polynomial(square, below, 6) + 0.5f);
 }

@@ -152,6 +152,22 @@ def test_gelu_is_exact_to_the_dtype(dtype: torch.dtype) -> None:
     assert ((output - expected).abs() <= error + rounding * (gelu.abs() + expected.abs())).all()  # each is rounded once
 
 
+def test_gelu_of_outliers(dtype: torch.dtype) -> None:
+    """The layer computes gelu(bias) for an input of zeros."""
+    layer = random_layer(dtype, 32, mlp_ratio=1.0)
+    outliers = torch.tensor([sign * 10.0**power for power in range(1, 17) for sign in (-1, 1)])
+    with torch.no_grad():
+        for weight in layer.parameters():
+            weight.zero_()
+        layer.layernorm_after.bias.copy_(outliers)
+        for linear in (layer.intermediate.dense, layer.output.dense):
+            linear.weight.copy_(torch.eye(32))
+        output = packed_output(layer, torch.zeros(1, 3, 3, 32, dtype=dtype))[0, 0, 0]
+        expected = nn.functional.gelu(layer.layernorm_after.bias.double())
+    error, rounding = (1.25e-4, 2**-8) if dtype == torch.bfloat16 else (1e-6, 2**-22)
+    assert ((output.double() - expected).abs() <= error + rounding * expected).all()
+
+
 def test_attention_weights_match_those_of_the_layer(dtype: torch.dtype) -> None:
     layer, x = random_layer(dtype, kernel_size=5), torch.randn(2, 9, 7, 64).to(dtype)
     [packed] = pack(nn.ModuleList([copy.deepcopy(layer)]))
