@@ -35,8 +35,8 @@ def fused_linear(x: Tensor, linear: nn.Module, gelu: bool = False, add: Tensor |
         Tensor (..., out_features).
     """
     if isinstance(linear, PackedLinear):
-        check_packed_input(x, linear.packed.dtype)
-        return _fused_linear(x, linear.packed, linear.bias, gelu, add)
+        check_packed_input(x, linear.weight.dtype)
+        return _fused_linear(x, linear.weight, linear.bias, gelu, add)
     if is_unmodified(linear, nn.Linear) and not is_observed():
         weight, bias = parameters_of(linear)
         if weight is not None and _has_kernel(x, weight, bias, add):
@@ -88,7 +88,7 @@ class PackedLinear(nn.Module):
     def __init__(self, linear: nn.Linear) -> None:
         super().__init__()
         with torch.inference_mode():
-            self.packed = _ONEDNN._reorder_linear_weight(linear.weight.detach(), None)
+            self.weight = _ONEDNN._reorder_linear_weight(linear.weight.detach(), None)
         self.bias = None if linear.bias is None else linear.bias.detach()
 
     def forward(self, x: Tensor) -> Tensor:
@@ -109,14 +109,14 @@ class PackedConvolution(nn.Module):
         with torch.inference_mode():
             weight = convolution.weight.detach().contiguous(memory_format=torch.channels_last)
             size = [BATCH, convolution.in_channels, SIDE, SIDE]
-            self.packed = _ONEDNN._reorder_convolution_weight(weight, *self.geometry, convolution.groups, size)
+            self.weight = _ONEDNN._reorder_convolution_weight(weight, *self.geometry, convolution.groups, size)
         self.bias = None if convolution.bias is None else convolution.bias.detach()
         self.groups = convolution.groups
 
     def forward(self, x: Tensor) -> Tensor:
         """Compute the convolution of x (B, C, H, W)."""
-        check_packed_input(x, self.packed.dtype)
-        y: Tensor = _ONEDNN._convolution_pointwise(x, self.packed, self.bias, *self.geometry, self.groups, "none", [], "")
+        check_packed_input(x, self.weight.dtype)
+        y: Tensor = _ONEDNN._convolution_pointwise(x, self.weight, self.bias, *self.geometry, self.groups, "none", [], "")
         return y
 
 
@@ -127,8 +127,10 @@ def pack_module(module: nn.Module) -> nn.Module | None:
     """Return a linear layer or convolution with its weight packed for oneDNN; None if it has no fast kernel here."""
     if not is_unmodified(module, *PACKED_CLASSES) or (isinstance(module, nn.Conv2d) and not _has_numeric_padding(module)):
         return None
-    weight = module.get_parameter("weight")
-    packed: nn.Module | None = PACKED_CLASSES[type(module)](module) if _is_fast(weight.device, weight.dtype) else None
+    weight, bias = parameters_of(module)
+    if weight is None or not weight.numel() or not is_plain(weight, bias) or not _is_fast(weight.device, weight.dtype):
+        return None
+    packed: nn.Module = PACKED_CLASSES[type(module)](module)
     return packed
 
 
@@ -147,7 +149,7 @@ def _is_fast(device: torch.device, dtype: torch.dtype) -> bool:
 
 def _has_kernel(x: Tensor, weight: Tensor, bias: Tensor | None, add: Tensor | None) -> bool:
     """Return whether oneDNN computes a linear layer of these tensors."""
-    return is_plain(x, weight, bias, add) and _is_fast(x.device, x.dtype) and x.numel() > 0
+    return is_plain(x, weight, bias, add) and _is_fast(x.device, x.dtype) and x.numel() > 0 and weight.numel() > 0
 
 
 def parameters_of(module: nn.Module) -> tuple[Tensor | None, Tensor | None]:
@@ -162,5 +164,9 @@ def parameters_of(module: nn.Module) -> tuple[Tensor | None, Tensor | None]:
 
 
 def is_unmodified(module: nn.Module, *classes: type[nn.Module]) -> bool:
-    """Return whether a module is an instance of exactly one of these classes, without hooks or a replaced forward."""
-    return type(module) in classes and not (module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module))
+    """Return whether a module is of exactly one of these classes, without hooks, a replaced forward or replaced parameters."""
+    replaced = vars(module)
+    return type(module) in classes and not (
+        (module._forward_hooks or module._forward_pre_hooks)
+        or ("forward" in replaced or "weight" in replaced or "bias" in replaced)
+    )

@@ -10,7 +10,7 @@ from dinat.model.attention import compiled, neighborhood_attention_with_weights
 from dinat.model.cpu.fast_layers import is_unmodified, pack_module, parameters_of
 from dinat.model.dinat import Layer, has_unmodified_modules
 from dinat.model.errors import DinatError
-from dinat.model.fast_path import check_packed_input
+from dinat.model.fast_path import check_packed_input, is_plain
 from dinat.model.native import Library, library
 from dinat.model.native.dtypes import DTYPES
 
@@ -51,6 +51,7 @@ def supports_layer(layer: Layer) -> bool:
         _has_plain_parameters(layer.layernorm_before)
         and _has_plain_parameters(layer.layernorm_after)
         and layer.intermediate.activation is F.gelu
+        and hidden > 0  # a product of no inputs has no step that would write its output
         and channels % PANEL == hidden % PANEL == 0
         and channels == attention.heads * compiled.HEAD_DIM
         and compiled.supports_kernel_size(attention.kernel_size)
@@ -58,10 +59,9 @@ def supports_layer(layer: Layer) -> bool:
 
 
 def _has_kernels(*parameters: Tensor) -> bool:
-    """Return whether layer.c is available for the dtype of all of these parameters, and they are on the CPU."""
-    kernels, [dtype, *others] = library(), {parameter.dtype for parameter in parameters}
-    is_on_cpu = all(parameter.device.type == "cpu" for parameter in parameters)
-    return kernels is not None and not others and is_on_cpu and dtype in DTYPES and kernels.has_layers[DTYPES[dtype]]
+    """Return whether layer.c is available for the dtype of all of these parameters, and they are plain tensors."""
+    kernels, dtype = library(), parameters[0].dtype
+    return kernels is not None and is_plain(*parameters) and dtype in DTYPES and kernels.has_layers[DTYPES[dtype]]
 
 
 def _has_plain_parameters(norm: nn.LayerNorm) -> bool:

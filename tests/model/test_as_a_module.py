@@ -5,6 +5,7 @@ import pickle
 import subprocess
 import sys
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -331,6 +332,20 @@ def with_attributes_as_weights(module: nn.Module) -> None:
             setattr(module, name, value)
 
 
+class HalvingWeight(Tensor):
+    """A weight with its own products, as quantizers have."""
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = super().__torch_function__(func, types, args, kwargs)
+        return result.as_subclass(Tensor) / 2 if func in (nn.functional.linear, nn.functional.conv2d) else result
+
+
+@each_product
+def with_weights_of_a_subclass(module: nn.Module) -> None:
+    module.weight = nn.Parameter(module.get_parameter("weight").detach().as_subclass(HalvingWeight), requires_grad=False)
+
+
 def with_scaled_weights(network: nn.Module) -> nn.Module:
     network(PIXELS)  # whatever is cached by now must not be used again
     for parameter in network.parameters():
@@ -349,6 +364,7 @@ USES: dict[str, Callable[[nn.Module], nn.Module]] = {
     "weight norm": each_product(nn.utils.parametrizations.weight_norm),
     "shared weights": with_shared_weights,
     "weights that are attributes": with_attributes_as_weights,
+    "weights of a subclass": with_weights_of_a_subclass,
     "weights changed in place": with_scaled_weights,
 }
 

@@ -72,7 +72,7 @@ def random_layer(
     layer = Layer(config, channels, channels // 32, dilation, drop_path=0.1, backend="auto").eval()
     for name, weight in layer.named_parameters():
         is_scale = "layernorm" in name and name.endswith("weight")
-        nn.init.normal_(weight, mean=float(is_scale), std=0.1 if weight.dim() == 1 else weight.shape[-1] ** -0.5)
+        nn.init.normal_(weight, mean=float(is_scale), std=0.1 if weight.dim() == 1 else max(1, weight.shape[-1]) ** -0.5)
     return layer.to(dtype)
 
 
@@ -226,6 +226,15 @@ def test_unsupported_layers_are_not_packed(dtype: torch.dtype) -> None:
         assert isinstance(packed, Layer) and any(isinstance(module, PackedLinear) for module in packed.modules())
         with torch.inference_mode():
             assert relative_error(packed(x)[0], expected) <= ERRORS[dtype]
+
+
+@pytest.mark.filterwarnings("ignore:Initializing zero-element tensors")
+def test_layer_without_hidden_channels(dtype: torch.dtype) -> None:
+    layer, x = random_layer(dtype, mlp_ratio=0.01), torch.randn(1, 13, 14, 64).to(dtype)
+    expected = float64_output(layer, x)
+    [packed] = pack(nn.ModuleList([layer]))
+    with torch.inference_mode():
+        assert relative_error(packed(x)[0], expected) <= ERRORS[dtype]
 
 
 @pytest.mark.parametrize("unsupported", [torch.float16, torch.float64])
