@@ -17,7 +17,7 @@ from dinat.model.attention import neighborhood_attention, neighborhood_attention
 from dinat.model.attention.tiled import padded_operator
 from dinat.model.checkpoints.pretrained import PreTrainedModel
 from dinat.model.config import DinatConfig
-from dinat.model.cpu.fast_layers import LayerNorm, fused_linear, is_unmodified
+from dinat.model.cpu.fast_layers import LayerNorm, fused_linear, is_unmodified, parameters_of
 from dinat.model.errors import ConfigError, DinatError
 from dinat.model.fast_path import is_autocast, is_symbolic, is_transformed
 from dinat.model.field_rules import shown
@@ -77,7 +77,7 @@ class PatchEmbeddings(nn.Module):
         return self.projection(pixel_values).permute(0, 2, 3, 1)
 
     def _check_dtype(self, dtype: torch.dtype) -> None:
-        weight = getattr(self.projection[0], "weight", None)
+        weight, _ = parameters_of(self.projection[0])
         if not dtype.is_floating_point:
             raise DinatError(f"pixel_values must be floating-point numbers, got {dtype}: use DinatImageProcessor")
         if weight is not None and dtype != weight.dtype and not is_autocast():
@@ -441,7 +441,8 @@ class DinatForImageClassification(PreTrainedModel):
             reshaped_hidden_states.
         """
         encoded = self.dinat.encode(pixel_values)
-        pooled = _norm_in_float32(self.dinat.layernorm, encoded.after_downsampling[-1]).mean(dim=(1, 2))
+        last = encoded.after_downsampling[-1]
+        pooled = _norm_in_float32(self.dinat.layernorm, last).mean(dim=(1, 2))
         outputs: dict[str, Tensor | list[Tensor]] = {}
         for name in features:
             if name == "pooled":
@@ -451,9 +452,7 @@ class DinatForImageClassification(PreTrainedModel):
             else:
                 stage = encoded.before_downsampling[self.config.stage_names.index(name)]
                 outputs[name] = F.layer_norm(stage, stage.shape[-1:]).permute(0, 3, 1, 2)
-        if isinstance(self.classifier, nn.Identity):
-            return pooled, outputs
-        return F.linear(pooled, self.classifier.weight.float(), self.classifier.bias.float()), outputs
+        return _linear_in_float32(self.classifier, pooled, last.dtype), outputs
 
     def forward(
         self,
@@ -484,7 +483,23 @@ class DinatForImageClassification(PreTrainedModel):
 
 
 def _norm_in_float32(norm: nn.LayerNorm, x: Tensor) -> Tensor:
-    return F.layer_norm(x.float(), norm.normalized_shape, norm.weight.float(), norm.bias.float(), norm.eps)
+    """Compute the norm in float32. A modified or replaced norm is called as a module, in its own dtype."""
+    weight, bias = parameters_of(norm)
+    if weight is None or bias is None or not is_unmodified(norm, LayerNorm):
+        normalized: Tensor = norm(x)
+        return normalized.float()
+    return F.layer_norm(x.float(), norm.normalized_shape, weight.float(), bias.float(), norm.eps)
+
+
+def _linear_in_float32(linear: nn.Module, x: Tensor, dtype: torch.dtype) -> Tensor:
+    """Compute the linear layer of x in float32. A modified or replaced layer is called as a module, with inputs of a dtype."""
+    if isinstance(linear, nn.Identity):
+        return x
+    weight, bias = parameters_of(linear)
+    if weight is None or bias is None or not is_unmodified(linear, nn.Linear):
+        y: Tensor = linear(x.to(dtype))
+        return y.float()
+    return F.linear(x, weight.float(), bias.float())
 
 
 class DinatBackbone(PreTrainedModel):

@@ -369,6 +369,71 @@ USES: dict[str, Callable[[nn.Module], nn.Module]] = {
 }
 
 
+def with_other_head(network: nn.Module) -> nn.Module:
+    torch.manual_seed(3)
+    network.classifier = nn.Sequential(nn.Dropout(), nn.Linear(128, 5, bias=False))
+    return network
+
+
+def with_hooks_after_the_last_stage(network: nn.Module) -> nn.Module:
+    for name in ("dinat.layernorm", "classifier"):
+        network.get_submodule(name).register_forward_hook(lambda module, inputs, output: output * 2)
+    return network
+
+
+def with_norm_without_parameters(network: nn.Module) -> nn.Module:
+    network.get_submodule("dinat").layernorm = nn.LayerNorm(128, elementwise_affine=False)
+    return network
+
+
+def without_norm(network: nn.Module) -> nn.Module:
+    network.get_submodule("dinat").layernorm = nn.Identity()
+    return network
+
+
+def with_lora_of_the_classifier(network: nn.Module) -> nn.Module:
+    peft = pytest.importorskip("peft")
+    config = peft.LoraConfig(target_modules=["classifier"], init_lora_weights=False, r=4)
+    injected: nn.Module = peft.inject_adapter_in_model(config, network)
+    return injected
+
+
+USES_AFTER_THE_LAST_STAGE: dict[str, Callable[[nn.Module], nn.Module]] = {
+    "another head": with_other_head,
+    "hooks": with_hooks_after_the_last_stage,
+    "norm without parameters": with_norm_without_parameters,
+    "no norm": without_norm,
+    "LoRA of the classifier": with_lora_of_the_classifier,
+    "packed head": pack,
+}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("use", USES | USES_AFTER_THE_LAST_STAGE)
+@pytest.mark.filterwarnings("ignore")  # of other packages
+def test_classify_of_a_modified_network(use: str, dtype: torch.dtype, network: DinatForImageClassification) -> None:
+    modified = (USES | USES_AFTER_THE_LAST_STAGE)[use](network).eval()
+    if use not in ("packed head", "weights that are attributes"):
+        modified.to(dtype)
+    dtype = network.dinat.embeddings.norm.weight.dtype
+    logits = network.classify(PIXELS.to(dtype))[0]
+    expected = network(PIXELS.to(dtype)).logits.float()
+    assert logits.dtype == torch.float32
+    torch.testing.assert_close(
+        logits, expected, **({"rtol": 0, "atol": 1e-5} if dtype == torch.float32 else {"rtol": 0.02, "atol": 0.02})
+    )
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("use", USES | USES_AFTER_THE_LAST_STAGE)
+@pytest.mark.filterwarnings("ignore")  # of other packages
+def test_packing_a_modified_network(use: str, network: DinatForImageClassification) -> None:
+    modified = (USES | USES_AFTER_THE_LAST_STAGE)[use](network).eval()
+    expected = modified(PIXELS).logits
+    torch.testing.assert_close(pack(modified)(PIXELS).logits, expected, rtol=0, atol=2e-5)
+
+
 @torch.no_grad()
 @pytest.mark.parametrize("use", USES)
 @pytest.mark.filterwarnings("ignore")  # of other packages
