@@ -47,8 +47,7 @@ class DropPath(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if not self.training:
             return x
-        mask = x.new_empty(x.shape[0], *[1] * (x.dim() - 1)).bernoulli_(1 - self.probability)
-        return x * mask / (1 - self.probability)
+        return x * F.dropout(x.new_ones(x.shape[0], *[1] * (x.dim() - 1)), self.probability)
 
 
 class PatchEmbeddings(nn.Module):

@@ -6,6 +6,7 @@ import torch
 from torch.nn import functional as F
 
 from dinat.model import ConfigError, DinatBackbone, DinatConfig, DinatError, DinatForImageClassification, DinatModel
+from dinat.model.dinat import DropPath
 
 
 def small(**changes: Any) -> DinatConfig:
@@ -113,6 +114,11 @@ def test_drop_path_rate_increases_and_applies_in_training_only(pixels: torch.Ten
     assert not torch.equal(network(pixels).pooler_output, network(pixels).pooler_output)
     network.eval()
     assert torch.equal(network(pixels).pooler_output, network(pixels).pooler_output)
+
+
+def test_drop_path_rate_of_one_drops_every_image() -> None:
+    x = torch.randn(4, 3, 3, 8)
+    assert torch.equal(DropPath(1.0)(x), torch.zeros_like(x))
 
 
 @pytest.mark.parametrize("dropout", ["hidden_dropout_prob", "attention_probs_dropout_prob"])
