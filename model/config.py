@@ -100,7 +100,7 @@ MAX_PARAMETERS = 2**34
 
 FIELD_RULES: dict[str, Rule] = {
     "num_channels": integer(1, 1024),
-    "embed_dim": integer(1, MAX_CHANNELS),
+    "embed_dim": integer(2, MAX_CHANNELS),
     "depths": sequence(integer(1, MAX_DEPTH), 1, MAX_STAGES),
     "num_heads": sequence(integer(1, MAX_CHANNELS), 1, MAX_STAGES),
     "dilations": optional(sequence(sequence(lambda _: None, 1, MAX_DEPTH), 1, MAX_STAGES)),

@@ -144,6 +144,7 @@ HOSTILE_FIELDS = [
     {"embed_dim": 2**40},
     {"embed_dim": 64.0},
     {"embed_dim": -64},
+    {"embed_dim": 1},
     {"embed_dim": True},
     {"embed_dim": 2**16, "depths": [1000] * 4, "dilations": [[1] * 1000] * 4},
     {"depths": "3465"},
