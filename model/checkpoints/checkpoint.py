@@ -20,10 +20,8 @@ from dinat.model.checkpoints.files import (
     SAFETENSORS,
     Files,
     StateDict,
-    as_state_dict,
     find_files,
-    read_pickle,
-    read_safetensors,
+    read_weights,
 )
 from dinat.model.checkpoints.original import read_original
 from dinat.model.config import DinatConfig
@@ -178,7 +176,7 @@ def _hub_layout(files: Files, revision: str | None, config: DinatConfig | None) 
     def state_dict() -> StateDict:
         merged: StateDict = {}
         for path in files.find_weights():
-            merged |= read_safetensors(path) if path.suffix == ".safetensors" else as_state_dict(read_pickle(path), path)
+            merged |= read_weights(path)
         return merged
 
     return Checkpoint(files.source, revision, config, files.read_json(PROCESSOR), files.find_weights, state_dict)

@@ -120,6 +120,22 @@ def find_files(
     )
 
 
+def read_weights(path: Path) -> StateDict:
+    """Read the weights of a .safetensors file, or of a file written by torch.save.
+
+    EMA weights of a training checkpoint are preferred. Prefixes of DataParallel and torch.compile are removed from the keys.
+
+    Raises:
+        CheckpointError: The file cannot be read, or contains anything else.
+    """
+    loaded = read_safetensors(path) if path.suffix == ".safetensors" else read_pickle(path)
+    for name in ("state_dict_ema", "state_dict", "model"):
+        if isinstance(loaded, dict) and isinstance(loaded.get(name), dict):
+            loaded = loaded[name]
+            break
+    return {re.sub(r"^((module|_orig_mod)\.)+", "", key): value for key, value in as_state_dict(loaded, path).items()}
+
+
 def read_safetensors(path: Path) -> StateDict:
     """Read the tensors of a .safetensors file. Raises CheckpointError."""
     try:

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from dinat.model.checkpoints.files import StateDict, as_state_dict, read_pickle
+from dinat.model.checkpoints.files import StateDict, read_weights
 from dinat.model.config import NAT_PRESETS, PRESETS, DinatConfig
 from dinat.model.errors import CheckpointError
 
@@ -30,7 +30,7 @@ def read_original(path: Path, config: DinatConfig | None = None) -> tuple[DinatC
         CheckpointError: The file cannot be read, or weights and file name match none or several of the published networks; the
             message says how to select one.
     """
-    weights = _read_weights(path)
+    weights = read_weights(path)
     is_backbone = any(key.startswith(BACKBONE) for key in weights)
     if is_backbone:
         weights = {key.removeprefix(BACKBONE): value for key, value in weights.items() if key.startswith(BACKBONE)}
@@ -93,16 +93,6 @@ _KEY_PATTERNS = [
 def _gamma2_key(key: str) -> str:
     """Return the original key of the gamma2 that corresponds to a converted gamma1 key."""
     return re.sub(r"^dinat\.encoder\.levels\.(\d+)\.layers\.(\d+)\.gamma1$", r"levels.\1.blocks.\2.gamma2", key)
-
-
-def _read_weights(path: Path) -> StateDict:
-    """Read the weights of a file, EMA weights first if a training checkpoint has them, without the prefix of DataParallel."""
-    loaded = read_pickle(path)
-    for name in ("state_dict_ema", "state_dict", "model"):
-        if isinstance(loaded, dict) and isinstance(loaded.get(name), dict):
-            loaded = loaded[name]
-            break
-    return {key.removeprefix("module."): value for key, value in as_state_dict(loaded, path).items()}
 
 
 def _infer_config(state_dict: StateDict, path: Path) -> DinatConfig:

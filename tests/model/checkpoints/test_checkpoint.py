@@ -115,7 +115,7 @@ def test_dtype_and_attention_arguments(folder: Path) -> None:
     assert DinatForImageClassification.from_pretrained(folder).classifier.weight.dtype == torch.float32
 
 
-@pytest.mark.parametrize("kind", ["flat", "state_dict", "state_dict_ema", "module", "training"])
+@pytest.mark.parametrize("kind", ["flat", "state_dict", "state_dict_ema", "module", "compiled", "training"])
 def test_original_files(network: DinatForImageClassification, tmp_path: Path, kind: str) -> None:
     original = to_original(network)
     without_ema = {name: value + 1 for name, value in original.items()}
@@ -124,6 +124,7 @@ def test_original_files(network: DinatForImageClassification, tmp_path: Path, ki
         "state_dict": {"state_dict": original, "epoch": 3},
         "state_dict_ema": {"state_dict": without_ema, "state_dict_ema": original},
         "module": {"state_dict": {f"module.{name}": value for name, value in original.items()}},
+        "compiled": {"state_dict": {f"_orig_mod.{name}": value for name, value in original.items()}},
         "training": {"epoch": 3, "args": argparse.Namespace(lr=1e-3), "state_dict": original, "metric": 81.8},
     }[kind]
     torch.save(contents, tmp_path / "checkpoint.pth.tar")
@@ -185,7 +186,7 @@ def test_original_file_is_read_once_and_its_weights_are_not_shared(
     path = tmp_path / "unpublished.pth"
     torch.save(to_original(network), path)
     reads: list[Path] = []
-    monkeypatch.setattr("dinat.model.checkpoints.original.read_pickle", lambda path: (reads.append(path), read_pickle(path))[1])
+    monkeypatch.setattr("dinat.model.checkpoints.files.read_pickle", lambda path: (reads.append(path), read_pickle(path))[1])
     checkpoint = open_checkpoint(path, config=network.config)
     DinatImageProcessor.from_pretrained(checkpoint)
     first = DinatForImageClassification.from_pretrained(checkpoint)

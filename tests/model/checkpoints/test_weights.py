@@ -43,6 +43,34 @@ def test_sharded_weights(suffix: str, network: DinatForImageClassification, fold
     assert torch.equal(DinatForImageClassification.from_pretrained(folder)(PIXELS).logits, network(PIXELS).logits)
 
 
+@pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "module._orig_mod.", "_orig_mod.module."])
+@pytest.mark.parametrize("name", ["model.safetensors", "pytorch_model.bin"])
+def test_keys_of_a_wrapped_network(prefix: str, name: str, network: DinatForImageClassification, folder: Path) -> None:
+    (folder / "model.safetensors").unlink()
+    weights = {prefix + key: value.contiguous() for key, value in network.state_dict().items()}
+    (save_file if name.endswith(".safetensors") else torch.save)(weights, folder / name)
+    assert torch.equal(DinatForImageClassification.from_pretrained(folder)(PIXELS).logits, network(PIXELS).logits)
+
+
+@pytest.mark.parametrize("keys", [["state_dict"], ["model"], ["state_dict", "state_dict_ema"]])
+def test_training_checkpoint_in_the_layout_of_the_hub(
+    keys: list[str], network: DinatForImageClassification, folder: Path
+) -> None:
+    (folder / "model.safetensors").unlink()
+    other = {key: torch.zeros_like(value) for key, value in network.state_dict().items()}
+    content = {key: other for key in keys} | {keys[-1]: network.state_dict()}
+    torch.save(content | {"epoch": 3}, folder / "pytorch_model.bin")
+    assert torch.equal(DinatForImageClassification.from_pretrained(folder)(PIXELS).logits, network(PIXELS).logits)
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2, torch.float16, torch.bfloat16, torch.float64])
+def test_weights_of_every_floating_dtype(dtype: torch.dtype, network: DinatForImageClassification, folder: Path) -> None:
+    weights = {key: value.to(dtype) for key, value in network.state_dict().items()}
+    save_file({key: value.contiguous() for key, value in weights.items()}, folder / "model.safetensors")
+    network.load_state_dict({key: value.float() for key, value in weights.items()})
+    assert torch.equal(DinatForImageClassification.from_pretrained(folder)(PIXELS).logits, network(PIXELS).logits)
+
+
 def test_weights_are_saved_in_shards(network: DinatForImageClassification, folder: Path) -> None:
     def files() -> set[str]:
         return {path.name for path in folder.iterdir()} - {"config.json"}
