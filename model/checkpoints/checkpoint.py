@@ -161,7 +161,8 @@ def _check_numbers(state_dict: StateDict, source: str) -> None:
         if not value.is_floating_point() or value.layout is not torch.strided or value.is_meta:
             kind = "no values" if value.is_meta else f"{str(value.layout).removeprefix('torch.')} values of {value.dtype}"
             raise CheckpointError(f"{key} of {source} has {kind}: floating-point weights are required")
-    not_finite = [key for key, value in state_dict.items() if not bool(torch.isfinite(value).all())]
+    finite = {key: torch.isfinite(value.float() if value.itemsize == 1 else value).all() for key, value in state_dict.items()}
+    not_finite = [key for key, is_finite in finite.items() if not bool(is_finite)]
     if not_finite:
         warnings.warn(f"{len(not_finite)} weights of {source} are not finite: {', '.join(not_finite[:5])}", stacklevel=2)
 
