@@ -7,6 +7,7 @@ Feature maps are NHWC inside the network and NCHW at its interface (pixel_values
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from functools import partial
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -163,6 +164,14 @@ class NeighborhoodSelfAttention(nn.Module):
         channels, bias = self.qkv.in_features, self.qkv.bias is not None
         self.qkv = None
         self.query, self.key, self.value = (nn.Linear(channels, channels, bias=bias) for _ in range(3))
+
+    def _fqn_modifiers(self) -> dict[str, str]:
+        """Return attributes that have modules which only state dicts name; asked by torch.distributed.checkpoint."""
+        return {} if self.qkv is None else dict.fromkeys(("query", "key", "value"), "_named_in_state_dicts")
+
+    @property
+    def _named_in_state_dicts(self) -> SimpleNamespace:
+        return SimpleNamespace(query=self.qkv, key=self.qkv, value=self.qkv)
 
 
 def project_and_add(x: Tensor, dense: nn.Module, dropout: nn.Dropout, add: Tensor | None) -> Tensor:

@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.nn.utils import parametrize, prune
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -458,6 +459,26 @@ def test_state_dict_of_the_parameters_themselves(network: DinatForImageClassific
     """Tracers identify a module's parameters by state_dict(keep_vars=True)."""
     parameters = {id(parameter) for parameter in network.parameters()}
     assert {id(value) for value in network.state_dict(keep_vars=True).values()} == parameters
+
+
+def test_state_dicts_of_distributed_checkpoints(network: DinatForImageClassification, expected: Tensor) -> None:
+    network.requires_grad_()
+    optimizer = torch.optim.Adam(network.parameters())
+    network(PIXELS).logits.sum().backward()
+    optimizer.step()
+    trained = network(PIXELS).logits.detach()
+    state, optimizer_state = copy.deepcopy(get_state_dict(network, optimizer))
+    assert state.keys() == network.state_dict().keys()
+    other = DinatForImageClassification(CONFIG).eval()
+    other_optimizer = torch.optim.Adam(other.parameters())
+    set_state_dict(other, other_optimizer, model_state_dict=state, optim_state_dict=optimizer_state)
+    torch.testing.assert_close(other(PIXELS).logits, trained)
+    for one, parameters in ((network, optimizer), (other, other_optimizer)):
+        parameters.zero_grad()
+        one(PIXELS).logits.sum().backward()
+        parameters.step()
+    torch.testing.assert_close(other(PIXELS).logits, network(PIXELS).logits)
+    assert not torch.allclose(trained, expected, rtol=0, atol=1e-4)
 
 
 @torch.no_grad()
