@@ -4,9 +4,11 @@
 """
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from functools import partial
 from typing import Any
 
+import torch
 from timm.layers import Format, SelectAdaptivePool2d
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model, register_notrace_module
 from timm.models._features import FeatureGetterNet, feature_take_indices
@@ -44,19 +46,30 @@ class TimmDinat(DinatForImageClassification):
         global_pool: timm's pooling type; "" returns feature maps.
         drop_rate: Dropout probability before the classifier.
         attention: Backend, see neighborhood_attention.
+        device: Where the weights are created; PyTorch's default if None.
+        dtype: Of the weights; PyTorch's default if None.
         fields: Fields of the configuration to replace, also by timm's names (FIELDS).
     """
 
     output_fmt = "NHWC"
 
     def __init__(
-        self, preset: str, global_pool: str = "avg", drop_rate: float = 0.0, attention: str = "auto", **fields: Any
+        self,
+        preset: str,
+        global_pool: str = "avg",
+        drop_rate: float = 0.0,
+        attention: str = "auto",
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        **fields: Any,
     ) -> None:
         changes = {FIELDS.get(name, name): value for name, value in fields.items()}
         unknown = sorted(changes.keys() - CONFIG_FIELDS - {"image_size"})
         if unknown:
             raise TypeError(f"unknown argument {unknown[0]!r} of create_model for this network")
-        super().__init__(DinatConfig.preset(preset, **changes), attention)
+        with nullcontext() if device is None else torch.device(device):
+            super().__init__(DinatConfig.preset(preset, **changes), attention)
+        self.to(dtype=dtype)
         self.in_chans = self.config.num_channels
         self.num_features = self.head_hidden_size = self.config.hidden_size
         self.feature_info = [

@@ -236,6 +236,12 @@ def test_evaluate_of_a_trained_model_equals_its_own_accuracy(
     assert len(set(predicted.tolist())) > 1
 
 
+def test_device_and_dtype_of_the_weights(timm: ModuleType) -> None:
+    model = timm.create_model("dinat_mini", device="meta", dtype=torch.bfloat16)
+    assert {(value.device.type, value.dtype) for value in model.state_dict().values()} == {("meta", torch.bfloat16)}
+    assert {value.dtype for value in timm.create_model("dinat_mini").state_dict().values()} == {torch.float32}
+
+
 def test_unknown_arguments_are_rejected(timm: ModuleType) -> None:
     with pytest.raises(TypeError, match="unknown argument 'nonsense'"):
         create(timm, nonsense=1)
