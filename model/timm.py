@@ -169,6 +169,8 @@ class TimmDinat(DinatForImageClassification):
             self.classifier = nn.Linear(self.num_features, num_classes, device=weight.device, dtype=weight.dtype)
             nn.init.normal_(self.classifier.weight, std=self.config.initializer_range)
             nn.init.zeros_(self.classifier.bias)
+        for module in (self.classifier, self.pool):
+            module.train(self.training)
 
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
         """Return regular expressions that group parameters by depth, for layer-wise learning rates."""

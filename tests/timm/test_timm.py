@@ -242,6 +242,13 @@ def test_device_and_dtype_of_the_weights(timm: ModuleType) -> None:
     assert {value.dtype for value in timm.create_model("dinat_mini").state_dict().values()} == {torch.float32}
 
 
+@pytest.mark.parametrize("training", [False, True])
+def test_new_classifier_has_the_mode_of_the_model(timm: ModuleType, training: bool) -> None:
+    model = timm.create_model("dinat_mini", device="meta").train(training)
+    model.reset_classifier(3, "max")
+    assert {module.training for module in model.modules()} == {training}
+
+
 def test_unknown_arguments_are_rejected(timm: ModuleType) -> None:
     with pytest.raises(TypeError, match="unknown argument 'nonsense'"):
         create(timm, nonsense=1)
