@@ -5,7 +5,8 @@
 #
 # Output and results are written to FOLDER, benchmarks/results by default. All parts run unless some are named.
 # Requires only a Python (PYTHON, default python3) with torch, triton, numpy, pillow, safetensors, huggingface_hub, pytest and
-# hypothesis; what else is missing is skipped with a message. If NATTEN is an sdist or wheel of natten, it is first built for this GPU, unless that takes over 9 minutes.
+# hypothesis; what else is missing is skipped with a message. If NATTEN is an sdist or wheel of natten, it is first built for
+# this GPU, unless that takes over 9 minutes.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 PYTHON=${PYTHON:-python3}
