@@ -8,6 +8,7 @@ from typing import Any
 
 import httpx
 import pytest
+import structlog
 
 from dinat.app.engine.engine import BackendFactory, Engine
 from dinat.app.engine.local_backend import LocalBackend
@@ -16,6 +17,15 @@ from dinat.app.server.server import Server
 from dinat.app.settings import Settings
 
 DIGITS = Path(__file__).parents[2] / "examples" / "digits"
+
+
+@pytest.fixture(autouse=True)
+def logs(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """A command that a test runs in this process configures the logs of that test alone."""
+    configure = structlog.configure
+    monkeypatch.setattr(structlog, "configure", lambda **settings: configure(**settings | {"cache_logger_on_first_use": False}))
+    yield
+    structlog.reset_defaults()
 
 
 @dataclass
