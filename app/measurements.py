@@ -34,7 +34,7 @@ from dinat.app.engine.runtimes.torch_runtime import PRECISIONS, TorchRuntime, ha
 from dinat.app.host import cores
 from dinat.app.images import decode
 from dinat.model import DinatConfig, DinatForImageClassification, DinatImageProcessor, attention
-from dinat.model.attention import autotune
+from dinat.model.attention import autotune, timing
 from dinat.model.checkpoints.checkpoint import open_checkpoint
 from dinat.model.config import image_size
 from dinat.model.cpu.features import has_bf16
@@ -66,11 +66,11 @@ def ceilings(device: torch.device) -> list[Row]:
     """Measure memory bandwidth, and throughput of a matrix product."""
     source, target = torch.empty(2, COPIED[device.type], device=device)
     source.normal_()
-    rows = [{"what": "copy", "GB/s": 2 * source.nbytes / autotune.seconds(lambda: target.copy_(source), device) / 1e9}]
+    rows = [{"what": "copy", "GB/s": 2 * source.nbytes / timing.seconds(lambda: target.copy_(source), device) / 1e9}]
     side = SIDE[device.type]
     for dtype in (torch.bfloat16, torch.float32):
         a, b = torch.randn(2, side, side, device=device).to(dtype)
-        seconds = autotune.seconds(partial(torch.matmul, a, b), device)
+        seconds = timing.seconds(partial(torch.matmul, a, b), device)
         rows.append({"what": f"{side}x{side} product, {_dtype_name(dtype)}", "TFLOP/s": 2 * side**3 / seconds / 1e12})
     return rows
 

@@ -33,7 +33,8 @@ from dinat.app.engine.runtimes.runtime import DeviceLost, InferenceOptions, exam
 from dinat.app.engine.runtimes.torch_runtime import TorchRuntime
 from dinat.model import DinatConfig, DinatForImageClassification, DinatImageProcessor
 from dinat.model.attention import neighborhood_attention, run_candidate
-from dinat.model.attention.autotune import MAX_ERROR, candidates, float64_reference, reason, seconds_on_gpu
+from dinat.model.attention.autotune import MAX_ERROR, candidates, float64_reference, reason
+from dinat.model.attention.timing import seconds_on_gpu
 from dinat.model.checkpoints.checkpoint import open_checkpoint
 from dinat.model.cpu.fast_layers import LayerNorm
 from dinat.model.gpu import pixels_kernel

@@ -29,6 +29,7 @@ import torch
 from dinat.model import DinatConfig, DinatError, DinatForImageClassification
 from dinat.model.attention import autotune, bias_cache, run_candidate
 from dinat.model.attention.autotune import candidates, float64_reference
+from dinat.model.attention.timing import seconds_on_gpu
 from dinat.model.config import image_size
 from dinat.model.gpu.fusing import fuse
 
@@ -67,7 +68,7 @@ def seconds(runs: Sequence[Callable[[], object]], rounds: int = 20) -> float:
 
 def captured_seconds(call: Callable[[torch.Tensor], object], inputs: Sequence[torch.Tensor]) -> float:
     """Return the median seconds of a call in a CUDA graph, as in the service, over all inputs."""
-    return autotune.seconds_on_gpu(lambda: [call(x) for x in inputs], CUDA) / len(inputs)
+    return seconds_on_gpu(lambda: [call(x) for x in inputs], CUDA) / len(inputs)
 
 
 def ceilings() -> dict[str, float]:
@@ -152,7 +153,7 @@ def measured(row: dict[str, Any], network: torch.nn.Module, side: int, batch: in
         with autotune.autotuning():
             network(pixels)
         bias_cache.clear()
-        elapsed = autotune.seconds_on_gpu(lambda: network(pixels), CUDA)
+        elapsed = seconds_on_gpu(lambda: network(pixels), CUDA)
     except Exception as failure:
         torch.cuda.empty_cache()
         row |= {"failed": " ".join(str(failure).split())[:200]}

@@ -8,9 +8,7 @@ Selections can be stored in a file and reused by later processes. A kernel that 
 is reported, and stored as one that later processes disable.
 """
 
-import json
 import threading
-import time
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, replace
@@ -18,7 +16,6 @@ from functools import cache
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
-from statistics import median
 from typing import Any, ClassVar, Protocol
 
 import torch
@@ -26,10 +23,10 @@ from torch import Tensor
 
 from dinat.model.attention import compiled
 from dinat.model.attention.reference import reference_attention
+from dinat.model.attention.selection_files import Selection, read_hung, read_selections, write_hung, write_selections
+from dinat.model.attention.timing import seconds, seconds_on_gpu
 from dinat.model.errors import AttentionError
 
-ROUNDS, REPEATS = 7, 4
-"""Timing rounds per candidate, and calls per round in a CUDA graph."""
 TRIAL_SECONDS = 300
 """Time to compile and check, or to time, one candidate: seconds where it works. After that it hangs."""
 MAX_ERROR = {torch.float32: 1e-5, torch.float16: 1e-2, torch.bfloat16: 1e-2}
@@ -134,23 +131,6 @@ def file_key(key: Any) -> str:
     return repr((key.kind, *(value for name, value in asdict(key).items() if name != "device")))
 
 
-@dataclass(frozen=True)
-class Selection:
-    """The implementation of a step, and the measurements that led to it.
-
-    Attributes:
-        backend: Name of the selected candidate.
-        seconds: Median time of each timed candidate.
-        errors: Relative error of each checked candidate.
-        disabled: Reason for each disabled candidate.
-    """
-
-    backend: str
-    seconds: dict[str, float] = field(default_factory=dict)
-    errors: dict[str, float] = field(default_factory=dict)
-    disabled: dict[str, str] = field(default_factory=dict)
-
-
 selections: dict[Key, Selection] = {}
 """Selections made in this process."""
 
@@ -225,12 +205,12 @@ def autotuning(check: bool = True, file: Path | None = None, on_hang: OnHang | N
         on_hang: Receives a candidate that takes longer than TRIAL_SECONDS.
     """
     global _session
-    _session = session = _Session(check, _read(file), file, on_hang, _read_hung(file))
+    _session = session = _Session(check, read_selections(file), file, on_hang, read_hung(file))
     try:
         yield
         if file is not None:
             with suppress(OSError):  # without a file, the next process tunes again
-                _write(file, session.selected)
+                write_selections(file, {file_key(key): selection for key, selection in session.selected.items()})
     finally:
         _session = None
 
@@ -280,7 +260,7 @@ class _Session:
     def _report(self, key: Key, name: str) -> None:
         assert self.on_hang is not None
         why = f"it did not return within {TRIAL_SECONDS:g} s for {key}"
-        is_stored = _write_hung(self.file, {f"{key.kind} {name}": why})
+        is_stored = write_hung(self.file, {f"{key.kind} {name}": why})
         self.on_hang(f"{key.kind} {name}: {why}", is_stored)
 
 
@@ -456,94 +436,3 @@ def float64_reference(qkv: Tensor, rpb: Tensor | None, kernel_size: int, dilatio
 def reason(error: BaseException) -> str:
     """Return an exception's type and message in one line of at most 200 characters."""
     return " ".join(f"{type(error).__name__}: {error}".split())[:200]
-
-
-def seconds(run: Callable[[], object], device: torch.device) -> float:
-    """Return the median duration of a call in seconds."""
-
-    def now() -> float:
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        return time.perf_counter()
-
-    times = []
-    for _ in range(2 + ROUNDS):
-        started = now()
-        run()
-        times.append(now() - started)
-    return median(times[2:])
-
-
-def seconds_on_gpu(run: Callable[[], object], device: torch.device) -> float:
-    """Return the median duration in seconds of a call inside a CUDA graph, after one call outside it."""
-    current = torch.cuda.current_stream(device)
-    stream = _timing_stream(current.device)
-    stream.wait_stream(current)
-    with torch.cuda.stream(stream):
-        run()
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
-            for _ in range(REPEATS):
-                run()
-        times = []
-        for _ in range(1 + ROUNDS):
-            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
-            start.record(stream)
-            graph.replay()
-            end.record(stream)
-            end.synchronize()
-            times.append(start.elapsed_time(end) / 1e3 / REPEATS)
-    current.wait_stream(stream)
-    return float(median(times[1:]))
-
-
-@cache
-def _timing_stream(device: torch.device) -> Any:
-    """Return one stream for all timings: cuBLAS holds a workspace for each stream that it has used, 32 MiB on Hopper."""
-    return torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
-
-
-def _read(file: Path | None) -> dict[str, Selection]:
-    """Return the stored selections by file_key; none if the file does not exist or cannot be read."""
-    try:
-        rows = json.loads(file.read_text()) if file is not None else {}
-        return {str(key): Selection(row["backend"], dict(row["seconds"]), dict(row["errors"])) for key, row in rows.items()}
-    except (OSError, ValueError, LookupError, TypeError, AttributeError):
-        return {}
-
-
-def _write(file: Path, selected: dict[Key, Selection]) -> None:
-    """Add selections to a file atomically. Those with disabled candidates are not stored: the cause may be temporary."""
-    rows = _read(file) | {file_key(key): selection for key, selection in selected.items() if not selection.disabled}
-    _write_json(file, {key: asdict(selection) for key, selection in rows.items()})
-
-
-def _write_json(file: Path, rows: dict[str, Any]) -> None:
-    file.parent.mkdir(parents=True, exist_ok=True)
-    temporary = file.with_suffix(f".{time.monotonic_ns()}")
-    temporary.write_text(json.dumps(rows, indent=1))
-    temporary.replace(file)
-
-
-def _hung_file(file: Path) -> Path:
-    """Return the file of the candidates that hung, beside that of the selections. Deleted, they are tried again."""
-    return file.with_name(f"{file.stem}-hung.json")
-
-
-def _read_hung(file: Path | None) -> dict[str, str]:
-    try:
-        rows = {} if file is None else json.loads(_hung_file(file).read_text())
-        return {str(name): str(why) for name, why in rows.items()}
-    except (OSError, ValueError, AttributeError):
-        return {}
-
-
-def _write_hung(file: Path | None, rows: dict[str, str]) -> bool:
-    """Add candidates to those that hung. Return whether that succeeded."""
-    if file is None:
-        return False
-    try:
-        _write_json(_hung_file(file), _read_hung(file) | rows)
-    except OSError:
-        return False
-    return True

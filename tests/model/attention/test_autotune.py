@@ -22,6 +22,7 @@ from dinat.model.attention.autotune import (
     float64_reference,
     select_backend,
 )
+from dinat.model.attention.selection_files import hung_file, read_hung, read_selections
 
 QKV = torch.randn(1, 21, 21, 3, 1, 8)
 Q, K, V = QKV.unbind(3)
@@ -156,14 +157,14 @@ def test_unreadable_file_is_ignored_and_replaced(content: str, tmp_path: Path) -
     file = tmp_path / "selections.json"
     file.write_text(content)
     assert tune("tiled", file=file).backend == "tiled"
-    assert autotune._read(file).keys() == {autotune.file_key(LAYER)}
+    assert read_selections(file).keys() == {autotune.file_key(LAYER)}
 
 
 def test_only_selections_of_this_session_are_written(tmp_path: Path) -> None:
     """Others may be of another GPU model, which has its own file."""
     autotune.selections[LayerKey.of(Q, 7, 3, 1.0)] = Selection("tiled")
     tune("tiled", file=tmp_path / "selections.json")
-    assert autotune._read(tmp_path / "selections.json").keys() == {autotune.file_key(LAYER)}
+    assert read_selections(tmp_path / "selections.json").keys() == {autotune.file_key(LAYER)}
 
 
 def test_file_that_cannot_be_written_is_ignored(tmp_path: Path) -> None:
@@ -263,5 +264,5 @@ def test_candidate_that_hangs_is_reported_and_disabled_in_later_processes(
         reports.clear()
         tune_or_hang(hang, unusable)
         assert reports[0][1] is False
-    autotune._hung_file(file).write_text("broken")
-    assert autotune._read_hung(file) == {}
+    hung_file(file).write_text("broken")
+    assert read_hung(file) == {}

@@ -9,7 +9,7 @@ import torch
 
 from dinat.app.engine.runtimes import cuda_graphs
 from dinat.app.engine.runtimes.cuda_graphs import CapturedComputation
-from dinat.model.attention import autotune, bias_cache, neighborhood_attention
+from dinat.model.attention import bias_cache, neighborhood_attention, timing
 from tests.rehearsal.fake_gpu.clocks import Race, Timeline, TrackedLock, TrackedQueue
 from tests.rehearsal.fake_gpu.counts import counted
 from tests.rehearsal.fake_gpu.streams import Event, Stream, current_stream
@@ -174,7 +174,7 @@ def test_all_timings_use_one_stream(monkeypatch: pytest.MonkeyPatch) -> None:
     record = Event.record
     monkeypatch.setattr(Event, "record", lambda event, stream: streams.add(stream) or record(event, stream))
     for x in (example(), example()):
-        autotune.seconds_on_gpu(lambda: double(x), CUDA)  # noqa: B023
+        timing.seconds_on_gpu(lambda: double(x), CUDA)  # noqa: B023
     assert len(streams) == 1
 
 
