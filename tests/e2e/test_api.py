@@ -1,5 +1,6 @@
 """`make api-test`: schemathesis on every endpoint in the OpenAPI document, for a limited time; too slow for `make test`."""
 
+import os
 import subprocess
 from pathlib import Path
 
@@ -23,7 +24,7 @@ def test_schemathesis_finds_no_failure() -> None:
         described = operations(httpx.get(f"{server.url}/openapi.json").json())
         command = ["schemathesis", "--config-file", str(config), "run", f"{server.url}/openapi.json"]
         command += ["--max-time", str(SECONDS), "--phases", "examples,coverage,fuzzing", "--continue-on-failure"]
-        done = subprocess.run(command, check=False)
+        done = subprocess.run(command, check=False, env=os.environ | {"SCHEMATHESIS_HOOKS": "tests.e2e.schemathesis_hooks"})
         assert server.stop() == 0
     assert done.returncode == 0
     check_log(server)
