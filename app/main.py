@@ -14,6 +14,7 @@ from starlette.routing import Route
 
 from dinat.app.api import attention, classify, docs, features, health, hugging_face, page, sagemaker, vertex
 from dinat.app.api.middleware import RequestMiddleware
+from dinat.app.api.open_inference import repository
 from dinat.app.api.open_inference import routes as open_inference
 from dinat.app.api.parse_thread import ParseThread
 from dinat.app.api.problems import add_error_handlers
@@ -74,7 +75,7 @@ def create_app(
             expose_headers=["X-Request-ID", "Retry-After", "Server-Timing"],
         )
     add_error_handlers(app)
-    for router in (*routers, health.router, page.router, docs.router):
+    for router in (*routers, repository.router, health.router, page.router, docs.router):
         app.include_router(router)
     app.mount(page.FILES, page.files)
     return app

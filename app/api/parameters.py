@@ -10,7 +10,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 
 from dinat.app.api.quoting import MAX_CHARACTERS, quote, shorten
 from dinat.app.engine.runtimes.runtime import InferenceOptions
-from dinat.app.errors import Unprocessable
+from dinat.app.errors import BadRequest, Unprocessable
 from dinat.model.config import DinatConfig
 
 FeatureFormat = Literal["json", "base64"]
@@ -134,6 +134,12 @@ def read_parameters(
         return model.model_validate(values)
     except ValidationError as error:
         raise Unprocessable(describe_errors(error)) from None
+
+
+def check_no_query(request: Request, advice: str) -> None:
+    """Raise BadRequest if the request of an endpoint without query parameters has some."""
+    if request.scope["query_string"]:
+        raise BadRequest(f"{request.url.path} has no query parameters: {advice}")
 
 
 def describe_errors(error: ValidationError) -> str:

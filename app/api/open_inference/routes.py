@@ -33,7 +33,7 @@ from dinat.app.api.open_inference.tensors import (
     parse_request,
     show_name,
 )
-from dinat.app.api.parameters import DEADLINE_PARAMETER, openapi_header, read_deadline
+from dinat.app.api.parameters import DEADLINE_PARAMETER, check_no_query, openapi_header, read_deadline
 from dinat.app.api.quoting import quote, shorten
 from dinat.app.api.response_size import reserve_response
 from dinat.app.api.results import ChunkedResponse, encode
@@ -83,14 +83,6 @@ async def model_ready(request: Request, name: str) -> Response:
     """Readiness of the model: 200 if it accepts requests."""
     _model_name(request, name)
     return _health(request, "ready", engine_of(request).state is State.READY, name=name)
-
-
-@router.post("/repository/index")
-async def index(request: Request) -> list[dict[str, str]]:
-    """List the models, of which there is one."""
-    engine = engine_of(request)
-    state = "READY" if engine.state is State.READY else "UNAVAILABLE"
-    return [{"name": engine.settings.served_name, "version": VERSION, "state": state, "reason": engine.status_detail()}]
 
 
 _TENSOR = {
@@ -151,6 +143,7 @@ _HEADER_PARAMETER = openapi_header(HEADER, "length of the JSON in bytes, if a bi
 async def infer(request: Request, name: str) -> Response:
     """Classify images, sent as image files (`image`, BYTES), pixels (`pixel_values`, UINT8) or normalized values (FP32)."""
     name = _model_name(request, name)
+    check_no_query(request, "send them in the JSON")
     engine = engine_of(request)
     loaded = engine.loaded
     body = await read_body(request)

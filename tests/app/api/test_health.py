@@ -94,6 +94,16 @@ def test_openapi_describes_the_parameters_alike_in_the_query_a_form_and_json(ser
     assert (y["name"], y["schema"]["minimum"], y["schema"]["maximum"]) == ("y", 0, 1)
 
 
+def test_unknown_query_parameters_are_rejected_by_every_operation_with_a_body(service: Service) -> None:
+    paths = service.client.get("/openapi.json").json()["paths"]
+    assert len(paths) > 15
+    for path in (path for path, item in paths.items() if "post" in item):
+        content = paths[path]["post"]["requestBody"]["content"]["application/json"]["schema"]
+        response = service.client.post(path.replace("{name}", "digits"), params={"unheard": "x"}, json=content.get("example"))
+        assert response.status_code in (400, 422), path
+        assert "query" in response.text or "unheard" in response.text
+
+
 def test_examples_in_openapi_are_answered(service: Service) -> None:
     paths = service.client.get("/openapi.json").json()["paths"]
     for path in ("/", "/classify", "/classify/batch", "/features", "/attention", "/predict", "/v2/models/{name}/infer"):

@@ -4,6 +4,7 @@ import asyncio
 import base64
 import io
 import json
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -66,6 +67,18 @@ def test_server_and_model_metadata(client: Any) -> None:
     assert (metadata["name"], metadata["versions"]) == ("digits", ["1"])
     assert {"name": "logits", "datatype": "FP32", "shape": [-1, 10]} in metadata["outputs"]
     assert {tensor["name"] for tensor in metadata["inputs"]} == {"image", "pixel_values"}
+
+
+def test_repository_index_lists_models_that_are_ready(service: Service) -> None:
+    index = partial(service.client.post, "/v2/repository/index")
+    every = index().json()
+    assert every == index(json={"ready": False}).json() == index(json={"ready": True}).json()
+    for body in ({"ready": "true"}, {"Ready": True}, [], "x"):
+        assert index(json=body).status_code == 422
+    with running(model="/no/such/folder") as failed:
+        index = partial(failed.client.post, "/v2/repository/index")
+        assert [model["state"] for model in index().json()] == ["UNAVAILABLE"]
+        assert index(json={"ready": True}).json() == []
 
 
 @pytest.mark.parametrize("binary_in", [True, False])
