@@ -23,8 +23,9 @@ from dinat.model.normalization import value_table
 from tests.model.attention.test_triton_kernel import LIMITS, assert_fits, compiled
 
 pytestmark = [pytest.mark.interpreter, pytest.mark.skipif(torch.cuda.is_available(), reason="tests/gpu runs the kernels")]
-TOLERANCE = {torch.float32: 1e-6, torch.float16: 2e-3, torch.bfloat16: 1e-2}
-"""Relative to the norm of the float64 result. The interpreter truncates to bfloat16: twice the error of rounding."""
+TOLERANCE = {torch.float32: 1e-6, torch.float16: 2e-3, torch.bfloat16: 2**-6}
+"""Relative to the norm of the float64 result. Triton's interpreter truncates to bfloat16: the normalized input and the output
+each by up to 2**-7."""
 DTYPES = st.sampled_from([torch.float32, torch.float16, torch.bfloat16])
 
 
