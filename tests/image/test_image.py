@@ -24,6 +24,7 @@ import pytest
 import yaml
 
 from dinat.model import DinatConfig, DinatForImageClassification, DinatImageProcessor
+from dinat.model.native import TARGETS
 from tests.e2e.processes import DIGITS, free_port, load_until_rejected
 from tests.image.buildah import Buildah
 from tests.model.checkpoints.test_checkpoint import Hub
@@ -33,8 +34,6 @@ BASE, IMAGE = "localhost/debian:bookworm", "localhost/dinat-serve:cpu"
 TOOLS = ("buildah", "debootstrap", "prometheus")
 LOCKS = ("requirements-image.txt", "requirements-image-cpu.txt")
 SBOM = ROOT / "build" / "image-sbom.cdx.json"
-KERNELS = {"x86_64": {"amx", "avx512", "avx2"}, "aarch64": {"neon"}}
-"""Variants of the compiled kernels, by architecture."""
 AVX512 = {"avx512f", "avx512bw", "avx512cd", "avx512dq", "avx512vl"}
 """CPU flags with which PyTorch with compiled attention is the default runtime."""
 
@@ -207,7 +206,8 @@ def default_runtime() -> str:
 
 def test_image_has_the_kernels_for_every_cpu(buildah: Buildah, container: Container) -> None:
     native = Path(buildah("mount", container.name)) / "opt" / "dinat" / "dinat" / "model" / "native"
-    assert {path.name.split("-")[1] for path in native.glob("kernels-*.so")} == KERNELS[platform.machine()]
+    names = {target.name for target in TARGETS[platform.machine()]}
+    assert {path.name.split("-")[1] for path in native.glob("kernels-*.so")} == names
 
 
 def test_sbom_lists_every_package(buildah: Buildah, container: Container) -> None:
