@@ -112,7 +112,8 @@ class RequestMiddleware:
                 raise PathTooLong(
                     f"the path has {len(exchange.path):,} characters, at most {MAX_PATH_CHARACTERS:,} are allowed"
                 )
-            _check_single_fields(scope["headers"])
+            if len(headers) < len(scope["headers"]):  # a name occurs twice
+                _check_single_fields(scope["headers"])
             exchange.api_key = self._api_keys.identify(scope["method"], exchange.path, headers)
         except (BadRequest, PathTooLong, Unauthorized) as rejection:
             error: ServiceError | None = rejection
@@ -160,8 +161,6 @@ class RequestMiddleware:
 
 def _check_single_fields(headers: Sequence[tuple[bytes, bytes]]) -> None:
     names = [name for name, _ in headers]
-    if len(set(names)) == len(names):
-        return
     repeated = next((name.decode() for name in SINGLE_FIELDS if names.count(name) > 1), None)
     if repeated is not None:
         raise BadRequest(f"the request has more than one {repeated}: send it once")

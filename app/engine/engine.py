@@ -178,9 +178,9 @@ class Engine(BackendEvents):
         """Check that the engine accepts work that arrived at a time, in seconds of time.monotonic.
 
         Raises:
-            Unavailable: The model is not ready, or the work arrived after the start of the drain.
+            Unavailable: The work arrived after the start of the drain.
         """
-        if self.backend.state is not State.READY or arrived > self._closed_at:
+        if arrived > self._closed_at:
             raise self._unavailable()
 
     def check_capacity(self, count: int = 1) -> None:
