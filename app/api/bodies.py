@@ -37,7 +37,8 @@ EXAMPLE_IMAGE = "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAAAAAA6fptVAAAACklEQVR4nGNgAAA
 
 _DATA_URL = f"data:image/png;base64,{EXAMPLE_IMAGE}"
 
-_BINARY = {"schema": {"type": "string", "format": "binary"}}
+BINARY_SCHEMA = {"type": "string", "format": "binary"}
+"""JSON Schema of bytes, in OpenAPI."""
 
 
 def openapi_body(parameters: type[BaseModel]) -> dict[str, Any]:
@@ -49,9 +50,9 @@ def openapi_body(parameters: type[BaseModel]) -> dict[str, Any]:
     return {
         "required": True,
         "content": {
-            MULTIPART: openapi_form(parameters, _BINARY["schema"]),
-            "image/*": _BINARY,
-            "application/octet-stream": _BINARY,
+            MULTIPART: openapi_form(parameters, BINARY_SCHEMA),
+            "image/*": {"schema": BINARY_SCHEMA},
+            "application/octet-stream": {"schema": BINARY_SCHEMA},
             JSON: _openapi_json(parameters, "image", text, _DATA_URL),
         },
     }
@@ -63,7 +64,7 @@ def openapi_batch_body(parameters: type[BaseModel]) -> dict[str, Any]:
     return {
         "required": True,
         "content": {
-            MULTIPART: openapi_form(parameters, {"type": "array", "items": _BINARY["schema"]}),
+            MULTIPART: openapi_form(parameters, {"type": "array", "items": BINARY_SCHEMA}),
             JSON: _openapi_json(parameters, "images", texts, [_DATA_URL, _DATA_URL]),
         },
     }

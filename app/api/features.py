@@ -10,7 +10,7 @@ from fastapi import APIRouter, Request, Response
 from safetensors.numpy import save
 
 from dinat.app.api.app_state import engine_of
-from dinat.app.api.bodies import openapi_body, read_one
+from dinat.app.api.bodies import BINARY_SCHEMA, openapi_body, read_one
 from dinat.app.api.inference import infer_one
 from dinat.app.api.negotiation import negotiate
 from dinat.app.api.parameters import DEADLINE_PARAMETER, FeatureParameters, openapi_parameters
@@ -57,7 +57,7 @@ _RESPONSES = {
         "description": "The feature maps, channels first",
         "content": {
             JSON: {"schema": {"type": "object"}},
-            **{media_type: {"schema": {"type": "string", "format": "binary"}} for media_type in WRITERS},
+            **{media_type: {"schema": BINARY_SCHEMA} for media_type in WRITERS},
         },
     },
     406: {"description": "None of the accepted media types is supported"},

@@ -12,6 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from dinat.app.api.app_state import engine_of
 from dinat.app.api.base64_images import decode_base64
 from dinat.app.api.bodies import (
+    BINARY_SCHEMA,
     EXAMPLE_IMAGE,
     MULTIPART,
     content_type,
@@ -63,12 +64,11 @@ class Task(BaseModel):
     options: TaskOptions | None = None
 
 
-_BINARY = {"type": "string", "format": "binary"}
 _BODY: dict[str, Any] = {
     "required": True,
     "content": {
-        "image/*": {"schema": _BINARY},
-        MULTIPART: openapi_form(TaskParameters, _BINARY),
+        "image/*": {"schema": BINARY_SCHEMA},
+        MULTIPART: openapi_form(TaskParameters, BINARY_SCHEMA),
         "application/json": {
             "schema": {
                 "type": "object",

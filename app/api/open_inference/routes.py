@@ -12,7 +12,7 @@ from fastapi.responses import JSONResponse
 from starlette.convertors import PathConvertor, register_url_convertor
 
 from dinat.app.api.app_state import engine_of
-from dinat.app.api.bodies import EXAMPLE_IMAGE, parse_body, read_body
+from dinat.app.api.bodies import BINARY_SCHEMA, EXAMPLE_IMAGE, parse_body, read_body
 from dinat.app.api.inference import infer_all
 from dinat.app.api.open_inference.outputs import (
     RANKED,
@@ -128,7 +128,7 @@ _BODY: dict[str, Any] = {
                 },
             }
         },
-        BINARY: {"schema": {"type": "string", "format": "binary"}},
+        BINARY: {"schema": BINARY_SCHEMA},
     },
 }
 
