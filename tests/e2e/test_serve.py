@@ -56,8 +56,8 @@ def test_sigterm_under_load_answers_all_requests_and_exits_with_0() -> None:
 def test_request_that_arrives_in_time_is_answered_if_it_is_read_late(frontends: int) -> None:
     image = (DIGITS / "5-2.png").read_bytes()
     with Server(frontends=frontends) as server, ThreadPoolExecutor(1) as threads:
-        processes = [psutil.Process(server.process.pid)]
-        processes += [child for child in processes[0].children() if frontends > 1]
+        main = psutil.Process(server.process.pid)
+        processes = [main, *(main.children() if frontends > 1 else ())]
         server.process.send_signal(signal.SIGTERM)
         time.sleep(0.3)
         for process in processes:

@@ -111,6 +111,8 @@ def test_bias_tiles_are_cached_while_weights_do_not_change() -> None:
         values = bias_cache._values_of(rpb)
         first = list(values.values())
         neighborhood_attention(q, q, q, rpb)
+    assert first
+    assert bias_cache._values_of(rpb) is values
     assert [id(bias) for bias in values.values()] == [id(bias) for bias in first]
 
 
