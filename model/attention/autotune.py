@@ -248,20 +248,21 @@ class _Session:
     @contextmanager
     def trial(self, step: Step, name: str) -> Iterator[None]:
         """Report the candidate if this context is not left within TRIAL_SECONDS."""
-        timer = threading.Timer(TRIAL_SECONDS, self._report, [step.key, name])
+        if self.on_hang is None:
+            yield
+            return
+        timer = threading.Timer(TRIAL_SECONDS, self._report, [self.on_hang, step.key, name])
         timer.daemon = True
-        if self.on_hang is not None:
-            timer.start()
+        timer.start()
         try:
             yield
         finally:
             timer.cancel()
 
-    def _report(self, key: Key, name: str) -> None:
-        assert self.on_hang is not None
+    def _report(self, on_hang: OnHang, key: Key, name: str) -> None:
         why = f"it did not return within {TRIAL_SECONDS:g} s for {key}"
         is_stored = write_hung(self.file, {f"{key.kind} {name}": why})
-        self.on_hang(f"{key.kind} {name}: {why}", is_stored)
+        on_hang(f"{key.kind} {name}: {why}", is_stored)
 
 
 _session: _Session | None = None
